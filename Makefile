@@ -1,0 +1,33 @@
+PYTHON ?= python3
+DEMO := .venv-demo
+DEV := .venv
+
+.PHONY: demo test lint nano clean
+
+demo: $(DEMO)/.installed ## install the torch-free runtime and find the defects in the sample images
+	$(DEMO)/bin/fbclip infer
+
+test: $(DEV)/.installed ## everything that runs without a GPU
+	$(DEV)/bin/python -m pytest
+
+lint: $(DEV)/.installed
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy -p fbclip
+
+nano: $(DEV)/.installed ## train the embedded default anew and export it (minutes on 2 cores)
+	$(DEV)/bin/python benchmarks/make_nano.py
+
+$(DEMO)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(DEV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
+	$(DEV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(DEMO) $(DEV)

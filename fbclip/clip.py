@@ -1,0 +1,360 @@
+"""CLIP's two towers from open_clip, brought to what FB-CLIP needs of them.
+
+The vision tower gives the tokens of several layers at any input size; the text tower runs on prompt
+embeddings without a causal mask. Both share open_clip's modules, so its weights and names stay valid.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from fbclip.errors import CheckpointError, UsageError
+from fbclip.image import CLIP_MEAN, CLIP_STD, bilinear_matrix
+
+log = logging.getLogger(__name__)
+
+StateDict = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Which CLIP: an open_clip model configuration and how its images were normalised.
+
+    `weights` remembers the pretrained tag, so that a checkpoint trained on a frozen CLIP need not carry it.
+    """
+
+    name: str
+    model: Mapping[str, Any]  # open_clip's: embed_dim, vision_cfg, text_cfg, quick_gelu
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    weights: str | None = None
+
+    @property
+    def vision(self) -> Mapping[str, Any]:
+        return cast(Mapping[str, Any], self.model["vision_cfg"])
+
+    @property
+    def layers(self) -> int:
+        return int(self.vision.get("layers", 12))
+
+    @property
+    def patch_size(self) -> int:
+        return int(self.vision.get("patch_size", 16))
+
+    @property
+    def image_size(self) -> int:
+        """Side the weights were trained at, in pixels."""
+        return int(self.vision.get("image_size", 224))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ClipConfig:
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+# Anything beyond these would change what a token is, and FB-CLIP's numbers with it.
+_PLAIN_VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value", "no_ln_pre",
+                 "patch_dropout", "pool_type", "final_ln_after_pool", "output_tokens", "norm_kwargs", "act_kwargs"}  # fmt: skip
+_PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "ls_init_value",
+               "no_causal_mask", "norm_kwargs", "act_kwargs", "output_tokens"}  # fmt: skip
+
+
+def check_plain(name: str, model: Mapping[str, Any]) -> None:
+    """Raise UsageError unless both towers are CLIP's plain transformers with CLIP's own tokenizer."""
+    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    reasons = []
+    if "timm_model_name" in vision:
+        reasons.append(f"its vision tower is timm's {vision['timm_model_name']}")
+    if isinstance(vision.get("layers"), (list, tuple)):
+        reasons.append("its vision tower is a ResNet")
+    if "hf_model_name" in text:
+        reasons.append(f"its text tower is {text['hf_model_name']}")
+    if "hf_tokenizer_name" in text:
+        reasons.append(f"its tokenizer is {text['hf_tokenizer_name']}, not CLIP's")
+    if model.get("custom_text") or "multimodal_cfg" in model:
+        reasons.append("it is not laid out like CLIP (custom text tower)")
+    if not reasons:
+        extra = sorted({f"vision {k}" for k in vision.keys() - _PLAIN_VISION if vision[k]}
+                       | {f"text {k}" for k in text.keys() - _PLAIN_TEXT if text[k]})  # fmt: skip
+        reasons += [f"it sets {', '.join(extra)}"] if extra else []
+    if reasons:
+        raise UsageError(
+            f"FB-CLIP needs CLIP's plain vision and text transformers; {name} does not fit: {'; '.join(reasons)}. "
+            f"Use one like ViT-B-16, ViT-L-14-336 or ViT-H-14"
+        )
+
+
+def clip_config(clip: str, weights: str | None = None) -> ClipConfig:
+    """Resolve `--clip` and `--clip-weights` without loading weights.
+
+    Args:
+        clip: an open_clip model name, or the path of a model configuration (.json).
+        weights: a pretrained tag of that name, the path of a weights file, or None.
+
+    Raises:
+        UsageError: unknown name or tag, unreadable configuration, or no plain ViT.
+    """
+    if clip.endswith(".json"):
+        config = _config_from_file(Path(clip))
+    else:
+        model = open_clip.get_model_config(clip.replace("/", "-"))
+        if model is None:
+            raise UsageError(f"--clip takes an open_clip model name or a .json configuration; {clip!r} is neither. "
+                             f"Names: python -c 'import open_clip; print(open_clip.list_models())'")  # fmt: skip
+        config = ClipConfig(clip, model)
+    check_plain(config.name, config.model)
+    if weights is None or Path(weights).is_file():
+        return config
+    tag = open_clip.get_pretrained_cfg(config.name, weights)
+    if not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
+        raise UsageError(f"--clip-weights takes a file or a pretrained tag of {config.name}; {weights!r} is neither "
+                         f"(tags: {tags})")  # fmt: skip
+    model = {**config.model, "quick_gelu": bool(tag.get("quick_gelu", config.model.get("quick_gelu", False)))}
+    return ClipConfig(config.name, model, tuple(tag["mean"]), tuple(tag["std"]), weights)
+
+
+def _config_from_file(path: Path) -> ClipConfig:
+    try:
+        raw = json.loads(path.read_text())
+        model = raw.get("model_cfg", raw)
+        if missing := {"embed_dim", "vision_cfg", "text_cfg"} - model.keys():
+            raise KeyError(", ".join(sorted(missing)))
+    except FileNotFoundError as error:
+        raise UsageError(f"no CLIP configuration at {path}") from error
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise UsageError(f"a CLIP configuration is JSON with embed_dim, vision_cfg and text_cfg; "
+                         f"{path} is not: {error}") from error  # fmt: skip
+    images = raw.get("preprocess_cfg", {})
+    return ClipConfig(path.stem, model, tuple(images.get("mean", CLIP_MEAN)), tuple(images.get("std", CLIP_STD)))
+
+
+def read_weights(path: Path) -> tuple[StateDict, bool]:
+    """Read a CLIP state dict without running anybody's code.
+
+    Takes `.safetensors`, a torch file (`.pt`, `.bin`; weights only), or OpenAI's TorchScript archive.
+
+    Returns:
+        The tensors as float32 by open_clip's names, and whether it was a TorchScript archive
+        (only OpenAI published those, and all were trained with QuickGELU).
+    """
+    archive = False
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        elif archive := _is_torchscript(path):
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"CLIP weights must be .safetensors, a torch file of tensors only, or OpenAI's archive; "
+                              f"{path} can't be read as that: {first_line}") from error  # fmt: skip
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    tensors = {str(k).removeprefix("module."): v.float() for k, v in state.items() if isinstance(v, Tensor)}
+    for stray in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's archives carry these as tensors
+        tensors.pop(stray, None)
+    return tensors, archive
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def load_clip(clip: str, weights: str | None) -> tuple[open_clip.CLIP, ClipConfig]:
+    """Build CLIP and load its weights: `load_clip("ViT-L-14-336", "openai")` or two files, then without network.
+
+    Without weights the towers are initialised at random, which only makes sense when they are trained.
+
+    Raises:
+        UsageError, CheckpointError: with every missing, extra or misshapen name.
+    """
+    config = clip_config(clip, weights)
+    if weights is None:
+        return build_clip(config, None), config
+    path = Path(weights)
+    if not path.is_file():
+        tag = open_clip.get_pretrained_cfg(config.name, weights)
+        try:
+            path = Path(open_clip.download_pretrained(tag))
+        except Exception as error:  # whatever the hub's client raises
+            raise UsageError(f"could not fetch {config.name} {weights!r}: {error}; with no network, pass the file "
+                             f"as --clip-weights") from error  # fmt: skip
+    state, archive = read_weights(path)
+    if archive:
+        config = ClipConfig.from_dict({**config.to_dict(), "model": {**config.model, "quick_gelu": True}})
+    return build_clip(config, state), config
+
+
+def build_clip(config: ClipConfig, state: StateDict | None) -> open_clip.CLIP:
+    """CLIP of this configuration, float32, in eval mode; random where `state` is None."""
+    model = {k: v for k, v in config.model.items() if k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
+    if state is None:
+        return cast(open_clip.CLIP, open_clip.CLIP(**model).eval())
+    with torch.device("meta"):  # the weights are assigned, so none are drawn at random first
+        clip = open_clip.CLIP(**model)
+    clip.attn_mask = None  # the causal mask, which FB-CLIP's text tower does without
+    wanted = {k: tuple(v.shape) for k, v in clip.state_dict().items()}
+    if "logit_scale" in state:
+        state = {**state, "logit_scale": state["logit_scale"].reshape(wanted["logit_scale"])}
+    else:
+        state = {**state, "logit_scale": torch.zeros(wanted["logit_scale"])}  # FB-CLIP's temperature is fixed
+    require_fit(f"CLIP weights for {config.name}", wanted, {k: tuple(v.shape) for k, v in state.items()})
+    clip.load_state_dict(state, assign=True)
+    return cast(open_clip.CLIP, clip.eval())
+
+
+def require_fit(what: str, wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]],
+                hint: str = "") -> None:  # fmt: skip
+    """Raise CheckpointError that lists every missing, extra and misshapen name."""
+    problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in got]
+    problems += [f"extra {name} {got[name]}" for name in got if name not in wanted]
+    problems += [f"{name} is {got[name]}, wanted {wanted[name]}"
+                 for name in wanted if name in got and got[name] != wanted[name]]  # fmt: skip
+    if problems:
+        raise CheckpointError(f"{what} do not fit ({len(problems)} names): {'; '.join(problems)}{hint}")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A matrix product in the precision of its weights, back in float32.
+
+    This is the whole of mixed precision: weights typed float16 make float16 products between float32 islands
+    (spec, section 10). With float32 weights both casts vanish.
+    """
+    return F.linear(x.to(weight.dtype), weight, bias).float()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+    """Multi-head attention without a mask: three times (B, N, A) -> (B, N, A)."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, N, A) -> (B, heads, N, A/heads)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+
+def block_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """One transformer block without a mask, (B, N, C) -> (B, N, C); the residual stream stays float32.
+
+    The same numbers as `block(x)`. Written out, because torch's MultiheadAttention exports to several times
+    as many nodes and offers no place for the casts of mixed precision.
+    """
+    attn: nn.MultiheadAttention = block.attn
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias
+    q, k, v = F.linear(block.ln_1(x).to(weight.dtype), weight, bias).chunk(3, dim=-1)
+    mixed = attention(q, k, v, attn.num_heads, attn.head_dim**-0.5)
+    x = x + block.ls_1(linear(mixed, attn.out_proj.weight, attn.out_proj.bias))
+    hidden = block.ln_2(x)
+    hidden = F.linear(hidden.to(block.mlp.c_fc.weight.dtype), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+    hidden = block.mlp.gelu(hidden)
+    return cast(Tensor, x + block.ls_2(linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias)))
+
+
+class VisionTower(nn.Module):
+    """CLIP's vision transformer up to the last feature layer.
+
+    Holds the positional embedding at the grid it was trained at and resizes it to the grid of `image_size`.
+    """
+
+    def __init__(self, visual: VisionTransformer, image_size: int, feature_layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.feature_layers = feature_layers
+        self.conv1: nn.Conv2d = visual.conv1
+        self.class_embedding: nn.Parameter = visual.class_embedding
+        self.positional_embedding: nn.Parameter = visual.positional_embedding
+        self.ln_pre: nn.Module = visual.ln_pre
+        # Blocks past the last feature layer take no part: FB-CLIP uses neither CLIP's pooled output nor ln_post.
+        self.blocks = nn.ModuleList(visual.transformer.resblocks[: max(feature_layers)])
+        self.proj: nn.Parameter = visual.proj
+        self.grid = image_size // self.conv1.kernel_size[0]
+
+    def positions(self) -> Tensor:
+        """The positional embedding (N, C) at this tower's grid: bilinear, the class position kept (spec, section 2)."""
+        positions = self.positional_embedding
+        trained = round((positions.shape[0] - 1) ** 0.5)
+        if trained == self.grid:
+            return positions
+        resize = torch.from_numpy(bilinear_matrix(self.grid, trained)).to(positions)
+        patches = torch.einsum("yv,xu,vuc->yxc", resize, resize, positions[1:].unflatten(0, (trained, trained)))
+        return torch.cat([positions[:1], patches.flatten(0, 1)])
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S) -> tokens of the K feature layers (B, K, N, C), class token first."""
+        patches = self.conv1(image).flatten(2).mT  # (B, C, g, g) -> (B, L, C)
+        class_token = self.class_embedding.expand(patches.shape[0], 1, -1)
+        x = self.ln_pre(torch.cat([class_token, patches], dim=1) + self.positions())
+        tokens = []
+        for number, block in enumerate(self.blocks, start=1):
+            x = block_forward(cast(ResidualAttentionBlock, block), x)
+            if number in self.feature_layers:
+                tokens.append(x)
+        return torch.stack(tokens, dim=1)
+
+    @torch.no_grad()
+    def fold_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Make the tower take raw pixels 0..255: (x/255 - mean)/std moves into the patch embedding (spec 9.4)."""
+        weight = self.conv1.weight.double()
+        mean_, std_ = (weight.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+        bias = -(weight * mean_ / std_).sum(dim=(1, 2, 3))
+        folded = nn.Conv2d(3, weight.shape[0], self.conv1.kernel_size, self.conv1.stride)  # type: ignore[arg-type]
+        folded.weight.copy_(weight / (255 * std_))
+        cast(Tensor, folded.bias).copy_(bias)
+        self.conv1 = folded.to(self.conv1.weight.device)
+        self.positional_embedding = nn.Parameter(self.positions().clone())
+
+
+class TextTower(nn.Module):
+    """CLIP's text transformer on embeddings, without a causal mask (spec, section 3)."""
+
+    def __init__(self, clip: open_clip.CLIP) -> None:
+        super().__init__()
+        self.context_length: int = clip.context_length
+        self.token_embedding: nn.Embedding = clip.token_embedding
+        self.positional_embedding: nn.Parameter = clip.positional_embedding
+        self.blocks: nn.ModuleList = clip.transformer.resblocks
+        self.ln_final: nn.Module = clip.ln_final
+        self.projection: nn.Parameter = clip.text_projection
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """CLIP's byte-pair tokens, int64 (len(prompts), context length)."""
+        tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+        return cast(Tensor, tokenizer(prompts))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Prompt embeddings (P, T, D) without positions -> hidden states (P, T, D) after `ln_final`."""
+        x = embeddings + self.positional_embedding
+        for block in self.blocks:
+            x = block_forward(cast(ResidualAttentionBlock, block), x)
+        return cast(Tensor, self.ln_final(x))
+
+
+def fitting_clips(vision: int, text: int, joint: int) -> list[str]:
+    """open_clip's plain models with these widths (C, D, E), the ones a checkpoint of those widths was trained on."""
+    found = []
+    for name in open_clip.list_models():
+        model = open_clip.get_model_config(name)
+        widths = (model["vision_cfg"].get("width", 768), model["text_cfg"].get("width", 512), model["embed_dim"])
+        if widths == (vision, text, joint):
+            try:
+                check_plain(name, model)
+            except UsageError:
+                continue
+            found.append(name)
+    return found

@@ -1,0 +1,35 @@
+"""Errors a user can act on. The command line prints them as one line, without a traceback."""
+
+from __future__ import annotations
+
+
+class FBClipError(Exception):
+    """The work failed for a stated reason; exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(FBClipError, ValueError):
+    """Wrong usage or unusable input: the message names the rule, the value and the cure; exit code 2."""
+
+    exit_code = 2
+
+
+class BundleError(UsageError):
+    """A bundle that is missing, damaged, unsafe, or of another format."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint or CLIP weights that do not fit."""
+
+
+class DeviceError(UsageError):
+    """A device or precision that was asked for and is not there."""
+
+
+class ImageError(UsageError):
+    """An image that cannot be read."""
+
+
+class ParityError(FBClipError):
+    """An exported graph that drifts from the trained model past its budget."""

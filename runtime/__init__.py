@@ -1,0 +1,1 @@
+"""From a bundle to results. Needs neither torch nor open_clip."""
