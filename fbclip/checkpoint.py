@@ -138,12 +138,18 @@ def _load_ours(path: Path, clip: str | None, clip_weights: str | None, image_siz
         raise CheckpointError(f"{path} was trained on another CLIP than {config.clip.name} as given (fingerprint "
                               f"{header['clip_fingerprint']}, got {found}): name the one it was trained on "
                               f"with --clip and --clip-weights")  # fmt: skip
+    restore(model, path)
+    return model.eval()
+
+
+def restore(model: FBCLIP, path: Path) -> None:
+    """Load the tensors of our checkpoint into a model of its configuration."""
+    includes_clip = read_header(path)["includes_clip"]
     with safe_open(path, framework="pt") as file:
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if header["includes_clip"] or not _is_clip(k)}
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if includes_clip or not _is_clip(k)}
     require_fit(f"the tensors of {path}", wanted, {k: tuple(v.shape) for k, v in state.items()})
     model.load_state_dict(state, strict=False)
-    return model.eval()
 
 
 def _is_clip(name: str) -> bool:
