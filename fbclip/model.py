@@ -7,7 +7,7 @@ Section numbers refer to `docs/method.md`. Shapes: B images, K feature layers, N
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import open_clip
@@ -376,6 +376,11 @@ class FBCLIP(nn.Module):
         self.visual = Visual(config, tower)
         self.visual.tower.proj.requires_grad_(train_tower)
         self.prompts = PromptFusion(config, self.text)
+
+    def set_noun(self, noun: str) -> None:
+        """Call the inspected thing by another name in both prompts; needs no retraining."""
+        self.config = replace(self.config, noun=noun)
+        self.prompts.set_prompts(self.config.prompts, self.text)
 
     def encode_text(self) -> Tensor:
         """Unit text features float32 (2, E): normal, abnormal. They do not depend on the image."""

@@ -1,0 +1,199 @@
+"""The deployment contract: a folder `NAME.fbclip/` with a manifest, text features and graphs.
+
+Needs neither torch nor ONNX. Written to a temporary sibling and renamed, so half a bundle is never found under
+its name; every file's SHA-256 is in the manifest and checked before the file is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fbclip.errors import BundleError
+
+FORMAT = 1
+EMBEDDED = Path(__file__).parent / "assets" / "fbclip-nano.fbclip"
+GRAPHS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}
+
+# Names of the graph's tensors and axes, for the exporter and for every runtime.
+IMAGE, TEXT, SCORE, ANOMALY_MAP = "image", "text", "score", "anomaly_map"
+BATCH_AXIS = "batch"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds.
+
+    Attributes:
+        name: of the model.
+        image_size: side S of the graph's square input in pixels; its map has the same side.
+        grid: patches along a side.
+        feature_layers: blocks whose tokens are used, from 1.
+        channel_order: of the graph's input, "rgb".
+        mean, std: of CLIP's normalisation, folded into the graph already.
+        prompts: the normal and the abnormal sentence behind `text.npy`.
+        blur_sigma: of the map's Gaussian in pixels, in the graph already.
+        score_kind: what the image score is: "class_token", the class token's abnormal probability.
+        threshold: scores and map values from here on are anomalous, 0..1.
+        precisions: graphs that are there, of "fp32" and "fp16".
+        opset: of the graphs.
+        files: SHA-256 of every other file, by its path inside the bundle.
+        provenance: where the weights come from and what exported them.
+        parity: the summary of `parity.json`.
+        format: of the bundle.
+    """
+
+    name: str
+    image_size: int
+    grid: int
+    feature_layers: tuple[int, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    prompts: tuple[str, str]
+    blur_sigma: float
+    threshold: float
+    precisions: tuple[str, ...]
+    opset: int
+    channel_order: str = "rgb"
+    score_kind: str = "class_token"
+    files: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Manifest:
+        try:
+            values = json.loads(text)
+            found = values["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{where} is no fbclip manifest: {error!r}; export the bundle again") from error
+        if found != FORMAT:
+            cure = "upgrade with pip install -U fbclip" if isinstance(found, int) and found > FORMAT else "run fbclip export again"
+            raise BundleError(f"{where} has bundle format {found}; this fbclip reads format {FORMAT}: {cure}")
+        names = {f.name for f in fields(cls)}
+        if (missing := names - values.keys()) or (extra := values.keys() - names):
+            raise BundleError(f"{where} does not match its format: missing {sorted(missing)}, extra "
+                              f"{sorted(extra) if not missing else []}; export the bundle again")  # fmt: skip
+        tuples = ("feature_layers", "mean", "std", "prompts", "precisions")
+        return cls(**{**values, **{name: tuple(values[name]) for name in tuples}})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle.
+
+    Attributes:
+        path: its folder.
+        manifest: what it holds.
+        text: text features float32 (2, E), normal then abnormal.
+    """
+
+    path: Path
+    manifest: Manifest
+    text: NDArray[np.float32]
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> Bundle:
+        """Load a bundle, or the embedded default model's.
+
+        Graphs are checked when they are asked for.
+
+        Raises:
+            BundleError: missing, damaged, of another format, or with files that leave the folder.
+        """
+        folder = EMBEDDED if path is None else Path(path)
+        manifest_path = folder / "manifest.json"
+        if not manifest_path.is_file():
+            raise BundleError(f"a bundle is a folder with a manifest.json; {folder} has none: make one with fbclip export")
+        manifest = Manifest.from_json(manifest_path.read_text(), manifest_path)
+        text_path = _checked(folder, manifest, "text.npy")
+        try:
+            text = np.load(text_path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{text_path} holds no array: {error}; export the bundle again") from error
+        if text.ndim != 2 or text.shape[0] != 2 or text.dtype != np.float32:
+            raise BundleError(f"text features are float32 (2, E); {text_path} holds {text.dtype} {text.shape}")
+        return cls(folder, manifest, text)
+
+    def graph(self, precision: str) -> Path:
+        """The ONNX file of a precision, checked against its hash.
+
+        Raises:
+            BundleError: not in this bundle, or damaged.
+        """
+        if precision not in self.manifest.precisions:
+            raise BundleError(f"{self.path} has no {precision} graph (it has {', '.join(self.manifest.precisions)}); "
+                              f"export it with fbclip export{' --fp16' if precision == 'fp16' else ''}")  # fmt: skip
+        graph = GRAPHS[precision]
+        for name in self.manifest.files:  # external data lies beside its graph
+            if name.startswith(graph):
+                _checked(self.path, self.manifest, name)
+        return _checked(self.path, self.manifest, graph)
+
+
+def save(path: Path, text: NDArray[np.float32], write_files: Callable[[Path], Manifest]) -> Bundle:
+    """Write a bundle atomically.
+
+    Args:
+        path: the folder to make; an older bundle there is replaced once the new one is whole.
+        text: float32 (2, E).
+        write_files: writes graphs and reports into the folder it is given and returns the manifest, without
+            `files`; what it raises leaves nothing behind.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path / "manifest.json").is_file():
+        raise BundleError(f"--out must be a new folder or a bundle to replace; {path} is neither")
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        np.save(folder / "text.npy", text)
+        manifest = write_files(folder)
+        files = {f.relative_to(folder).as_posix(): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+        values = {**asdict(manifest), "files": files}
+        (folder / "manifest.json").write_text(json.dumps(values, indent=1) + "\n")
+        folder.chmod(0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            path.rename(old / path.name)
+            folder.rename(path)
+            shutil.rmtree(old)
+        else:
+            folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return Bundle.load(path)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checked(folder: Path, manifest: Manifest, name: str) -> Path:
+    """The path of a file that the manifest lists, if it is inside the bundle and unchanged."""
+    inside = PurePosixPath(name)
+    if inside.is_absolute() or ".." in inside.parts or "\\" in name:
+        raise BundleError(f"paths in a bundle stay inside it; {folder} lists {name!r}")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"paths in a bundle stay inside it; {path} leads to {path.resolve()}")
+    if not path.is_file() or name not in manifest.files:
+        raise BundleError(f"{folder} lacks {name}; copy the whole folder, or export it again")
+    if (found := sha256(path)) != manifest.files[name]:
+        raise BundleError(f"{path} is damaged (SHA-256 {found[:12]}…, the manifest says {manifest.files[name][:12]}…); "
+                          f"copy or export the bundle again")  # fmt: skip
+    return path

@@ -1,0 +1,86 @@
+"""Image files to frames, uint8 (H, W, 3) RGB."""
+
+from __future__ import annotations
+
+import glob
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fbclip.errors import ImageError, UsageError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+MAX_PIXELS = 200_000_000  # a frame of 600 MB; beyond it a small file may be a decompression bomb
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """Read a file upright (EXIF) as uint8 (H, W, 3) RGB.
+
+    16-bit images are scaled by 1/257; transparent pixels are laid on black; the first page or frame is taken.
+
+    Raises:
+        ImageError: missing, empty, damaged, no image, or more than 200 million pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
+            with Image.open(path) as file:
+                if (pixels := file.width * file.height) > MAX_PIXELS:
+                    raise ImageError(f"an image has at most {MAX_PIXELS:,} pixels; {path} has {pixels:,}")
+                return to_rgb(ImageOps.exif_transpose(file))
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"no file at {path}") from error
+    except UnidentifiedImageError as error:
+        empty = path.is_file() and path.stat().st_size == 0
+        raise ImageError(f"{path} is {'empty' if empty else 'no image that Pillow can read'}") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path} can't be read: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; Pillow's own conversion would clip at 255
+        values = np.asarray(image).astype(np.float64)
+        deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        grey = np.clip(np.round(values / 257 if deep else values), 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def list_images(sources: list[str]) -> list[Path]:
+    """Files, folders (recursively, by suffix) and globs to image paths, sorted within each source.
+
+    No source: the sample images that ship with the package.
+
+    Raises:
+        UsageError: a source that is none of these, or without an image.
+    """
+    if not sources:
+        sources = [str(samples_folder())]
+    found: list[Path] = []
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif path.exists():
+            images = [path]
+        else:
+            images = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())  # noqa: PTH207
+        if not images:
+            kinds = ", ".join(sorted(s[1:] for s in SUFFIXES))
+            raise UsageError(f"SOURCE is an image, a folder with images ({kinds}) or a glob; {source!r} matches none")
+        found += images
+    return list(dict.fromkeys(found))
+
+
+def samples_folder() -> Path:
+    import fbclip
+
+    return Path(fbclip.__file__).parent / "assets" / "samples"

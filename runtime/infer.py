@@ -1,0 +1,172 @@
+"""`fbclip infer`: a list of images to overlays, JSON lines, CSV and maps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fbclip.errors import ImageError, UsageError
+from fbclip.runtime.predictor import Prediction, Predictor
+
+CSV_COLUMNS = ("source", "score", "threshold", "is_anomalous", "regions", "largest_peak", "model_ms")
+SHOWN = 20  # rows of the table on screen
+
+
+@dataclass
+class Summary:
+    """What a run did: (source, prediction without arrays) of each image, (source, reason) of each skipped one."""
+
+    results: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where results go; None means nowhere. `json` may be "-" for standard output."""
+
+    folder: Path | None = None  # overlays and maps
+    save: bool = True
+    save_map: bool = False
+    map_size: str = "frame"
+    json: str | None = None
+    csv: Path | None = None
+
+
+def new_run(project: Path, name: str, exist_ok: bool) -> Path:
+    """`project/name`, or name2, name3, … where it is taken; made."""
+    for number in range(1, 1_000_000):
+        folder = project / (name if number == 1 else f"{name}{number}")
+        try:
+            folder.mkdir(parents=True, exist_ok=exist_ok)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(f"can't write results to {folder}: {error}; choose another --project") from error
+    raise UsageError(f"{project} is full of {name}: pass another --name")
+
+
+def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, console: Console) -> Summary:
+    """Score every image; one that can't be read is reported and skipped. Finished results are never lost."""
+    summary = Summary()
+    with ExitStack() as stack:
+        lines = stack.enter_context(_text_output(outputs.json))
+        rows = stack.enter_context(_text_output(None if outputs.csv is None else str(outputs.csv)))
+        table = csv.writer(rows) if rows else None
+        if table:
+            table.writerow(CSV_COLUMNS)
+        names = _names(sources)
+        quiet = not console.is_terminal or len(sources) < 3
+        for source in track(sources, "inspecting", console=console, disable=quiet):
+            try:
+                prediction = predictor(source)
+            except ImageError as error:
+                summary.skipped.append((source, str(error)))
+                console.print(f"skipped: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+                continue
+            record = _write(prediction, source, names[source], outputs)
+            summary.results.append((source, record))
+            if lines:
+                lines.write(json.dumps(record) + "\n")
+                lines.flush()
+            if table and rows:
+                peak = max((r["peak"] for r in record["regions"]), default="")
+                table.writerow([record["source"], record["score"], record["threshold"], record["is_anomalous"],
+                                len(record["regions"]), peak, record["timings_ms"]["model"]])  # fmt: skip
+                rows.flush()
+    return summary
+
+
+def _names(sources: list[Path]) -> dict[Path, str]:
+    """A file name for each source's results; images of one name in different folders keep apart."""
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for source in sources:
+        name, number = source.stem, 2
+        while name in taken:
+            name, number = f"{source.stem}-{number}", number + 1
+        taken.add(name)
+        names[source] = name
+    return names
+
+
+def _write(prediction: Prediction, source: Path, name: str, outputs: Outputs) -> dict[str, Any]:
+    """Write pictures and maps; returns the JSON record."""
+    map_path = None
+    if outputs.folder and outputs.save_map:
+        map_path = outputs.folder / f"{name}.npy"
+        array = prediction.anomaly_map if outputs.map_size == "frame" else prediction.model_map
+        with _replacing(map_path) as temporary:
+            np.save(temporary, array)
+    if outputs.folder and outputs.save:
+        with _replacing(outputs.folder / f"{name}.jpg") as temporary:
+            Image.fromarray(prediction.overlay()).save(temporary, "JPEG", quality=92)
+    values = prediction.to_dict()
+    timings = values.pop("timings_ms")
+    return {"source": str(source), **values, "map": None if map_path is None else str(map_path), "timings_ms": timings}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes its name only when it is whole."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _text_output(target: str | None) -> Iterator[IO[str] | None]:
+    if target is None:
+        yield None
+    elif target == "-":
+        yield sys.stdout
+    else:
+        path = Path(target)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w", newline="")
+        except OSError as error:
+            raise UsageError(f"can't write {path}: {error}") from error
+        with file:
+            yield file
+
+
+def report(summary: Summary, outputs: Outputs, console: Console) -> None:
+    """A table of the results, at most twenty, the highest scores first, and one line that sums up."""
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (("image", "left"), ("verdict", "left"), ("score", "right"), ("regions", "right"), ("ms", "right")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    ranked = sorted(summary.results, key=lambda item: item[1]["score"], reverse=True)
+    for source, record in ranked[:SHOWN]:
+        verdict = "[red]defect[/]" if record["is_anomalous"] else "[green]good[/]"
+        milliseconds = sum(record["timings_ms"].values())
+        table.add_row(source.name, verdict, f"{record['score']:.3f}", str(len(record["regions"])), f"{milliseconds:.0f}")
+    if ranked:
+        console.print(table)
+    if len(ranked) > SHOWN:
+        console.print(f"… and {len(ranked) - SHOWN} more with lower scores")
+    defects = sum(record["is_anomalous"] for _, record in ranked)
+    skipped = f", {len(summary.skipped)} skipped" if summary.skipped else ""
+    console.print(f"{len(ranked)} images: {defects} with defects, {len(ranked) - defects} good{skipped}")
+    if outputs.folder and (outputs.save or outputs.save_map) and ranked:
+        console.print(f"pictures and maps are in {outputs.folder}", soft_wrap=True, highlight=False)
