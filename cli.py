@@ -145,7 +145,7 @@ def train(
     from fbclip.data.procedural import ProceduralDefects
     from fbclip.errors import UsageError
     from fbclip.model import FBCLIP, default_config
-    from fbclip.train import Recipe, SampleSet, train
+    from fbclip.train import Recipe, SampleSet, init_from_scratch, train
 
     torch.manual_seed(seed)
     if clip is None:
@@ -156,6 +156,8 @@ def train(
         raise UsageError(f"{out} holds a checkpoint already: pass --resume, or another --out")
     loaded, config = load_clip(clip, clip_weights)
     model = FBCLIP(default_config(config, image_size, _layers(feature_layers)), loaded, train_tower)
+    if clip_weights is None:
+        init_from_scratch(model)
     size = model.config.image_size
     data: SampleSet = (ProceduralDefects(size, samples, seed, ramp) if source == "procedural"
                        else MVTecFolder(Path(source), size))  # fmt: skip

@@ -210,9 +210,7 @@ def build_clip(config: ClipConfig, state: StateDict | None) -> open_clip.CLIP:
     """CLIP of this configuration, float32, in eval mode; random where `state` is None."""
     model = {k: v for k, v in config.model.items() if k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
     if state is None:
-        clip = open_clip.CLIP(**model)
-        mimetic_init(clip.visual)
-        return cast(open_clip.CLIP, clip.eval())
+        return cast(open_clip.CLIP, open_clip.CLIP(**model).eval())
     with torch.device("meta"):  # the weights are assigned, so none are drawn at random first
         clip = open_clip.CLIP(**model)
     clip.attn_mask = None  # the causal mask, which FB-CLIP's text tower does without
@@ -224,30 +222,6 @@ def build_clip(config: ClipConfig, state: StateDict | None) -> open_clip.CLIP:
     require_fit(f"CLIP weights for {config.name}", wanted, {k: tuple(v.shape) for k, v in state.items()})
     clip.load_state_dict(state, assign=True)
     return cast(open_clip.CLIP, clip.eval())
-
-
-@torch.no_grad()
-def mimetic_init(visual: VisionTransformer) -> None:
-    """Start the attention of a tower without pretrained weights the way trained ones look.
-
-    Per head W_q·W_kᵀ is near 0.7·(noise + identity), and W_v·W_out near 0.4·(noise - identity): Trockman and Kolter,
-    "Mimetic Initialization of Self-Attention Layers", ICML 2023. Small towers leave the plateau sooner with it.
-    """
-    for block in visual.transformer.resblocks:
-        attn: nn.MultiheadAttention = block.attn
-        width, head = attn.embed_dim, attn.head_dim
-        identity = torch.eye(width)
-        q, k, v = attn.in_proj_weight.chunk(3)
-        for h in range(attn.num_heads):
-            u, s, vh = torch.linalg.svd(0.7 * torch.randn(width, width) / width**0.5 + 0.7 * identity)
-            root = s[:head].sqrt()[:, None]
-            q[h * head : (h + 1) * head] = root * u.T[:head]
-            k[h * head : (h + 1) * head] = root * vh[:head]
-        u, s, vh = torch.linalg.svd(0.4 * torch.randn(width, width) / width**0.5 - 0.4 * identity)
-        v.copy_(s.sqrt()[:, None] * vh)
-        attn.out_proj.weight.copy_(u * s.sqrt())
-        attn.in_proj_bias.zero_()
-        attn.out_proj.bias.zero_()
 
 
 def require_fit(what: str, wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]],

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import golden
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fbclip import checkpoint
+from fbclip.clip import clip_config, load_clip
+from fbclip.errors import CheckpointError, UsageError
+from fbclip.model import default_config
+
+SMALL_LAYERS = golden.FEATURE_LAYERS
+
+
+def load(folder: Path, official: Path | None = None, weights: Path | None = None) -> checkpoint.FBCLIP:
+    return checkpoint.load(official or folder / "official.pth", str(folder / "clip.json"),
+                           str(weights or folder / "clip.pt"), golden.IMAGE_SIZE, SMALL_LAYERS)  # fmt: skip
+
+
+def test_ours_comes_back(golden_files: Path, tmp_path: Path) -> None:
+    model = load(golden_files)
+    checkpoint.save(model, tmp_path / "ours.safetensors", {"note": "x"})
+    again = checkpoint.load(tmp_path / "ours.safetensors")
+    assert again.config == model.config
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    assert [p.name for p in tmp_path.iterdir()] == ["ours.safetensors"]
+
+
+def test_every_wrong_name_is_listed(golden_files: Path, tmp_path: Path) -> None:
+    content = golden.official_checkpoint()
+    parameters = content["model_trainable_params"]
+    del parameters["fb_Attention.norm.bias"]
+    parameters["stranger"] = torch.zeros(3)
+    parameters["scale_weights"] = torch.zeros(5)
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError) as error:
+        load(golden_files, tmp_path / "bad.pth")
+    for part in ("missing fb_Attention.norm.bias (128,)", "extra stranger (3,)", "scale_weights is (5,), wanted (6,)"):
+        assert part in str(error.value)
+
+
+def test_the_clip_that_would_fit_is_named(golden_files: Path, tmp_path: Path) -> None:
+    content = golden.official_checkpoint()
+    content["prompt_learner"]["ctx_pos"] = torch.zeros(1, 1, 12, 768)
+    content["model_trainable_params"]["fb_Attention.norm.weight"] = torch.zeros(1024)
+    torch.save(content, tmp_path / "large.pth")
+    with pytest.raises(CheckpointError, match="ViT-L-14-336"):
+        load(golden_files, tmp_path / "large.pth")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("touched"),))
+
+
+@pytest.mark.parametrize("kind", ["official", "clip"])
+def test_nothing_is_unpickled(golden_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"prompt_learner": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError):
+        if kind == "official":
+            load(golden_files, official=tmp_path / "evil.pth")
+        else:
+            load(golden_files, weights=tmp_path / "evil.pt")
+    assert not (tmp_path / "touched").exists()
+
+
+class Archive(torch.nn.Module):
+    """Laid out like OpenAI's archive: CLIP's parameters, float16, and three numbers among them."""
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, value in state.items():
+            *path, leaf = name.split(".")
+            module: torch.nn.Module = self
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, torch.nn.Module())
+                module = module.get_submodule(part)
+            module.register_buffer(leaf, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
+def test_weights_files(golden_files: Path, tmp_path: Path, suffix: str) -> None:
+    state, path = golden.weights("clip"), tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path)
+    elif suffix == ".bin":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    else:
+        extra = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
+        torch.jit.script(Archive({**state, **extra})).save(str(path))
+    config = golden_files / "plain.json"
+    config.write_text((golden_files / "clip.json").read_text().replace('"quick_gelu": true', '"quick_gelu": false'))
+    clip, loaded = load_clip(str(config), str(path))
+    assert torch.equal(clip.visual.proj, state["visual.proj"])
+    assert loaded.model["quick_gelu"] == (suffix == ".pt")  # only OpenAI published such archives
+
+
+def test_weights_that_do_not_fit(golden_files: Path, tmp_path: Path) -> None:
+    state = golden.weights("clip")
+    del state["visual.proj"]
+    torch.save(state, tmp_path / "clip.pt")
+    with pytest.raises(CheckpointError, match=r"missing visual\.proj"):
+        load(golden_files, weights=tmp_path / "clip.pt")
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP", "coca_ViT-B-32", "xlm-roberta-base-ViT-B-32"])
+def test_towers_that_are_no_plain_vit(name: str) -> None:
+    with pytest.raises(UsageError, match="plain vision and text transformers"):
+        clip_config(name)
+
+
+def test_the_published_setting() -> None:
+    config = default_config(clip_config("ViT-L-14-336", "openai"))
+    assert (config.image_size, config.feature_layers) == (518, (1, 6, 12, 18, 24))
+    assert config.clip.model["quick_gelu"]
+    assert default_config(clip_config("ViT-B-16")).feature_layers == (1, 3, 6, 9, 12)
+
+
+@pytest.mark.parametrize(("size", "layers"), [(500, None), (7, None), (518, (0, 3)), (518, (3, 2)), (518, (1, 25)), (518, tuple(range(1, 8)))])
+def test_settings_that_cannot_be(size: int, layers: tuple[int, ...] | None) -> None:
+    with pytest.raises(UsageError, match=r"--image-size|--feature-layers"):
+        default_config(clip_config("ViT-L-14-336"), size, layers)
