@@ -6,15 +6,21 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-app = typer.Typer(name="fbclip", help="Find defects on objects never seen before: FB-CLIP, deployed.", no_args_is_help=True,
-                  add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False)  # fmt: skip
+app = typer.Typer(
+    name="fbclip",
+    help="Find defects on objects never seen before: FB-CLIP, deployed.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
 debug = False
 
 
@@ -23,11 +29,11 @@ class MapSize(str, Enum):
     model = "model"
 
 
-BundleOption = Annotated[Optional[Path], typer.Option(help="Bundle folder; the embedded default model if left out.")]
-ClipOption = Annotated[Optional[str], typer.Option(help="open_clip model name, or a model configuration (.json).")]
-WeightsOption = Annotated[Optional[str], typer.Option(help="Pretrained tag of that name, or a weights file.")]
-LayersOption = Annotated[Optional[str], typer.Option(help="Blocks whose tokens are used, like 1,6,12,18,24.")]
-SizeOption = Annotated[Optional[int], typer.Option(help="Side of the model's square input in pixels.")]
+BundleOption = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded default model if left out.")]
+ClipOption = Annotated[str | None, typer.Option(help="open_clip model name, or a model configuration (.json).")]
+WeightsOption = Annotated[str | None, typer.Option(help="Pretrained tag of that name, or a weights file.")]
+LayersOption = Annotated[str | None, typer.Option(help="Blocks whose tokens are used, like 1,6,12,18,24.")]
+SizeOption = Annotated[int | None, typer.Option(help="Side of the model's square input in pixels.")]
 
 
 @app.callback()
@@ -46,7 +52,9 @@ def options(
 
 @app.command()
 def infer(
-    source: Annotated[Optional[list[str]], typer.Argument(help="Images, folders or globs; the sample images if left out.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Argument(help="Images, folders or globs; the sample images if left out.")
+    ] = None,
     bundle: BundleOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
@@ -54,8 +62,8 @@ def infer(
     save: Annotated[bool, typer.Option(help="Write overlay pictures.")] = True,
     save_map: Annotated[bool, typer.Option("--save-map", help="Write anomaly maps, float32 .npy.")] = False,
     map_size: Annotated[MapSize, typer.Option(help="Size of saved maps: the frame's or the model's.")] = MapSize.frame,
-    json: Annotated[Optional[str], typer.Option(help="Write JSON lines to this file, or - for standard output.")] = None,
-    csv: Annotated[Optional[Path], typer.Option(help="Write a CSV table to this file.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write JSON lines to this file, or - for standard output.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a CSV table to this file.")] = None,
     project: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/infer"),
     name: Annotated[str, typer.Option(help="Name of this run.")] = "exp",
     exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Write into the run's folder if it is there.")] = False,
@@ -83,7 +91,9 @@ def infer(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Optional[Path], typer.Option(help="Ours or an official one; the embedded model's if left out.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Ours or an official one; the embedded model's if left out.")
+    ] = None,
     clip: ClipOption = None,
     clip_weights: WeightsOption = None,
     image_size: SizeOption = None,
@@ -91,8 +101,10 @@ def export(
     object: Annotated[str, typer.Option(help="What the prompts call the inspected thing.")] = "object",
     fp16: Annotated[bool, typer.Option("--fp16", "--half", help="Also write a half-precision graph.")] = False,
     threshold: Annotated[float, typer.Option(help="Scores from here on are anomalous.")] = 0.5,
-    parity_images: Annotated[Optional[list[str]], typer.Option(help="Images, folder or glob for the proof; the samples if left out.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Bundle folder to write; NAME.fbclip if left out.")] = None,
+    parity_images: Annotated[
+        list[str] | None, typer.Option(help="Images, folder or glob for the proof; the samples if left out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Bundle folder to write; NAME.fbclip if left out.")] = None,
 ) -> None:
     """Write a bundle from a checkpoint and prove that it agrees with the model."""
     _needs_train_extra()
@@ -109,8 +121,16 @@ def export(
     model = load(path, clip, clip_weights, image_size, _layers(feature_layers))
     model.set_noun(object)
     out = out or Path(f"{path.stem}.fbclip")
-    bundle, parities = export_bundle(model, out, images, path.stem, fp16, threshold, {"checkpoint": path.name},
-                                     lambda line: console.print(line, highlight=False))  # fmt: skip
+    bundle, parities = export_bundle(
+        model,
+        out,
+        images,
+        path.stem,
+        fp16,
+        threshold,
+        {"checkpoint": path.name},
+        lambda line: console.print(line, highlight=False),
+    )
     print_parity(parities, console)
     console.print(f"wrote {bundle.path}", soft_wrap=True, highlight=False)
 
@@ -159,10 +179,13 @@ def train(
     if clip_weights is None:
         init_from_scratch(model)
     size = model.config.image_size
-    data: SampleSet = (ProceduralDefects(size, samples, seed, ramp) if source == "procedural"
-                       else MVTecFolder(Path(source), size))  # fmt: skip
+    data: SampleSet = (
+        ProceduralDefects(size, samples, seed, ramp) if source == "procedural" else MVTecFolder(Path(source), size)
+    )
     console = _console()
-    train(model, data, Recipe(epochs, batch_size, lr, cosine, seed, save_every), out, resume, console.is_terminal, workers)
+    train(
+        model, data, Recipe(epochs, batch_size, lr, cosine, seed, save_every), out, resume, console.is_terminal, workers
+    )
     console.print(f"wrote {out / 'checkpoint.safetensors'}", soft_wrap=True, highlight=False)
 
 
@@ -180,9 +203,13 @@ def _needs_train_extra() -> None:
 
     from fbclip.errors import UsageError
 
-    if missing := [name for name in ("torch", "open_clip", "onnx", "onnxscript", "safetensors") if find_spec(name) is None]:
-        raise UsageError(f"this command needs {', '.join(missing)}, which the runtime does without: "
-                         f"pip install 'fbclip[train]' on the machine that exports")  # fmt: skip
+    if missing := [
+        name for name in ("torch", "open_clip", "onnx", "onnxscript", "safetensors") if find_spec(name) is None
+    ]:
+        raise UsageError(
+            f"this command needs {', '.join(missing)}, which the runtime does without: "
+            f"pip install 'fbclip[train]' on the machine that exports"
+        )
 
 
 def _console(stderr: bool = False) -> Console:

@@ -50,9 +50,16 @@ class Parity:
         return bool(self.score_max <= self.score_budget and self.map_drift <= self.map_budget)
 
 
-def export_bundle(model: FBCLIP, out: Path, images: list[NDArray[np.uint8]], name: str, half: bool = False,
-                  threshold: float = 0.5, provenance: dict[str, Any] | None = None,
-                  say: Callable[[str], None] = lambda line: None) -> tuple[Bundle, list[Parity]]:  # fmt: skip
+def export_bundle(
+    model: FBCLIP,
+    out: Path,
+    images: list[NDArray[np.uint8]],
+    name: str,
+    half: bool = False,
+    threshold: float = 0.5,
+    provenance: dict[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Bundle, list[Parity]]:
     """Write a bundle and prove it: every graph is run in ONNX Runtime against the torch model.
 
     Args:
@@ -84,22 +91,42 @@ def export_bundle(model: FBCLIP, out: Path, images: list[NDArray[np.uint8]], nam
             seconds = time.perf_counter() - start
             check_operators(graph)
             say(f"running {GRAPHS[precision]} in ONNX Runtime")
-            parities.append(compare(precision, folder / GRAPHS[precision], frames, text.numpy(), expected, graph, seconds))
+            parities.append(
+                compare(precision, folder / GRAPHS[precision], frames, text.numpy(), expected, graph, seconds)
+            )
         report = {p.precision: {**p.__dict__, "within": p.within} for p in parities}
         (folder / "parity.json").write_text(json.dumps(report, indent=1) + "\n")
         if failed := [p for p in parities if not p.within]:
             worst = failed[0]
-            raise ParityError(f"{worst.precision} must stay within {worst.score_budget:g} (score) and {worst.map_budget:g} "
-                              f"(map) of the torch model; it drifts by {worst.score_max:.2g} and {worst.map_drift:.2g}, "
-                              f"so {out} was not written")  # fmt: skip
+            raise ParityError(
+                f"{worst.precision} must stay within {worst.score_budget:g} (score) and {worst.map_budget:g} "
+                f"(map) of the torch model; it drifts by {worst.score_max:.2g} and {worst.map_drift:.2g}, "
+                f"so {out} was not written"
+            )
         return Manifest(
-            name=name, image_size=config.image_size, grid=config.grid, feature_layers=config.feature_layers,
-            mean=config.clip.mean, std=config.clip.std, prompts=config.prompts, blur_sigma=BLUR_SIGMA, threshold=threshold,
-            precisions=tuple(p.precision for p in parities), opset=OPSET,
-            provenance={**(provenance or {}), "clip": config.clip.name, "noun": config.noun, "fbclip": fbclip.__version__,
-                        "torch": torch.__version__, "onnx": onnx.__version__},
-            parity={p.precision: {"score_max": p.score_max, "map_max": p.map_max, "map_p999": p.map_p999} for p in parities},
-        )  # fmt: skip
+            name=name,
+            image_size=config.image_size,
+            grid=config.grid,
+            feature_layers=config.feature_layers,
+            mean=config.clip.mean,
+            std=config.clip.std,
+            prompts=config.prompts,
+            blur_sigma=BLUR_SIGMA,
+            threshold=threshold,
+            precisions=tuple(p.precision for p in parities),
+            opset=OPSET,
+            provenance={
+                **(provenance or {}),
+                "clip": config.clip.name,
+                "noun": config.noun,
+                "fbclip": fbclip.__version__,
+                "torch": torch.__version__,
+                "onnx": onnx.__version__,
+            },
+            parity={
+                p.precision: {"score_max": p.score_max, "map_max": p.map_max, "map_p999": p.map_p999} for p in parities
+            },
+        )
 
     return save(out, text.numpy(), write_files), parities
 
@@ -107,7 +134,7 @@ def export_bundle(model: FBCLIP, out: Path, images: list[NDArray[np.uint8]], nam
 @torch.no_grad()
 def torch_results(model: FBCLIP, frames: NDArray[np.uint8], text: torch.Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
     """Scores (B,) and maps (B, S, S) of the trained model itself, before anything is folded; uint8 (B, S, S, 3) in."""
-    mean, std = np.float32(model.config.clip.mean), np.float32(model.config.clip.std)
+    mean, std = (np.asarray(v, np.float32) for v in (model.config.clip.mean, model.config.clip.std))
     a = upsampling_matrix(model.config.image_size, model.config.grid)
     scores, maps = [], []
     for frame in frames:
@@ -118,8 +145,15 @@ def torch_results(model: FBCLIP, frames: NDArray[np.uint8], text: torch.Tensor) 
     return np.concatenate(scores), np.concatenate(maps)
 
 
-def compare(precision: str, path: Path, frames: NDArray[np.uint8], text: NDArray[np.float32],
-            expected: tuple[NDArray[Any], NDArray[Any]], graph: onnx.ModelProto, seconds: float) -> Parity:  # fmt: skip
+def compare(
+    precision: str,
+    path: Path,
+    frames: NDArray[np.uint8],
+    text: NDArray[np.float32],
+    expected: tuple[NDArray[Any], NDArray[Any]],
+    graph: onnx.ModelProto,
+    seconds: float,
+) -> Parity:
     """Run a written graph on the CPU, one image at a time and two at once, against expected scores and maps."""
     backend = OnnxRuntimeBackend(path, text, "cpu")
     single = [backend.run(frame[None]) for frame in frames]
@@ -130,21 +164,94 @@ def compare(precision: str, path: Path, frames: NDArray[np.uint8], text: NDArray
             raise ParityError(f"a batch of two must score like its images alone; {path.name} differs by {drift:.2g}")
     map_error = np.abs(maps - expected[1])
     score_budget, map_budget = BUDGETS[precision]
-    return Parity(precision, len(frames), float(np.abs(scores - expected[0]).max()), float(map_error.max()),
-                  float(np.quantile(map_error, 0.999)), score_budget, map_budget, len(graph.graph.node), seconds)  # fmt: skip
+    return Parity(
+        precision,
+        len(frames),
+        float(np.abs(scores - expected[0]).max()),
+        float(map_error.max()),
+        float(np.quantile(map_error, 0.999)),
+        score_budget,
+        map_budget,
+        len(graph.graph.node),
+        seconds,
+    )
 
 
 # Operators of the exported graph, each known to TensorRT's parser (release 10.1) and to ONNX Runtime.
 SUPPORTED = frozenset(
-    "Abs Add And Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos Div Equal Erf Exp Expand Flatten Floor Gather "
-    "GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual Log MatMul Max "
-    "Min Mul Neg Not Or Pad Pow Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Shape "
-    "Sigmoid Sign Sin Slice Softmax Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Unsqueeze Where".split()
+    [
+        "Abs",
+        "Add",
+        "And",
+        "Cast",
+        "Ceil",
+        "Clip",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Conv",
+        "Cos",
+        "Div",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Expand",
+        "Flatten",
+        "Floor",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Gelu",
+        "Gemm",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "LayerNormalization",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "MatMul",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pad",
+        "Pow",
+        "Range",
+        "Reciprocal",
+        "ReduceL2",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "Shape",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Slice",
+        "Softmax",
+        "Split",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Sum",
+        "Tanh",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    ]
 )
 
 
 def check_operators(graph: onnx.ModelProto) -> None:
     """Raise ParityError for an operator that the target runtimes do not take."""
     if strange := sorted({node.op_type for node in graph.graph.node} - SUPPORTED):
-        raise ParityError(f"exported graphs hold only operators that TensorRT takes; this one has {', '.join(strange)}: "
-                          f"install the tested versions of torch and onnxscript (constraints.txt)")  # fmt: skip
+        raise ParityError(
+            f"exported graphs hold only operators that TensorRT takes; this one has {', '.join(strange)}: "
+            f"install the tested versions of torch and onnxscript (constraints.txt)"
+        )

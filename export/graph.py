@@ -30,7 +30,9 @@ class DeployedModel(nn.Module):
         super().__init__()
         self.visual: Visual = model.visual
         self.visual.tower.fold_normalisation(model.config.clip.mean, model.config.clip.std)
-        self.register_buffer("upsampling", torch.from_numpy(upsampling_matrix(model.config.image_size, model.config.grid)))
+        self.register_buffer(
+            "upsampling", torch.from_numpy(upsampling_matrix(model.config.image_size, model.config.grid))
+        )
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Images uint8 (B, S, S, 3) and text (2, E) -> score (B,) and anomaly map (B, S, S), float32."""
@@ -61,10 +63,15 @@ def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> onnx.ModelProt
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's deprecations are not the user's matter
         program = torch.onnx.export(
-            model.eval(), (image, text), dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=[IMAGE, TEXT], output_names=[SCORE, ANOMALY_MAP],
+            model.eval(),
+            (image, text),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=[IMAGE, TEXT],
+            output_names=[SCORE, ANOMALY_MAP],
             dynamic_shapes={"image": {0: batch}, "text": {}},
-        )  # fmt: skip
+        )
     assert program is not None
     size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     program.save(path, external_data=size_bytes > EXTERNAL_DATA_FROM)

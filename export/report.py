@@ -15,6 +15,14 @@ def print_parity(parities: list[Parity], console: Console) -> None:
         table.add_column(column, justify="left" if column == "graph" else "right")
     for p in parities:
         budget = f"{p.score_budget:g} / {p.map_budget:g}"
-        table.add_row(p.precision, str(p.images), f"{p.score_max:.1e}", f"{p.map_max:.1e}", f"{p.map_p999:.1e}", budget,
-                      str(p.nodes), f"{p.seconds:.0f}")  # fmt: skip
+        table.add_row(
+            p.precision,
+            str(p.images),
+            f"{p.score_max:.1e}",
+            f"{p.map_max:.1e}",
+            f"{p.map_p999:.1e}",
+            budget,
+            str(p.nodes),
+            f"{p.seconds:.0f}",
+        )
     console.print(table)

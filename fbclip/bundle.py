@@ -78,12 +78,18 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{where} is no fbclip manifest: {error!r}; export the bundle again") from error
         if found != FORMAT:
-            cure = "upgrade with pip install -U fbclip" if isinstance(found, int) and found > FORMAT else "run fbclip export again"
+            cure = (
+                "upgrade with pip install -U fbclip"
+                if isinstance(found, int) and found > FORMAT
+                else "run fbclip export again"
+            )
             raise BundleError(f"{where} has bundle format {found}; this fbclip reads format {FORMAT}: {cure}")
         names = {f.name for f in fields(cls)}
         if (missing := names - values.keys()) or (extra := values.keys() - names):
-            raise BundleError(f"{where} does not match its format: missing {sorted(missing)}, extra "
-                              f"{sorted(extra) if not missing else []}; export the bundle again")  # fmt: skip
+            raise BundleError(
+                f"{where} does not match its format: missing {sorted(missing)}, extra "
+                f"{sorted(extra) if not missing else []}; export the bundle again"
+            )
         tuples = ("feature_layers", "mean", "std", "prompts", "precisions")
         return cls(**{**values, **{name: tuple(values[name]) for name in tuples}})
 
@@ -114,7 +120,9 @@ class Bundle:
         folder = EMBEDDED if path is None else Path(path)
         manifest_path = folder / "manifest.json"
         if not manifest_path.is_file():
-            raise BundleError(f"a bundle is a folder with a manifest.json; {folder} has none: make one with fbclip export")
+            raise BundleError(
+                f"a bundle is a folder with a manifest.json; {folder} has none: make one with fbclip export"
+            )
         manifest = Manifest.from_json(manifest_path.read_text(), manifest_path)
         text_path = _checked(folder, manifest, "text.npy")
         try:
@@ -132,8 +140,10 @@ class Bundle:
             BundleError: not in this bundle, or damaged.
         """
         if precision not in self.manifest.precisions:
-            raise BundleError(f"{self.path} has no {precision} graph (it has {', '.join(self.manifest.precisions)}); "
-                              f"export it with fbclip export{' --fp16' if precision == 'fp16' else ''}")  # fmt: skip
+            raise BundleError(
+                f"{self.path} has no {precision} graph (it has {', '.join(self.manifest.precisions)}); "
+                f"export it with fbclip export{' --fp16' if precision == 'fp16' else ''}"
+            )
         graph = GRAPHS[precision]
         for name in self.manifest.files:  # external data lies beside its graph
             if name.startswith(graph):
@@ -194,6 +204,8 @@ def _checked(folder: Path, manifest: Manifest, name: str) -> Path:
     if not path.is_file() or name not in manifest.files:
         raise BundleError(f"{folder} lacks {name}; copy the whole folder, or export it again")
     if (found := sha256(path)) != manifest.files[name]:
-        raise BundleError(f"{path} is damaged (SHA-256 {found[:12]}…, the manifest says {manifest.files[name][:12]}…); "
-                          f"copy or export the bundle again")  # fmt: skip
+        raise BundleError(
+            f"{path} is damaged (SHA-256 {found[:12]}…, the manifest says {manifest.files[name][:12]}…); "
+            f"copy or export the bundle again"
+        )
     return path

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -33,24 +32,44 @@ _PARAMETERS = {
     "ctx_pos": "prompts.ctx_pos",
     "ctx_neg": "prompts.ctx_neg",
     "scale_weights": "visual.scale_weights",
-    **{f"token_selector.{i}.{leaf}": f"prompts.token_selector.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")},
+    **{
+        f"token_selector.{i}.{leaf}": f"prompts.token_selector.{i}.{leaf}"
+        for i in (0, 2)
+        for leaf in ("weight", "bias")
+    },
     **{f"text_projection_mlp.{i}.{leaf}": f"prompts.mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")},
-    **{f"fb_Attention.gate.{i}.{leaf}": f"visual.separation.gate.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")},
+    **{
+        f"fb_Attention.gate.{i}.{leaf}": f"visual.separation.gate.{i}.{leaf}"
+        for i in (0, 2)
+        for leaf in ("weight", "bias")
+    },
     **{f"fb_Attention.norm.{leaf}": f"visual.separation.norm.{leaf}" for leaf in ("weight", "bias")},
     **{
         f"fb_Attention.{short}_{theirs}": f"visual.separation.{branch}.{ours}"
         for short, branch in (("fg", "foreground"), ("bg", "background"))
         for theirs, ours in (
-            ("scale", "scale"), ("norm.weight", "norm.weight"), ("norm.bias", "norm.bias"), ("to_q.weight", "to_q.weight"),
-            ("to_k.weight", "to_k.weight"), ("to_v.weight", "to_v.weight"), ("to_out.0.weight", "to_out.weight"),
+            ("scale", "scale"),
+            ("norm.weight", "norm.weight"),
+            ("norm.bias", "norm.bias"),
+            ("to_q.weight", "to_q.weight"),
+            ("to_k.weight", "to_k.weight"),
+            ("to_v.weight", "to_v.weight"),
+            ("to_out.0.weight", "to_out.weight"),
             ("to_out.0.bias", "to_out.bias"),
         )
     },
-}  # fmt: skip
+}
 
 # Carried by official checkpoints, but without part in the forward pass (spec, section 8).
-_UNUSED = ("fusion_weights", "fusion_weight", "layer_selector", "gate_network.0.weight", "gate_network.0.bias",
-           "gate_network.2.weight", "gate_network.2.bias")  # fmt: skip
+_UNUSED = (
+    "fusion_weights",
+    "fusion_weight",
+    "layer_selector",
+    "gate_network.0.weight",
+    "gate_network.0.bias",
+    "gate_network.2.weight",
+    "gate_network.2.bias",
+)
 _UNUSED_MANY = re.compile(
     r"compound_prompts_text\.\d+|compound_prompt_projections\.\d+\.(weight|bias)"
     r"|token_(prefix|suffix)_(pos|neg)|tokenized_prompts_(pos|neg)"
@@ -72,16 +91,26 @@ def save(model: FBCLIP, path: Path, provenance: Mapping[str, Any] | None = None)
     include_clip = trained_tower or model.config.clip.weights is None
     if not include_clip:
         state = {k: v for k, v in state.items() if not _is_clip(k)}
-    header = {"format": FORMAT, "config": model.config.to_dict(), "includes_clip": include_clip,
-              "clip_fingerprint": fingerprint(model.visual.tower.proj), "provenance": dict(provenance or {})}  # fmt: skip
+    header = {
+        "format": FORMAT,
+        "config": model.config.to_dict(),
+        "includes_clip": include_clip,
+        "clip_fingerprint": fingerprint(model.visual.tower.proj),
+        "provenance": dict(provenance or {}),
+    }
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, temporary, metadata={"fbclip": json.dumps(header)})
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
-def load(path: Path, clip: str | None = None, clip_weights: str | None = None, image_size: int | None = None,
-         feature_layers: tuple[int, ...] | None = None) -> FBCLIP:  # fmt: skip
+def load(
+    path: Path,
+    clip: str | None = None,
+    clip_weights: str | None = None,
+    image_size: int | None = None,
+    feature_layers: tuple[int, ...] | None = None,
+) -> FBCLIP:
     """Load our checkpoint or the official one, float32, in eval mode.
 
     Args:
@@ -98,8 +127,9 @@ def load(path: Path, clip: str | None = None, clip_weights: str | None = None, i
     with path.open("rb") as file:
         is_torch_file = file.read(2) in (b"PK", b"\x80\x02")  # a zip, or the older plain pickle
     if is_torch_file:
-        return _load_official(path, clip or DEFAULT_CLIP, clip_weights or (None if clip else DEFAULT_WEIGHTS),
-                              image_size, feature_layers)  # fmt: skip
+        return _load_official(
+            path, clip or DEFAULT_CLIP, clip_weights or (None if clip else DEFAULT_WEIGHTS), image_size, feature_layers
+        )
     return _load_ours(path, clip, clip_weights, image_size, feature_layers)
 
 
@@ -110,34 +140,48 @@ def read_header(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
         header = json.loads(metadata["fbclip"])
     except KeyError as error:
-        raise CheckpointError(f"{path} holds tensors but no fbclip configuration; pass CLIP weights as --clip-weights, "
-                              f"a checkpoint made by fbclip train as --checkpoint") from error  # fmt: skip
+        raise CheckpointError(
+            f"{path} holds tensors but no fbclip configuration; pass CLIP weights as --clip-weights, "
+            f"a checkpoint made by fbclip train as --checkpoint"
+        ) from error
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is neither an fbclip checkpoint nor an official one: {error}") from error
     if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {header.get('format')}; this fbclip reads format {FORMAT}: "
-                              f"upgrade with pip install -U fbclip")  # fmt: skip
+        raise CheckpointError(
+            f"{path} has checkpoint format {header.get('format')}; this fbclip reads format {FORMAT}: "
+            f"upgrade with pip install -U fbclip"
+        )
     return dict(header)
 
 
-def _load_ours(path: Path, clip: str | None, clip_weights: str | None, image_size: int | None,
-               feature_layers: tuple[int, ...] | None) -> FBCLIP:  # fmt: skip
+def _load_ours(
+    path: Path,
+    clip: str | None,
+    clip_weights: str | None,
+    image_size: int | None,
+    feature_layers: tuple[int, ...] | None,
+) -> FBCLIP:
     header = read_header(path)
     config = Config.from_dict(header["config"])
     if header["includes_clip"]:
         if clip or clip_weights:
-            raise CheckpointError(f"{path} carries its own CLIP ({config.clip.name}); leave out --clip and --clip-weights")
+            raise CheckpointError(
+                f"{path} carries its own CLIP ({config.clip.name}); leave out --clip and --clip-weights"
+            )
         loaded = build_clip(config.clip, None)
     else:
         loaded, clip_cfg = load_clip(clip or config.clip.name, clip_weights or config.clip.weights)
         config = replace(config, clip=clip_cfg)
-    config = replace(config, image_size=image_size or config.image_size,
-                     feature_layers=feature_layers or config.feature_layers)  # fmt: skip
+    config = replace(
+        config, image_size=image_size or config.image_size, feature_layers=feature_layers or config.feature_layers
+    )
     model = FBCLIP(config, loaded)
     if (found := fingerprint(model.visual.tower.proj)) != header["clip_fingerprint"] and not header["includes_clip"]:
-        raise CheckpointError(f"{path} was trained on another CLIP than {config.clip.name} as given (fingerprint "
-                              f"{header['clip_fingerprint']}, got {found}): name the one it was trained on "
-                              f"with --clip and --clip-weights")  # fmt: skip
+        raise CheckpointError(
+            f"{path} was trained on another CLIP than {config.clip.name} as given (fingerprint "
+            f"{header['clip_fingerprint']}, got {found}): name the one it was trained on "
+            f"with --clip and --clip-weights"
+        )
     restore(model, path)
     return model.eval()
 
@@ -156,8 +200,9 @@ def _is_clip(name: str) -> bool:
     return name.startswith(("text.", "visual.tower."))
 
 
-def _load_official(path: Path, clip: str, clip_weights: str | None, image_size: int | None,
-                   feature_layers: tuple[int, ...] | None) -> FBCLIP:  # fmt: skip
+def _load_official(
+    path: Path, clip: str, clip_weights: str | None, image_size: int | None, feature_layers: tuple[int, ...] | None
+) -> FBCLIP:
     if clip_weights is None:
         raise CheckpointError(f"an official checkpoint holds no CLIP: {clip} needs --clip-weights TAG or FILE")
     state = _read_official(path)
@@ -175,8 +220,10 @@ def _load_official(path: Path, clip: str, clip_weights: str | None, image_size: 
 def _other_clip(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
     """Names the CLIPs that would fit, where the widths show that this one can't."""
     try:
-        trained, here = ((shapes["fb_Attention.norm.weight"][0], shapes["ctx_pos"][-1],
-                          shapes["text_projection_mlp.2.weight"][0]) for shapes in (got, wanted))  # fmt: skip
+        trained, here = (
+            (shapes["fb_Attention.norm.weight"][0], shapes["ctx_pos"][-1], shapes["text_projection_mlp.2.weight"][0])
+            for shapes in (got, wanted)
+        )
     except (KeyError, IndexError):
         return ""  # too broken to tell
     if trained == here:
@@ -192,10 +239,13 @@ def _read_official(path: Path) -> StateDict:
         parts = [content["prompt_learner"], content["model_trainable_params"]]
         return {str(k): v for part in parts for k, v in part.items()}
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors and plain values, and is not loaded: "
-                              f"{str(error).splitlines()[0]}") from error  # fmt: skip
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, and is not loaded: {str(error).splitlines()[0]}"
+        ) from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"an official checkpoint is a dictionary with prompt_learner and model_trainable_params; "
-                              f"{path} is not: missing {error}") from error  # fmt: skip
+        raise CheckpointError(
+            f"an official checkpoint is a dictionary with prompt_learner and model_trainable_params; "
+            f"{path} is not: missing {error}"
+        ) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(f"can't read {path}: {str(error).splitlines()[0]}") from error

@@ -1,1 +1,224 @@
-../cli.py
+"""The command line. Options and help only; the work is imported inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(name="fbclip", help="Find defects on objects never seen before: FB-CLIP, deployed.", no_args_is_help=True,
+                  add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False)
+debug = False
+
+
+class MapSize(str, Enum):
+    frame = "frame"
+    model = "model"
+
+
+BundleOption = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded default model if left out.")]
+ClipOption = Annotated[str | None, typer.Option(help="open_clip model name, or a model configuration (.json).")]
+WeightsOption = Annotated[str | None, typer.Option(help="Pretrained tag of that name, or a weights file.")]
+LayersOption = Annotated[str | None, typer.Option(help="Blocks whose tokens are used, like 1,6,12,18,24.")]
+SizeOption = Annotated[int | None, typer.Option(help="Side of the model's square input in pixels.")]
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug_: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    global debug
+    debug = debug_
+    if version:
+        import fbclip
+
+        typer.echo(f"fbclip {fbclip.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def infer(
+    source: Annotated[
+        list[str] | None, typer.Argument(help="Images, folders or globs; the sample images if left out.")
+    ] = None,
+    bundle: BundleOption = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
+    threshold: Annotated[str, typer.Option(help="auto (the bundle's), or a probability 0 to 1.")] = "auto",
+    save: Annotated[bool, typer.Option(help="Write overlay pictures.")] = True,
+    save_map: Annotated[bool, typer.Option("--save-map", help="Write anomaly maps, float32 .npy.")] = False,
+    map_size: Annotated[MapSize, typer.Option(help="Size of saved maps: the frame's or the model's.")] = MapSize.frame,
+    json: Annotated[str | None, typer.Option(help="Write JSON lines to this file, or - for standard output.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a CSV table to this file.")] = None,
+    project: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/infer"),
+    name: Annotated[str, typer.Option(help="Name of this run.")] = "exp",
+    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Write into the run's folder if it is there.")] = False,
+) -> None:
+    """Score images and draw where the defects are."""
+    from fbclip.errors import UsageError
+    from fbclip.runtime.images import list_images
+    from fbclip.runtime.infer import Outputs, infer, new_run, report
+    from fbclip.runtime.predictor import Predictor
+
+    console = _console(stderr=json == "-")
+    try:
+        limit = None if threshold == "auto" else float(threshold)
+    except ValueError as error:
+        raise UsageError(f"--threshold is auto or a probability between 0 and 1; got {threshold!r}") from error
+    images = list_images(source or [])
+    predictor = Predictor(bundle, device, precision, limit)
+    folder = new_run(project, name, exist_ok) if save or save_map else None
+    outputs = Outputs(folder, save, save_map, map_size.value, json, csv)
+    summary = infer(predictor, images, outputs, console)
+    report(summary, outputs, console)
+    if summary.skipped:
+        raise typer.Exit(2)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Ours or an official one; the embedded model's if left out.")
+    ] = None,
+    clip: ClipOption = None,
+    clip_weights: WeightsOption = None,
+    image_size: SizeOption = None,
+    feature_layers: LayersOption = None,
+    object: Annotated[str, typer.Option(help="What the prompts call the inspected thing.")] = "object",
+    fp16: Annotated[bool, typer.Option("--fp16", "--half", help="Also write a half-precision graph.")] = False,
+    threshold: Annotated[float, typer.Option(help="Scores from here on are anomalous.")] = 0.5,
+    parity_images: Annotated[
+        list[str] | None, typer.Option(help="Images, folder or glob for the proof; the samples if left out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Bundle folder to write; NAME.fbclip if left out.")] = None,
+) -> None:
+    """Write a bundle from a checkpoint and prove that it agrees with the model."""
+    _needs_train_extra()
+    from fbclip.bundle import EMBEDDED
+    from fbclip.checkpoint import load
+    from fbclip.export.bundle import export_bundle
+    from fbclip.export.report import print_parity
+    from fbclip.runtime.images import list_images, read_image
+
+    console = _console()
+    images = [read_image(path) for path in list_images(parity_images or [])[:16]]
+    path = checkpoint or EMBEDDED.with_suffix(".safetensors")
+    console.print(f"loading {path.name}")
+    model = load(path, clip, clip_weights, image_size, _layers(feature_layers))
+    model.set_noun(object)
+    out = out or Path(f"{path.stem}.fbclip")
+    bundle, parities = export_bundle(model, out, images, path.stem, fp16, threshold, {"checkpoint": path.name},
+                                     lambda line: console.print(line, highlight=False))
+    print_parity(parities, console)
+    console.print(f"wrote {bundle.path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def train(
+    source: Annotated[str, typer.Argument(help="A folder laid out like MVTec AD, or 'procedural'.")] = "procedural",
+    clip: ClipOption = None,
+    clip_weights: WeightsOption = None,
+    image_size: SizeOption = None,
+    feature_layers: LayersOption = None,
+    train_tower: Annotated[bool, typer.Option("--train-tower", help="Train the vision tower too.")] = False,
+    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 5e-5,
+    cosine: Annotated[bool, typer.Option("--cosine", help="Warm up, then decay the rate along a cosine.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Procedural images per epoch.")] = 10_000,
+    ramp: Annotated[int, typer.Option(min=0, help="Procedural images over which the variety grows.")] = 0,
+    seed: int = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what --out holds.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint.safetensors.")] = Path("runs/train/exp"),
+) -> None:
+    """Train on an MVTec AD folder, or on procedural defects."""
+    _needs_train_extra()
+    import torch
+
+    from fbclip.checkpoint import DEFAULT_CLIP, DEFAULT_WEIGHTS
+    from fbclip.clip import load_clip
+    from fbclip.data.folder import MVTecFolder
+    from fbclip.data.procedural import ProceduralDefects
+    from fbclip.errors import UsageError
+    from fbclip.model import FBCLIP, default_config
+    from fbclip.train import Recipe, SampleSet, init_from_scratch, train
+
+    torch.manual_seed(seed)
+    if clip is None:
+        clip, clip_weights = DEFAULT_CLIP, clip_weights or DEFAULT_WEIGHTS
+    if clip_weights is None and not train_tower:
+        raise UsageError(f"a frozen CLIP needs weights: pass --clip-weights TAG or FILE for {clip}, or --train-tower")
+    if not resume and (out / "checkpoint.safetensors").exists():
+        raise UsageError(f"{out} holds a checkpoint already: pass --resume, or another --out")
+    loaded, config = load_clip(clip, clip_weights)
+    model = FBCLIP(default_config(config, image_size, _layers(feature_layers)), loaded, train_tower)
+    if clip_weights is None:
+        init_from_scratch(model)
+    size = model.config.image_size
+    data: SampleSet = (ProceduralDefects(size, samples, seed, ramp) if source == "procedural"
+                       else MVTecFolder(Path(source), size))
+    console = _console()
+    train(
+        model, data, Recipe(epochs, batch_size, lr, cosine, seed, save_every), out, resume, console.is_terminal, workers
+    )
+    console.print(f"wrote {out / 'checkpoint.safetensors'}", soft_wrap=True, highlight=False)
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    from fbclip.errors import UsageError
+
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--feature-layers takes numbers with commas, like 1,6,12,18,24; got {text!r}") from error
+
+
+def _needs_train_extra() -> None:
+    from importlib.util import find_spec
+
+    from fbclip.errors import UsageError
+
+    if missing := [
+        name for name in ("torch", "open_clip", "onnx", "onnxscript", "safetensors") if find_spec(name) is None
+    ]:
+        raise UsageError(f"this command needs {', '.join(missing)}, which the runtime does without: "
+                         f"pip install 'fbclip[train]' on the machine that exports")
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def main() -> None:
+    """The installed command: errors as one line, exit code 2 for wrong usage or input, 1 for a failure."""
+    from fbclip.errors import FBClipError
+
+    try:
+        app()
+    except FBClipError as error:
+        if debug:
+            raise
+        typer.echo(f"fbclip: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("fbclip: interrupted; what was finished is kept", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -68,10 +68,35 @@ class ClipConfig:
 
 
 # Anything beyond these would change what a token is, and FB-CLIP's numbers with it.
-_PLAIN_VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value", "no_ln_pre",
-                 "patch_dropout", "pool_type", "final_ln_after_pool", "output_tokens", "norm_kwargs", "act_kwargs"}  # fmt: skip
-_PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "ls_init_value",
-               "no_causal_mask", "norm_kwargs", "act_kwargs", "output_tokens"}  # fmt: skip
+_PLAIN_VISION = {
+    "layers",
+    "width",
+    "head_width",
+    "mlp_ratio",
+    "patch_size",
+    "image_size",
+    "ls_init_value",
+    "no_ln_pre",
+    "patch_dropout",
+    "pool_type",
+    "final_ln_after_pool",
+    "output_tokens",
+    "norm_kwargs",
+    "act_kwargs",
+}
+_PLAIN_TEXT = {
+    "context_length",
+    "vocab_size",
+    "width",
+    "heads",
+    "layers",
+    "mlp_ratio",
+    "ls_init_value",
+    "no_causal_mask",
+    "norm_kwargs",
+    "act_kwargs",
+    "output_tokens",
+}
 
 
 def check_plain(name: str, model: Mapping[str, Any]) -> None:
@@ -89,8 +114,10 @@ def check_plain(name: str, model: Mapping[str, Any]) -> None:
     if model.get("custom_text") or "multimodal_cfg" in model:
         reasons.append("it is not laid out like CLIP (custom text tower)")
     if not reasons:
-        extra = sorted({f"vision {k}" for k in vision.keys() - _PLAIN_VISION if vision[k]}
-                       | {f"text {k}" for k in text.keys() - _PLAIN_TEXT if text[k]})  # fmt: skip
+        extra = sorted(
+            {f"vision {k}" for k in vision.keys() - _PLAIN_VISION if vision[k]}
+            | {f"text {k}" for k in text.keys() - _PLAIN_TEXT if text[k]}
+        )
         reasons += [f"it sets {', '.join(extra)}"] if extra else []
     if reasons:
         raise UsageError(
@@ -114,8 +141,10 @@ def clip_config(clip: str, weights: str | None = None) -> ClipConfig:
     else:
         model = open_clip.get_model_config(clip.replace("/", "-"))
         if model is None:
-            raise UsageError(f"--clip takes an open_clip model name or a .json configuration; {clip!r} is neither. "
-                             f"Names: python -c 'import open_clip; print(open_clip.list_models())'")  # fmt: skip
+            raise UsageError(
+                f"--clip takes an open_clip model name or a .json configuration; {clip!r} is neither. "
+                f"Names: python -c 'import open_clip; print(open_clip.list_models())'"
+            )
         config = ClipConfig(clip, model)
     check_plain(config.name, config.model)
     if weights is None or Path(weights).is_file():
@@ -123,8 +152,9 @@ def clip_config(clip: str, weights: str | None = None) -> ClipConfig:
     tag = open_clip.get_pretrained_cfg(config.name, weights)
     if not tag:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
-        raise UsageError(f"--clip-weights takes a file or a pretrained tag of {config.name}; {weights!r} is neither "
-                         f"(tags: {tags})")  # fmt: skip
+        raise UsageError(
+            f"--clip-weights takes a file or a pretrained tag of {config.name}; {weights!r} is neither (tags: {tags})"
+        )
     model = {**config.model, "quick_gelu": bool(tag.get("quick_gelu", config.model.get("quick_gelu", False)))}
     return ClipConfig(config.name, model, tuple(tag["mean"]), tuple(tag["std"]), weights)
 
@@ -138,8 +168,9 @@ def _config_from_file(path: Path) -> ClipConfig:
     except FileNotFoundError as error:
         raise UsageError(f"no CLIP configuration at {path}") from error
     except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise UsageError(f"a CLIP configuration is JSON with embed_dim, vision_cfg and text_cfg; "
-                         f"{path} is not: {error}") from error  # fmt: skip
+        raise UsageError(
+            f"a CLIP configuration is JSON with embed_dim, vision_cfg and text_cfg; {path} is not: {error}"
+        ) from error
     images = raw.get("preprocess_cfg", {})
     return ClipConfig(path.stem, model, tuple(images.get("mean", CLIP_MEAN)), tuple(images.get("std", CLIP_STD)))
 
@@ -165,8 +196,10 @@ def read_weights(path: Path) -> tuple[StateDict, bool]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"CLIP weights must be .safetensors, a torch file of tensors only, or OpenAI's archive; "
-                              f"{path} can't be read as that: {first_line}") from error  # fmt: skip
+        raise CheckpointError(
+            f"CLIP weights must be .safetensors, a torch file of tensors only, or OpenAI's archive; "
+            f"{path} can't be read as that: {first_line}"
+        ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     tensors = {str(k).removeprefix("module."): v.float() for k, v in state.items() if isinstance(v, Tensor)}
     for stray in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's archives carry these as tensors
@@ -198,8 +231,9 @@ def load_clip(clip: str, weights: str | None) -> tuple[open_clip.CLIP, ClipConfi
         try:
             path = Path(open_clip.download_pretrained(tag))
         except Exception as error:  # whatever the hub's client raises
-            raise UsageError(f"could not fetch {config.name} {weights!r}: {error}; with no network, pass the file "
-                             f"as --clip-weights") from error  # fmt: skip
+            raise UsageError(
+                f"could not fetch {config.name} {weights!r}: {error}; with no network, pass the file as --clip-weights"
+            ) from error
     state, archive = read_weights(path)
     if archive:
         config = ClipConfig.from_dict({**config.to_dict(), "model": {**config.model, "quick_gelu": True}})
@@ -224,13 +258,15 @@ def build_clip(config: ClipConfig, state: StateDict | None) -> open_clip.CLIP:
     return cast(open_clip.CLIP, clip.eval())
 
 
-def require_fit(what: str, wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]],
-                hint: str = "") -> None:  # fmt: skip
+def require_fit(
+    what: str, wanted: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]], hint: str = ""
+) -> None:
     """Raise CheckpointError that lists every missing, extra and misshapen name."""
     problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in got]
     problems += [f"extra {name} {got[name]}" for name in got if name not in wanted]
-    problems += [f"{name} is {got[name]}, wanted {wanted[name]}"
-                 for name in wanted if name in got and got[name] != wanted[name]]  # fmt: skip
+    problems += [
+        f"{name} is {got[name]}, wanted {wanted[name]}" for name in wanted if name in got and got[name] != wanted[name]
+    ]
     if problems:
         raise CheckpointError(f"{what} do not fit ({len(problems)} names): {'; '.join(problems)}{hint}")
 

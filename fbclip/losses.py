@@ -28,7 +28,9 @@ class Losses(NamedTuple):
         return self.score_focal + self.map_focal + self.map_dice + self.scr
 
 
-def fbclip_losses(score: Tensor, patch_map: Tensor, projected_last: Tensor, text: Tensor, label: Tensor, mask: Tensor) -> Losses:
+def fbclip_losses(
+    score: Tensor, patch_map: Tensor, projected_last: Tensor, text: Tensor, label: Tensor, mask: Tensor
+) -> Losses:
     """The four terms.
 
     Args:

@@ -24,7 +24,7 @@ MAX_FEATURE_LAYERS = 6  # entries of scale_weights in the published checkpoints
 TEMPERATURE = 0.07
 WINDOW = 5  # side of the spatial view's window, in patches
 HEADS, HEAD_WIDTH = 8, 64  # of the separation attention
-PUBLISHED = {"ViT-L-14-336": (518, (1, 6, 12, 18, 24))}
+PUBLISHED: dict[str, tuple[int, tuple[int, ...]]] = {"ViT-L-14-336": (518, (1, 6, 12, 18, 24))}
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,18 @@ class Config:
         patch, layers = self.clip.patch_size, self.feature_layers
         if self.image_size % patch or self.image_size < 2 * patch:
             nearest = max(2, round(self.image_size / patch)) * patch
-            raise UsageError(f"--image-size must be a multiple of the patch side {patch}, at least {2 * patch}; "
-                             f"got {self.image_size}, nearest is {nearest}")  # fmt: skip
+            raise UsageError(
+                f"--image-size must be a multiple of the patch side {patch}, at least {2 * patch}; "
+                f"got {self.image_size}, nearest is {nearest}"
+            )
         ascending = list(layers) == sorted(set(layers))
-        if not (1 <= len(layers) <= MAX_FEATURE_LAYERS and ascending and 1 <= layers[0] and layers[-1] <= self.clip.layers):
-            raise UsageError(f"--feature-layers takes 1 to {MAX_FEATURE_LAYERS} ascending numbers between 1 and "
-                             f"{self.clip.layers} (the layers of {self.clip.name}); got {','.join(map(str, layers))}")  # fmt: skip
+        if not (
+            1 <= len(layers) <= MAX_FEATURE_LAYERS and ascending and layers[0] >= 1 and layers[-1] <= self.clip.layers
+        ):
+            raise UsageError(
+                f"--feature-layers takes 1 to {MAX_FEATURE_LAYERS} ascending numbers between 1 and "
+                f"{self.clip.layers} (the layers of {self.clip.name}); got {','.join(map(str, layers))}"
+            )
 
     @property
     def grid(self) -> int:
@@ -75,8 +81,9 @@ class Config:
         return cls(**{**values, "clip": clip, "feature_layers": tuple(values["feature_layers"])})
 
 
-def default_config(clip: ClipConfig, image_size: int | None = None, feature_layers: tuple[int, ...] | None = None,
-                   noun: str = "object") -> Config:  # fmt: skip
+def default_config(
+    clip: ClipConfig, image_size: int | None = None, feature_layers: tuple[int, ...] | None = None, noun: str = "object"
+) -> Config:
     """The published setting for ViT-L/14@336; elsewhere the trained input size and five layers spread over the depth."""
     if clip.name in PUBLISHED:
         size, layers = PUBLISHED[clip.name]
@@ -132,7 +139,7 @@ def min_max(v: Tensor) -> Tensor:
 @torch.no_grad()
 def foreground_mask(tokens: Tensor) -> Tensor:
     """Tokens (B, K, N, C) -> f (B, K, L), 1 in front and 0.5 behind (section 4). A hard threshold: no gradient."""
-    c, x = tokens[:, :, :1], tokens[:, :, 1:]
+    x = tokens[:, :, 1:]
     padded = F.pad(x, (0, 0, 1, 1))
     a = (x - (padded[:, :, :-2] + x + padded[:, :, 2:]) / 3).norm(dim=-1)
     b = (x - x.mean(dim=2, keepdim=True)).norm(dim=-1)
@@ -141,7 +148,7 @@ def foreground_mask(tokens: Tensor) -> Tensor:
     s = 0.3 * min_max(a) + 0.3 * min_max(b) + 0.3 * min_max(q) + 0.1 * min_max(d)
     s = torch.cat([s[..., 2:3], s[..., 1:2], s, s[..., -2:-1], s[..., -3:-2]], dim=-1)  # reflected at both ends
     length = x.shape[2]
-    smooth = sum(s[..., k : k + length] for k in range(5)) / 5  # type: ignore[operator]
+    smooth = torch.stack([s[..., k : k + length] for k in range(5)]).mean(dim=0)
     return torch.where(smooth > 0.5, 1.0, 0.5)
 
 
@@ -199,7 +206,9 @@ class SpatialView(nn.Module):
         self.register_buffer("col_band", col_band, persistent=False)
         self.register_buffer("outside", outside, persistent=False)
         # -1e9 instead of -inf: exp gives 0 all the same, and no runtime sees an infinity
-        self.register_buffer("log_outside", torch.where(outside > 0, outside.clamp_min(1).log(), -1e9), persistent=False)
+        self.register_buffer(
+            "log_outside", torch.where(outside > 0, outside.clamp_min(1).log(), -1e9), persistent=False
+        )
         key_row = torch.arange(self.rows)[:, None] + torch.arange(WINDOW) - WINDOW // 2  # (rows, 5)
         row_inside = ((key_row >= 0) & (key_row < self.rows))[:, None, :, None]
         self.register_buffer("masked", ~(row_inside & (col_band > 0)[:, None]), persistent=False)
@@ -244,13 +253,13 @@ class SpatialView(nn.Module):
     def box_sum(self, x: Tensor) -> Tensor:
         """Sum over the window, zeros outside the grid: (B, rows, cols, C) -> the same."""
         x = self.col_band @ x
-        return (self.row_band @ x.flatten(2)).unflatten(2, (self.cols, -1))
+        return cast(Tensor, (self.row_band @ x.flatten(2)).unflatten(2, (self.cols, -1)))
 
     def window_softmax(self, logits: Tensor, outside_logit: Tensor) -> Tensor:
         """Softmax over the window's 25 positions; returns the weights inside the grid, (B, rows, cols, 5, cols)."""
         inside = logits.masked_fill(self.masked, -1e9).flatten(3)
         both = torch.cat([inside, outside_logit + self.log_outside], dim=-1)
-        return both.softmax(dim=-1)[..., :-1].unflatten(3, (WINDOW, self.cols))
+        return cast(Tensor, both.softmax(dim=-1)[..., :-1].unflatten(3, (WINDOW, self.cols)))
 
 
 def _band(n: int) -> Tensor:
@@ -319,7 +328,7 @@ class Visual(nn.Module):
 
     def separated(self, tokens: Tensor) -> Tensor:
         """Tokens (B, K, N, C) -> Z (B, K, 3, N, C): identity, semantic and spatial view after separation attention."""
-        batch, layers = tokens.shape[:2]
+        layers = tokens.shape[1]
         separated = self.separation(self.views(tokens).flatten(0, 2))
         return cast(Tensor, separated.unflatten(0, (-1, layers, 3)))
 
@@ -330,7 +339,7 @@ class Visual(nn.Module):
         f = foreground_mask(tokens).flatten(0, 1)
         patches = torch.stack([flat[:, 1:], semantic_view(flat, f), self.spatial(flat, f)], dim=1)
         class_token = flat[:, None, :1].expand(-1, 3, -1, -1)
-        return torch.cat([class_token, patches], dim=2).unflatten(0, (-1, layers))
+        return cast(Tensor, torch.cat([class_token, patches], dim=2).unflatten(0, (-1, layers)))
 
     def suppressed(self, z: Tensor) -> Tensor:
         """Background suppression (section 7): Z (B, K, 3, N, C) -> projected tokens y·W_vis (B, K, 3, N, E)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from fbclip import checkpoint
 from fbclip.data.procedural import Sample
@@ -59,8 +58,15 @@ class Recipe:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def train(model: FBCLIP, data: SampleSet, recipe: Recipe, out: Path, resume: bool = False,
-          progress: bool = True, workers: int = 0) -> list[float]:  # fmt: skip
+def train(
+    model: FBCLIP,
+    data: SampleSet,
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    progress: bool = True,
+    workers: int = 0,
+) -> list[float]:
     """Train in place and write `out/checkpoint.safetensors` with `out/optimiser.pt` beside it.
 
     Args:
@@ -80,18 +86,26 @@ def train(model: FBCLIP, data: SampleSet, recipe: Recipe, out: Path, resume: boo
     batches = list(batch_order(len(data), recipe))
     done = _resume(model, optimiser, recipe, out) if resume else 0
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.config.clip.mean, model.config.clip.std))
-    loader = DataLoader(data, batch_sampler=batches[done:], collate_fn=collate, num_workers=workers)  # type: ignore[arg-type]
+    dataset = cast("Dataset[Sample]", data)
+    loader = DataLoader(dataset, batch_sampler=batches[done:], collate_fn=collate, num_workers=workers)
     history = []
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeRemainingColumn(),
+    )
     model.eval()  # CLIP is frozen in eval mode, and nothing here has dropout
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("training", total=len(batches), completed=done, loss=math.nan)
         for step, (images, masks) in enumerate(loader, start=done):
             losses = loss_of_batch(model, (images.permute(0, 3, 1, 2) / 255 - mean) / std, masks)
             if not math.isfinite(total := losses.total.item()):
-                raise FBClipError(f"the loss of step {step} is {total}; lower --lr (now {recipe.lr}). "
-                                  f"The last checkpoint in {out} stands")  # fmt: skip
+                raise FBClipError(
+                    f"the loss of step {step} is {total}; lower --lr (now {recipe.lr}). "
+                    f"The last checkpoint in {out} stands"
+                )
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr_at(step, len(batches))
             optimiser.zero_grad()
@@ -173,7 +187,7 @@ def _save(model: FBCLIP, optimiser: torch.optim.Optimizer, recipe: Recipe, step:
     state = {"optimiser": optimiser.state_dict(), "step": step, "recipe": asdict(recipe)}
     temporary = out / "optimiser.pt.tmp"
     torch.save(state, temporary)
-    os.replace(temporary, out / "optimiser.pt")
+    temporary.replace(out / "optimiser.pt")
 
 
 def _resume(model: FBCLIP, optimiser: torch.optim.Optimizer, recipe: Recipe, out: Path) -> int:

@@ -33,14 +33,18 @@ class OnnxRuntimeBackend:
     def __init__(self, graph: Path, text: NDArray[np.float32], device: str = "cpu") -> None:
         provider = PROVIDERS[device]
         if provider not in ort.get_available_providers():
-            raise DeviceError(f"--device {device} needs ONNX Runtime's {provider}; this one has {', '.join(available())}: "
-                              f"pip install 'fbclip[gpu]' on a machine with an NVIDIA GPU")  # fmt: skip
+            raise DeviceError(
+                f"--device {device} needs ONNX Runtime's {provider}; this one has {', '.join(available())}: "
+                f"pip install 'fbclip[gpu]' on a machine with an NVIDIA GPU"
+            )
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors; warnings about nodes left on the CPU are checked below
         self.session = ort.InferenceSession(graph, options, providers=[provider])
         if self.session.get_providers()[0] != provider:
-            raise DeviceError(f"ONNX Runtime could not start {provider} and fell back to {self.session.get_providers()[0]}; "
-                              f"check the driver and CUDA's libraries, or pass --device cpu")  # fmt: skip
+            raise DeviceError(
+                f"ONNX Runtime could not start {provider} and fell back to {self.session.get_providers()[0]}; "
+                f"check the driver and CUDA's libraries, or pass --device cpu"
+            )
         self.device = device
         self.text = text
 

@@ -12,7 +12,9 @@ MIN_SIDE = 240  # smaller frames are enlarged, so that the text stays legible
 GOOD, BAD = (46, 160, 67), (218, 54, 51)  # RGB
 
 
-def draw_overlay(image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], score: float, threshold: float) -> NDArray[np.uint8]:
+def draw_overlay(
+    image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], score: float, threshold: float
+) -> NDArray[np.uint8]:
     """Heat map (fixed scale 0..1), contours at the threshold, and a bar with score and verdict.
 
     Args:
@@ -29,7 +31,9 @@ def draw_overlay(image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], sco
     alpha = (0.15 + 0.5 * anomaly_map.clip(0, 1))[..., None]
     canvas = np.ascontiguousarray((image * (1 - alpha) + colours * alpha).astype(np.uint8))
     line = max(1, round(min(height, width) / 300))
-    contours, _ = cv2.findContours((anomaly_map >= threshold).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    contours, _ = cv2.findContours(
+        (anomaly_map >= threshold).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
+    )
     cv2.drawContours(canvas, contours, -1, (255, 255, 255), line + 2, cv2.LINE_AA)
     cv2.drawContours(canvas, contours, -1, BAD, line, cv2.LINE_AA)
     return np.vstack([_bar(width, score, threshold), canvas])
@@ -46,7 +50,9 @@ def _bar(width: int, score: float, threshold: float) -> NDArray[np.uint8]:
         thickness = max(1, round(1.6 * scale))
         (text_width, text_height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
     bar = np.full((text_height + base + 12, width, 3), BAD if bad else GOOD, np.uint8)
-    cv2.putText(bar, text, (6, text_height + 6), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), thickness, cv2.LINE_AA)
+    cv2.putText(
+        bar, text, (6, text_height + 6), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), thickness, cv2.LINE_AA
+    )
     return bar
 
 

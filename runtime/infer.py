@@ -85,8 +85,17 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, console: 
                 lines.flush()
             if table and rows:
                 peak = max((r["peak"] for r in record["regions"]), default="")
-                table.writerow([record["source"], record["score"], record["threshold"], record["is_anomalous"],
-                                len(record["regions"]), peak, record["timings_ms"]["model"]])  # fmt: skip
+                table.writerow(
+                    [
+                        record["source"],
+                        record["score"],
+                        record["threshold"],
+                        record["is_anomalous"],
+                        len(record["regions"]),
+                        peak,
+                        record["timings_ms"]["model"],
+                    ]
+                )
                 rows.flush()
     return summary
 
@@ -128,7 +137,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         with os.fdopen(handle, "wb") as file:
             yield file
         Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -154,13 +163,21 @@ def _text_output(target: str | None) -> Iterator[IO[str] | None]:
 def report(summary: Summary, outputs: Outputs, console: Console) -> None:
     """A table of the results, at most twenty, the highest scores first, and one line that sums up."""
     table = Table(box=None, pad_edge=False)
-    for column, justify in (("image", "left"), ("verdict", "left"), ("score", "right"), ("regions", "right"), ("ms", "right")):
+    for column, justify in (
+        ("image", "left"),
+        ("verdict", "left"),
+        ("score", "right"),
+        ("regions", "right"),
+        ("ms", "right"),
+    ):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     ranked = sorted(summary.results, key=lambda item: item[1]["score"], reverse=True)
     for source, record in ranked[:SHOWN]:
         verdict = "[red]defect[/]" if record["is_anomalous"] else "[green]good[/]"
         milliseconds = sum(record["timings_ms"].values())
-        table.add_row(source.name, verdict, f"{record['score']:.3f}", str(len(record["regions"])), f"{milliseconds:.0f}")
+        table.add_row(
+            source.name, verdict, f"{record['score']:.3f}", str(len(record["regions"])), f"{milliseconds:.0f}"
+        )
     if ranked:
         console.print(table)
     if len(ranked) > SHOWN:

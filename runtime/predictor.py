@@ -17,7 +17,7 @@ from fbclip.errors import ImageError, UsageError
 from fbclip.image import resize
 from fbclip.runtime.backends import make_backend
 from fbclip.runtime.draw import draw_overlay
-from fbclip.runtime.images import to_rgb, read_image
+from fbclip.runtime.images import read_image, to_rgb
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,13 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the arrays."""
         regions = [{"box": list(r.box), "peak": r.peak, "area": r.area} for r in self.regions]
-        return {"score": self.score, "threshold": self.threshold, "is_anomalous": self.is_anomalous, "regions": regions,
-                "timings_ms": {k: round(v, 3) for k, v in self.timings_ms.items()}}  # fmt: skip
+        return {
+            "score": self.score,
+            "threshold": self.threshold,
+            "is_anomalous": self.is_anomalous,
+            "regions": regions,
+            "timings_ms": {k: round(v, 3) for k, v in self.timings_ms.items()},
+        }
 
 
 class Predictor:
@@ -85,8 +90,13 @@ class Predictor:
         BundleError, DeviceError, UsageError.
     """
 
-    def __init__(self, bundle: Bundle | str | Path | None = None, device: str = "auto", precision: str = "auto",
-                 threshold: float | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        bundle: Bundle | str | Path | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        threshold: float | None = None,
+    ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.threshold = self.bundle.manifest.threshold if threshold is None else threshold
         if not 0 <= self.threshold <= 1:
@@ -115,8 +125,15 @@ class Predictor:
         regions = find_regions(anomaly_map, self.threshold)
         end = time.perf_counter()
         timings = {"read": read - start, "preprocess": ready - read, "model": done - ready, "postprocess": end - done}
-        return Prediction(float(scores[0]), self.threshold, anomaly_map, maps[0], regions,
-                          {stage: seconds * 1e3 for stage, seconds in timings.items()}, frame)  # fmt: skip
+        return Prediction(
+            float(scores[0]),
+            self.threshold,
+            anomaly_map,
+            maps[0],
+            regions,
+            {stage: seconds * 1e3 for stage, seconds in timings.items()},
+            frame,
+        )
 
     @staticmethod
     def _frame(image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str) -> NDArray[np.uint8]:

@@ -20,7 +20,9 @@ def fbclip(tmp_path: Path) -> Run:
 
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([command, *map(str, arguments)], cwd=tmp_path, env=environment, text=True, capture_output=True)
+        done = subprocess.run(
+            [command, *map(str, arguments)], cwd=tmp_path, env=environment, text=True, capture_output=True
+        )
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done

@@ -17,8 +17,12 @@ from fbclip import checkpoint
 
 DATA = Path(__file__).parent / "data"
 SALT = "golden-mini-a"
-CLIP = {"embed_dim": 768, "quick_gelu": True, "vision_cfg": {"image_size": 112, "layers": 6, "width": 128, "patch_size": 14},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}}  # fmt: skip
+CLIP = {
+    "embed_dim": 768,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 112, "layers": 6, "width": 128, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+}
 IMAGE_SIZE = 154
 FEATURE_LAYERS = (1, 2, 3, 4, 6)
 
@@ -43,8 +47,11 @@ def weight(name: str, shape: tuple[int, ...], salt: str = SALT) -> Tensor:
         value = 1 + np.float32(0.1) * n
     elif leaf in ("bias", "in_proj_bias"):
         value = np.float32(0.05) * n
-    elif (leaf in ("class_embedding", "positional_embedding") or name.startswith(("ctx_", "compound_prompts_text"))
-          or "token_embedding" in name):  # fmt: skip
+    elif (
+        leaf in ("class_embedding", "positional_embedding")
+        or name.startswith(("ctx_", "compound_prompts_text"))
+        or "token_embedding" in name
+    ):
         value = np.float32(0.2) * n
     elif leaf in ("proj", "text_projection"):
         value = n * np.float32(shape[0] ** -0.5)
@@ -64,9 +71,13 @@ def weights(group: str) -> dict[str, Tensor]:
 
 def official_checkpoint() -> dict[str, Any]:
     buffers = {name: torch.zeros(shape) for name, shape in keys()["prompt_learner_buffers"].items()}
-    return {"prompt_learner": {**weights("prompt_learner_parameters"), **buffers},
-            "model_trainable_params": weights("model_trainable_params"),
-            "epoch": 3, "loss": 0.5, "source_domain": "mvtec"}  # fmt: skip
+    return {
+        "prompt_learner": {**weights("prompt_learner_parameters"), **buffers},
+        "model_trainable_params": weights("model_trainable_params"),
+        "epoch": 3,
+        "loss": 0.5,
+        "source_domain": "mvtec",
+    }
 
 
 def write(folder: Path) -> tuple[Path, Path, Path]:

@@ -18,8 +18,13 @@ SMALL_LAYERS = golden.FEATURE_LAYERS
 
 
 def load(folder: Path, official: Path | None = None, weights: Path | None = None) -> checkpoint.FBCLIP:
-    return checkpoint.load(official or folder / "official.pth", str(folder / "clip.json"),
-                           str(weights or folder / "clip.pt"), golden.IMAGE_SIZE, SMALL_LAYERS)  # fmt: skip
+    return checkpoint.load(
+        official or folder / "official.pth",
+        str(folder / "clip.json"),
+        str(weights or folder / "clip.pt"),
+        golden.IMAGE_SIZE,
+        SMALL_LAYERS,
+    )
 
 
 def test_ours_comes_back(golden_files: Path, tmp_path: Path) -> None:
@@ -128,7 +133,10 @@ def test_the_published_setting() -> None:
     assert default_config(clip_config("ViT-B-16")).feature_layers == (1, 3, 6, 9, 12)
 
 
-@pytest.mark.parametrize(("size", "layers"), [(500, None), (7, None), (518, (0, 3)), (518, (3, 2)), (518, (1, 25)), (518, tuple(range(1, 8)))])
+@pytest.mark.parametrize(
+    ("size", "layers"),
+    [(500, None), (7, None), (518, (0, 3)), (518, (3, 2)), (518, (1, 25)), (518, tuple(range(1, 8)))],
+)
 def test_settings_that_cannot_be(size: int, layers: tuple[int, ...] | None) -> None:
     with pytest.raises(UsageError, match=r"--image-size|--feature-layers"):
         default_config(clip_config("ViT-L-14-336"), size, layers)

@@ -37,19 +37,43 @@ def stages(model: FBCLIP) -> dict[str, Tensor]:
     per_layer = {
         f"{name}_{k}": value
         for k in range(5)
-        for name, value in (("tokens", tokens[:, k]), ("foreground", f[:, k]), ("semantic", views[:, k, 1]), ("spatial", views[:, k, 2]))
-    }  # fmt: skip
+        for name, value in (
+            ("tokens", tokens[:, k]),
+            ("foreground", f[:, k]),
+            ("semantic", views[:, k, 1]),
+            ("spatial", views[:, k, 2]),
+        )
+    }
     return {
-        "prompt_embeddings": embeddings, "text_hidden": hidden, "text_eot": eot, "text_mean": mean,
-        "text_attention": attention, "text_features": model.encode_text(), **per_layer,
-        "separated_0_identity": z[:, 0, 0], "separated_1_semantic": z[:, 1, 1], "separated_last_spatial": z[:, -1, 2],
-        "background": background(z), "suppressed_projected_last": visual.suppressed(z)[:, -1, 2],
-    }  # fmt: skip
+        "prompt_embeddings": embeddings,
+        "text_hidden": hidden,
+        "text_eot": eot,
+        "text_mean": mean,
+        "text_attention": attention,
+        "text_features": model.encode_text(),
+        **per_layer,
+        "separated_0_identity": z[:, 0, 0],
+        "separated_1_semantic": z[:, 1, 1],
+        "separated_last_spatial": z[:, -1, 2],
+        "background": background(z),
+        "suppressed_projected_last": visual.suppressed(z)[:, -1, 2],
+    }
 
 
-STAGES = ["prompt_embeddings", "text_hidden", "text_eot", "text_mean", "text_attention", "text_features",
-          *(f"{name}_{k}" for k in range(5) for name in ("tokens", "foreground", "semantic", "spatial")),
-          "separated_0_identity", "separated_1_semantic", "separated_last_spatial", "background", "suppressed_projected_last"]  # fmt: skip
+STAGES = [
+    "prompt_embeddings",
+    "text_hidden",
+    "text_eot",
+    "text_mean",
+    "text_attention",
+    "text_features",
+    *(f"{name}_{k}" for k in range(5) for name in ("tokens", "foreground", "semantic", "spatial")),
+    "separated_0_identity",
+    "separated_1_semantic",
+    "separated_last_spatial",
+    "background",
+    "suppressed_projected_last",
+]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -105,8 +129,12 @@ def test_three_training_steps(golden_files: Path) -> None:
 
 def check_gradients(model: FBCLIP) -> None:
     separation, prompts = model.visual.separation, model.prompts
-    parameters = {"ctx_pos": prompts.ctx_pos, "scale_weights": model.visual.scale_weights,
-                  "token_selector_2_weight": prompts.token_selector[2].weight, "fg_to_q": separation.foreground.to_q.weight}  # fmt: skip
+    parameters = {
+        "ctx_pos": prompts.ctx_pos,
+        "scale_weights": model.visual.scale_weights,
+        "token_selector_2_weight": prompts.token_selector[2].weight,
+        "fg_to_q": separation.foreground.to_q.weight,
+    }
     for name, parameter in parameters.items():
         expected = EXPECTED[f"grad_{name}"]
         assert parameter.grad is not None

@@ -26,8 +26,11 @@ def make(shape: tuple[int, int, int], mask: str, seed: int, constant: bool) -> t
     tokens = torch.randn(batch, 1 + rows * cols, WIDTH, generator=generator)
     if constant:
         tokens[:, 1:] = tokens[:, 1:2]
-    values = {"mixed": torch.rand(batch, rows * cols, generator=generator) > 0.5, "front": torch.ones(batch, rows * cols),
-              "behind": torch.zeros(batch, rows * cols)}  # fmt: skip
+    values = {
+        "mixed": torch.rand(batch, rows * cols, generator=generator) > 0.5,
+        "front": torch.ones(batch, rows * cols),
+        "behind": torch.zeros(batch, rows * cols),
+    }
     return tokens, torch.where(values[mask] > 0, 1.0, 0.5)
 
 

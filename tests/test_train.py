@@ -14,14 +14,36 @@ from hypothesis import strategies as st
 from fbclip import checkpoint
 from fbclip.data.procedural import ProceduralDefects
 
-TINY = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1}}  # fmt: skip
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
 
 
 def arguments(tmp_path: Path, out: str, samples: int) -> list[object]:
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    return ["train", "procedural", "--clip", "tiny.json", "--train-tower", "--epochs", 1, "--samples", samples, "--batch-size", 2,
-            "--lr", 1e-3, "--save-every", 2, "--workers", 0, "--out", out]  # fmt: skip
+    return [
+        "train",
+        "procedural",
+        "--clip",
+        "tiny.json",
+        "--train-tower",
+        "--epochs",
+        1,
+        "--samples",
+        samples,
+        "--batch-size",
+        2,
+        "--lr",
+        1e-3,
+        "--save-every",
+        2,
+        "--workers",
+        0,
+        "--out",
+        out,
+    ]
 
 
 def test_resume_goes_on_as_if_never_stopped(fbclip: Run, tmp_path: Path) -> None:

@@ -34,8 +34,10 @@ class MVTecFolder:
                     raise UsageError(f"every defective image needs a mask; {image} has none at {mask}")
                 self.items.append((image, None if defect == "good" else mask))
         if not self.items:
-            raise UsageError(f"training data is laid out like MVTec AD (test/good, test/DEFECT, ground_truth/DEFECT); "
-                             f"found no images below {root}/test or {root}/*/test")  # fmt: skip
+            raise UsageError(
+                f"training data is laid out like MVTec AD (test/good, test/DEFECT, ground_truth/DEFECT); "
+                f"found no images below {root}/test or {root}/*/test"
+            )
 
     def __len__(self) -> int:
         return len(self.items)

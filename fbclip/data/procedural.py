@@ -40,11 +40,14 @@ class ProceduralDefects:
         defective_share: probability of a defect.
     """
 
-    def __init__(self, image_size: int = 128, length: int = 10_000, seed: int = 0, ramp: int = 0,
-                 defective_share: float = 0.5) -> None:  # fmt: skip
+    def __init__(
+        self, image_size: int = 128, length: int = 10_000, seed: int = 0, ramp: int = 0, defective_share: float = 0.5
+    ) -> None:
         if image_size < 32 or length < 1 or ramp < 0 or not 0 <= defective_share <= 1:
-            raise ValueError(f"image_size >= 32, length >= 1, ramp >= 0, 0 <= defective_share <= 1; got "
-                             f"{image_size}, {length}, {ramp}, {defective_share}")  # fmt: skip
+            raise ValueError(
+                f"image_size >= 32, length >= 1, ramp >= 0, 0 <= defective_share <= 1; got "
+                f"{image_size}, {length}, {ramp}, {defective_share}"
+            )
         self.image_size, self.length, self.seed = image_size, length, seed
         self.ramp, self.defective_share = ramp, defective_share
 
@@ -54,7 +57,7 @@ class ProceduralDefects:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        clean, defective, mask, rng = self.render(index)
+        _, defective, mask, rng = self.render(index)
         image = camera(defective, rng)
         return Sample(image, mask)
 
@@ -90,7 +93,9 @@ def plain(rng: Generator, size: int) -> Field:
 
 def clouds(rng: Generator, size: int) -> Field:
     cells = rng.uniform(2, 10)
-    return sum(noise(rng, size, cells * 2**k) / 2 ** (k + 1) for k in range(int(rng.integers(1, 5))))  # type: ignore[return-value]
+    octaves = [noise(rng, size, cells * 2**k) / 2 ** (k + 1) for k in range(int(rng.integers(1, 5)))]
+    total: Field = np.sum(octaves, axis=0, dtype=np.float32)
+    return total
 
 
 def grain(rng: Generator, size: int) -> Field:
@@ -127,8 +132,9 @@ def cells(rng: Generator, size: int) -> Field:
     seeds = np.ones((size, size), np.uint8)
     count = int(rng.uniform(20, 300))
     seeds[rng.integers(0, size, count), rng.integers(0, size, count)] = 0
-    field = cv2.distanceTransform(seeds, cv2.DIST_L2, 3)
-    return (field / max(field.max(), 1e-6)).astype(np.float32)
+    far: Field = cv2.distanceTransform(seeds, cv2.DIST_L2, 3).astype(np.float32)
+    field: Field = far / np.float32(max(far.max(), 1e-6))
+    return field
 
 
 def speckle(rng: Generator, size: int) -> Field:
@@ -147,7 +153,17 @@ def tiles(rng: Generator, size: int) -> Field:
 
 
 TEXTURES: tuple[Callable[[Generator, int], Field], ...] = (
-    plain, grain, clouds, brushed, weave, stripes, wood, cells, speckle, tiles)  # fmt: skip
+    plain,
+    grain,
+    clouds,
+    brushed,
+    weave,
+    stripes,
+    wood,
+    cells,
+    speckle,
+    tiles,
+)
 SIMPLE = 4  # how many of them a plain curriculum starts with
 
 
@@ -159,7 +175,8 @@ def texture(rng: Generator, size: int, variety: float) -> NDArray[np.float32]:
     tint = np.ones(3) if rng.random() < 0.5 else rng.uniform(0.6, 1.3, 3)
     contrast = rng.uniform(0.03, 0.12 + 0.4 * variety)
     value = base + contrast * (field - field.mean())
-    return (value[..., None] * tint).astype(np.float32)
+    coloured: NDArray[np.float32] = (value[..., None] * tint).astype(np.float32)
+    return coloured
 
 
 def surface(rng: Generator, size: int, variety: float) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
@@ -201,7 +218,8 @@ def walk(rng: Generator, size: int, length: float, bend: float) -> NDArray[np.in
     angle = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, bend, steps))
     path = np.cumsum(np.stack([np.cos(angle), np.sin(angle)], 1) * length / steps, axis=0)
     middle = rng.uniform(0.15, 0.85, 2) * size
-    return (path - path.mean(0) + middle).round().astype(np.int32)[:, None]
+    points: NDArray[np.int32] = (path - path.mean(0) + middle).round().astype(np.int32)
+    return points[:, None]
 
 
 def line_alpha(rng: Generator, size: int, bend: float, variety: float) -> Field:
@@ -235,14 +253,16 @@ def blob(rng: Generator, size: int, variety: float) -> Field:
     cx, cy = rng.uniform(0.15, 0.85, 2)
     radius = rng.uniform(0.06, 0.3)
     far = np.hypot(x - cx, (y - cy) * rng.uniform(0.6, 1.6)) / radius
-    return (1.6 - far - rng.uniform(0.3, 1) * noise(rng, size, rng.uniform(6, 20))).clip(0, 1).astype(np.float32)
+    alpha = 1.6 - far - rng.uniform(0.3, 1) * noise(rng, size, rng.uniform(6, 20))
+    return alpha.clip(0, 1).astype(np.float32)  # type: ignore[no-any-return]
 
 
 SHAPES: tuple[Callable[[Generator, int, float], Field], ...] = (scratch, spot, crack, blob)
 
 
-def add_defect(image: NDArray[np.float32], mask: NDArray[np.uint8], support: NDArray[np.uint8], rng: Generator,
-               variety: float) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:  # fmt: skip
+def add_defect(
+    image: NDArray[np.float32], mask: NDArray[np.uint8], support: NDArray[np.uint8], rng: Generator, variety: float
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Draw one defect on the part; drawn again where it missed the part or can hardly be seen."""
     size = mask.shape[0]
     for attempt in range(8):
@@ -258,7 +278,9 @@ def add_defect(image: NDArray[np.float32], mask: NDArray[np.uint8], support: NDA
     return image, mask
 
 
-def appearance(image: NDArray[np.float32], alpha: Field, rng: Generator, variety: float, boost: float) -> NDArray[np.float32]:
+def appearance(
+    image: NDArray[np.float32], alpha: Field, rng: Generator, variety: float, boost: float
+) -> NDArray[np.float32]:
     """What a defect looks like inside: (S, S, 3)."""
     size = alpha.shape[0]
     kind = rng.integers(5) if rng.random() < variety else 0
@@ -268,8 +290,8 @@ def appearance(image: NDArray[np.float32], alpha: Field, rng: Generator, variety
         return texture(rng, size, 1)
     if kind == 3:  # a dent: light on one side, dark on the other
         slope = cv2.Sobel(cv2.GaussianBlur(alpha, (0, 0), max(1.0, 0.02 * size)), cv2.CV_32F, 1, 0)
-        slope /= np.abs(slope).max() + 1e-6
-        return image + 0.4 * boost * slope[..., None]
+        slope = slope / (np.abs(slope).max() + 1e-6)
+        return (image + 0.4 * boost * slope[..., None]).astype(np.float32)  # type: ignore[no-any-return]
     if kind == 4:  # worn or dirty: coloured and smooth
         colour = rng.uniform(0, 1, 3)
         return (0.5 * image + 0.5 * colour).astype(np.float32)
@@ -280,8 +302,8 @@ def appearance(image: NDArray[np.float32], alpha: Field, rng: Generator, variety
 def camera(image: NDArray[np.float32], rng: Generator) -> NDArray[np.uint8]:
     """What a camera makes of it: blur, gamma, noise, often grey; uint8."""
     if rng.random() < 0.3:
-        image = cv2.GaussianBlur(image, (3, 3), 0)
+        image = cv2.GaussianBlur(image, (3, 3), 0).astype(np.float32)
     if rng.random() < 0.5:
         image = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    image = image ** rng.uniform(0.75, 1.3) + rng.normal(0, rng.uniform(0, 0.025), image.shape)
-    return (image * 255).clip(0, 255).astype(np.uint8)
+    noisy = image ** rng.uniform(0.75, 1.3) + rng.normal(0, rng.uniform(0, 0.025), image.shape)
+    return (noisy * 255).clip(0, 255).astype(np.uint8)
