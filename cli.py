@@ -100,7 +100,9 @@ def export(
     feature_layers: LayersOption = None,
     object: Annotated[str, typer.Option(help="What the prompts call the inspected thing.")] = "object",
     fp16: Annotated[bool, typer.Option("--fp16", "--half", help="Also write a half-precision graph.")] = False,
-    threshold: Annotated[float, typer.Option(help="Scores from here on are anomalous.")] = 0.5,
+    threshold: Annotated[
+        float | None, typer.Option(help="Scores from here on are anomalous; 0.5, or what the embedded model has.")
+    ] = None,
     parity_images: Annotated[
         list[str] | None, typer.Option(help="Images, folder or glob for the proof; the samples if left out.")
     ] = None,
@@ -108,7 +110,7 @@ def export(
 ) -> None:
     """Write a bundle from a checkpoint and prove that it agrees with the model."""
     _needs_train_extra()
-    from fbclip.bundle import EMBEDDED
+    from fbclip.bundle import EMBEDDED, Bundle
     from fbclip.checkpoint import load
     from fbclip.export.bundle import export_bundle
     from fbclip.export.report import print_parity
@@ -117,6 +119,10 @@ def export(
     console = _console()
     images = [read_image(path) for path in list_images(parity_images or [])[:16]]
     path = checkpoint or EMBEDDED.with_suffix(".safetensors")
+    if checkpoint is None and (EMBEDDED / "manifest.json").is_file():  # it is deployed larger than it was trained
+        embedded = Bundle.load().manifest
+        image_size = image_size or embedded.image_size
+        threshold = embedded.threshold if threshold is None else threshold
     console.print(f"loading {path.name}")
     model = load(path, clip, clip_weights, image_size, _layers(feature_layers))
     model.set_noun(object)

@@ -1,0 +1,34 @@
+"""Train the embedded default model and export its bundle: `make nano`. Deterministic on one machine; see docs/nano.md."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ASSETS = REPOSITORY / "fbclip" / "assets"
+# Trained small for many cheap steps, deployed larger for finer maps. The threshold has the best balanced accuracy on
+# 400 held-out procedural images (seed 77) at that size.
+IMAGE_SIZE, THRESHOLD = "192", "0.545"
+RUN = REPOSITORY / "runs" / "nano"
+RECIPE = (
+    "procedural --train-tower --feature-layers 3 --epochs 1 --samples 32000 --ramp 8000 --batch-size 16 --lr 5e-4 "
+    "--cosine --seed 0 --save-every 100"
+)
+
+
+def fbclip(*arguments: str) -> None:
+    subprocess.run([Path(sys.executable).with_name("fbclip"), *arguments], check=True)
+
+
+def main() -> None:
+    resume = ["--resume"] if (RUN / "optimiser.pt").exists() else []
+    fbclip("train", *RECIPE.split(), "--clip", str(ASSETS / "fbclip-nano.json"), "--out", str(RUN), *resume)
+    shutil.copyfile(RUN / "checkpoint.safetensors", ASSETS / "fbclip-nano.safetensors")
+    fbclip("export", "--image-size", IMAGE_SIZE, "--threshold", THRESHOLD, "--out", str(ASSETS / "fbclip-nano.fbclip"))
+
+
+if __name__ == "__main__":
+    main()
