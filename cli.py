@@ -119,7 +119,7 @@ def export(
     console = _console()
     images = [read_image(path) for path in list_images(parity_images or [])[:16]]
     path = checkpoint or EMBEDDED.with_suffix(".safetensors")
-    if checkpoint is None and (EMBEDDED / "manifest.json").is_file():  # it is deployed larger than it was trained
+    if checkpoint is None:  # it is deployed larger than it was trained
         embedded = Bundle.load().manifest
         image_size = image_size or embedded.image_size
         threshold = embedded.threshold if threshold is None else threshold
@@ -133,7 +133,7 @@ def export(
         images,
         path.stem,
         fp16,
-        threshold,
+        0.5 if threshold is None else threshold,
         {"checkpoint": path.name},
         lambda line: console.print(line, highlight=False),
     )

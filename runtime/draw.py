@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_SIDE = 240  # smaller frames are enlarged, so that the text stays legible
+MIN_SIDE = 320  # smaller frames are enlarged, so that the text stays legible
 GOOD, BAD = (46, 160, 67), (218, 54, 51)  # RGB
 
 
@@ -57,7 +57,7 @@ def _bar(width: int, score: float, threshold: float) -> NDArray[np.uint8]:
 
 
 def _enlarged(array: NDArray[Any]) -> NDArray[Any]:
-    """At least 240 pixels on both sides; a side that is far shorter than the other is stretched to it."""
+    """At least 320 pixels on both sides; a side that is far shorter than the other is stretched to it."""
     height, width = array.shape[:2]
     factor = max(1.0, MIN_SIDE / max(height, width))
     size = (max(MIN_SIDE, round(width * factor)), max(MIN_SIDE, round(height * factor)))

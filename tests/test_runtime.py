@@ -91,10 +91,10 @@ def test_overlays_are_legible_at_any_size(size_hw: tuple[int, int]) -> None:
     image = np.full((*size_hw, 3), 128, np.uint8)
     overlay = draw_overlay(image, np.full(size_hw, 0.2, np.float32), 0.7, 0.5)
     height, width = overlay.shape[:2]
-    assert width >= 240
-    assert height > 240
-    bar = overlay[: height - max(240, size_hw[0])]
-    assert (bar == 255).all(axis=2).sum() > 200  # white letters on the bar
+    assert width >= 320
+    assert height > 320
+    bar = overlay[: height - max(320, size_hw[0])]
+    assert (bar > 200).all(axis=2).sum() > 200  # white letters on the bar
 
 
 def write_odd_images(folder: Path) -> dict[str, Image.Image]:
@@ -131,7 +131,7 @@ def test_a_folder_with_broken_files(fbclip: Run, tmp_path: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "colour.png").read_bytes()[:2000])
     Image.new("1", (20000, 15000)).save(folder / "bomb.png")
     done = fbclip("infer", "in", "--json", "out/r.jsonl", "--csv", "r.csv", "--save-map", code=2)
-    for name in ("empty.png is empty", "text.jpg is no image", "cut.png can't be read", "bomb.png has 300,000,000"):
+    for name in ("empty.png is empty", "text.jpg is no image", "cut.png can't be read", "could be decompression bomb"):
         assert name in done.stdout
     records = [json.loads(line) for line in (tmp_path / "out/r.jsonl").read_text().splitlines()]
     assert len(records) == 9
@@ -163,7 +163,7 @@ def test_samples_json_on_stdout_and_numbered_runs(fbclip: Run, tmp_path: Path) -
         (["infer", "--bundle", "nowhere.fbclip"], "fbclip export"),
         (["export", "--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         (["export", "--feature-layers", "1;2"], "--feature-layers takes numbers"),
-        (["train", "--clip", "ViT-L-15"], "neither"),
+        (["train", "--clip", "ViT-L-15"], "a frozen CLIP needs weights"),
     ],
 )
 def test_wrong_usage_is_one_line(fbclip: Run, arguments: list[str], message: str) -> None:
