@@ -126,7 +126,7 @@ def init_from_scratch(model: FBCLIP) -> None:
     W_v·W_out near 0.4·(noise - identity) (Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers",
     ICML 2023). The separation attention starts near the identity: it has no residual connection, so with random
     weights every token leaves it as the same average, and the loss stays on a plateau (measured: pixel AUROC 0.5
-    after 120 steps, against 0.95).
+    after 120 steps at lr 1e-3, against 0.95 at 5e-4, one run each).
     """
     for block in model.visual.tower.blocks:
         attn = cast(torch.nn.MultiheadAttention, block.attn)
