@@ -114,7 +114,8 @@ def export(
     from fbclip.checkpoint import load
     from fbclip.export.bundle import export_bundle
     from fbclip.export.report import print_parity
-    from fbclip.runtime.images import list_images, read_image
+    from fbclip.reading import read_image
+    from fbclip.runtime.images import list_images
 
     console = _console()
     images = [read_image(path) for path in list_images(parity_images or [])[:16]]
@@ -167,11 +168,12 @@ def train(
 
     from fbclip.checkpoint import DEFAULT_CLIP, DEFAULT_WEIGHTS
     from fbclip.clip import load_clip
+    from fbclip.data.dataset import SampleSet
     from fbclip.data.folder import MVTecFolder
     from fbclip.data.procedural import ProceduralDefects
     from fbclip.errors import UsageError
     from fbclip.model import FBCLIP, default_config
-    from fbclip.train import Recipe, SampleSet, init_from_scratch, train
+    from fbclip.train import Recipe, init_from_scratch, train
 
     torch.manual_seed(seed)
     if clip is None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,17 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fbclip import checkpoint
-from fbclip.data.procedural import Sample
+from fbclip.data.dataset import Sample, SampleSet
 from fbclip.errors import CheckpointError, FBClipError
 from fbclip.losses import Losses, fbclip_losses
 from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS
-
-
-class SampleSet(Protocol):
-    """Anything with a length and samples by index."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Sample: ...
 
 
 @dataclass(frozen=True)
@@ -179,7 +172,7 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor]:
     def stack(arrays: list[NDArray[np.uint8]]) -> Tensor:
         return torch.from_numpy(np.stack(arrays))
 
-    return stack([s.image for s in samples]), stack([s.mask for s in samples])
+    return stack([s.image for s in samples]), stack([cast("NDArray[np.uint8]", s.mask) for s in samples])
 
 
 def _save(model: FBCLIP, optimiser: torch.optim.Optimizer, recipe: Recipe, step: int, out: Path) -> None:

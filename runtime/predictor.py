@@ -15,9 +15,9 @@ from PIL import Image
 from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
 from fbclip.image import resize
+from fbclip.reading import read_image, to_rgb
 from fbclip.runtime.backends import make_backend
 from fbclip.runtime.draw import draw_overlay
-from fbclip.runtime.images import read_image, to_rgb
 
 
 @dataclass(frozen=True)

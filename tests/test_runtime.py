@@ -14,8 +14,8 @@ from PIL import Image
 import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import DeviceError, ImageError, UsageError
+from fbclip.reading import read_image
 from fbclip.runtime.draw import draw_overlay
-from fbclip.runtime.images import read_image
 from fbclip.runtime.predictor import find_regions
 
 SAMPLES = Path(fbclip.__file__).parent / "assets" / "samples"

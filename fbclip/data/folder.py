@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fbclip.data.procedural import Sample
+from fbclip.data.dataset import Sample
 from fbclip.errors import UsageError
 from fbclip.image import resize
-from fbclip.runtime.images import SUFFIXES, read_image
+from fbclip.reading import SUFFIXES, read_image
 
 
 class MVTecFolder:
@@ -50,4 +50,4 @@ class MVTecFolder:
             with Image.open(mask_path) as file:
                 smooth = file.convert("L").resize((size, size), Image.Resampling.BILINEAR)
             mask = (np.asarray(smooth) > 127).astype(np.uint8)
-        return Sample(resize(read_image(image_path), size), mask)
+        return Sample(resize(read_image(image_path), size), mask, int(mask.any()))

@@ -7,26 +7,15 @@ lawful structure (weave, brushing, holes, edges, light), so that an edge alone i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from fbclip.data.dataset import Sample
+
 Field = NDArray[np.float32]  # (S, S), about 0..1
 Generator = np.random.Generator
-
-
-@dataclass(frozen=True)
-class Sample:
-    """image uint8 (S, S, 3) RGB, mask uint8 (S, S) of 0 and 1."""
-
-    image: NDArray[np.uint8]
-    mask: NDArray[np.uint8]
-
-    @property
-    def label(self) -> int:
-        return int(self.mask.any())
 
 
 class ProceduralDefects:
@@ -59,7 +48,7 @@ class ProceduralDefects:
             raise IndexError(index)
         _, defective, mask, rng = self.render(index)
         image = camera(defective, rng)
-        return Sample(image, mask)
+        return Sample(image, mask, int(mask.any()))
 
     def render(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8], Generator]:
         """The surface before and after the defects, float32 (S, S, 3) in 0..1, the mask, and the generator's state."""
