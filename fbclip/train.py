@@ -19,7 +19,7 @@ from fbclip import checkpoint
 from fbclip.data.dataset import Sample, SampleSet
 from fbclip.errors import CheckpointError, FBClipError
 from fbclip.losses import Losses, fbclip_losses
-from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS
+from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS, background
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,9 @@ def loss_of_batch(model: FBCLIP, images: Tensor, masks: Tensor) -> Losses:
     """Losses of normalised images (B, 3, S, S) with masks (B, S, S) of 0 and 1; an image is defective if its mask is."""
     text = model.encode_text()
     visual = model.visual
-    projected = visual.suppressed(visual.separated(visual.tower(images)))
-    score, patch_map = visual.scores_of_projected(projected, text)
+    z = visual.separated(visual.tower(images))
+    projected = visual.suppressed(z, background(z))
+    score, patch_map = visual.scores(visual.logits(projected, text))
     label = masks.flatten(1).amax(dim=1).float()
     return fbclip_losses(score, patch_map, projected[:, -1, 2], text, label, masks)
 
