@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fbclip.errors import ImageError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-MASK_LEVELS = 32  # a mask with more grey levels than this is blurred or was compressed
+CLASS_LEVELS = 5  # grey levels of a mask drawn in flat greys, black included; soft edges make more
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -32,8 +32,8 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
 
     What counts as defective depends on how the mask was written:
 
-    - up to 32 grey levels: whatever is not 0, so class numbers (1, 2, ...) and any colour on black will do;
-    - more levels (soft edges): above half of the largest value;
+    - class numbers (no value above 127) and flat greys or colours (at most 5 levels): whatever is not 0;
+    - soft edges (more levels): above half of the largest value;
     - JPEG: above 127, because compression leaves faint specks beside every edge.
 
     Colours, palettes and transparency count by the brightest channel of what `read_image` sees; 16-bit values are
@@ -64,7 +64,7 @@ def _to_mask(image: Image.Image) -> NDArray[np.uint8]:
         level = 127.0
     else:
         levels = np.unique(values)
-        level = 0.0 if len(levels) <= MASK_LEVELS else float(levels[-1]) / 2
+        level = 0.0 if len(levels) <= CLASS_LEVELS or levels[-1] <= 127 else float(levels[-1]) / 2
     mask: NDArray[np.uint8] = (values > level).astype(np.uint8)
     return mask
 

@@ -202,7 +202,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"images {' to '.join(sizes)}; {report.masks} masks", highlight=False)
     for finding, files in report.findings.items():
         style = "yellow" if finding in HARMLESS else "red"
-        console.print(f"{len(files)} {FINDINGS[finding]}", style=style, highlight=False)
+        console.print(f"{FINDINGS[finding]}: {len(files)}", style=style, highlight=False)
         more = [f"… and {len(files) - SHOWN} more"] if len(files) > SHOWN else []
         for line in files[:SHOWN] + more:
             console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
