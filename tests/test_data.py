@@ -216,6 +216,8 @@ def test_masks_go_with_their_images(tmp_path: Path) -> None:
         (mvtec, "imagenet", "--layout is one of meta, visa"),
         (lambda r: put(r, "train/images/1.png", "test/images/1.png", "test/masks/1.png"), None, "like none of"),
         (lambda r: text(r / "t.csv", "image,label\n1.png,perhaps\n"), None, "line 2 of"),
+        (lambda r: text(r / "t.csv", "image,label,split\n1.png,0,val\n"), None, "a split is train or test; line 2 of"),
+        (lambda r: text(r / "meta.json", '{"val": {"a": []}}'), None, "a split is train or test"),
         (lambda r: text(r / "meta.json", "{"), None, "is no JSON"),
         (lambda r: text(r / "meta.json", '{"test": {"a": [{"img": 1}]}}'), None, "has img_path and anomaly"),
         (lambda r: None, None, "there is none at"),
@@ -440,8 +442,11 @@ def test_what_a_data_set_is_good_for(fbclip, tmp_path, make, code, verdicts) -> 
 
 def test_listed_files_that_are_not_there(fbclip: Run, tmp_path: Path) -> None:
     table(tmp_path / "set")
-    (tmp_path / "set/x/a.png").unlink()
     (tmp_path / "set/masks/b.png").unlink()
+    done = fbclip("data", "set", code=2)
+    assert "defective images have no mask: 1" in done.stdout
+    assert "image-level evaluation: yes" in done.stdout
+    (tmp_path / "set/x/a.png").unlink()
     done = fbclip("data", "set", code=2)
     assert "images can't be read: 1" in done.stdout
     assert "training: wrong" in done.stdout

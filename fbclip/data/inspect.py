@@ -29,7 +29,7 @@ LEAKS = {
     "train_in_test": "images of the test split are in the train split too",
 }
 MASK_FAULTS = {
-    "mask_missing": "defective images have no mask, though others do",
+    "mask_missing": "defective images have no mask",
     "mask_unreadable": "masks can't be read",
     "mask_empty": "masks of defective images mark nothing",
     "mask_of_good": "masks of good images mark a defect",
@@ -104,8 +104,8 @@ def inspect(dataset: Dataset, console: Console | None = None) -> Report:
             report.smallest_hw, report.largest_hw = min(sizes, key=_pixels), max(sizes, key=_pixels)
         for finding, detail in seen.findings.items():
             report.findings.setdefault(finding, []).append(f"{dataset.relative(item.image)}{detail}")
-    if len(report.findings.get("mask_missing", ())) == sum(item.label for item in dataset.items):
-        report.findings.pop("mask_missing", None)  # a data set without masks
+    if not report.masks:
+        report.findings.pop("mask_missing", None)  # by nature
     _find_duplicates(dataset, digests, report)
     report.findings = {finding: report.findings[finding] for finding in FINDINGS if finding in report.findings}
     report.fingerprint = dataset.fingerprint(digests)

@@ -135,11 +135,13 @@ def meta_index(root: Path) -> list[Item]:
     """
     path = root if root.suffix == ".json" else root / "meta.json"
     content = _json(path)
-    splits = {name.lower(): classes for name, classes in content.items()}
-    if not {"train", "test"} & splits.keys() or not all(isinstance(classes, dict) for classes in splits.values()):
+    if not all(isinstance(classes, dict) for classes in content.values()) or not all(
+        isinstance(records, list) for classes in content.values() for records in classes.values()
+    ):
         return []  # another program's meta.json
     items = []
-    for split, classes in splits.items():
+    for name, classes in content.items():
+        split = _split(name, path)
         for class_name, records in classes.items():
             for record in records:
                 if not isinstance(record, dict) or not {"img_path", "anomaly"} <= record.keys():
@@ -263,6 +265,12 @@ def _masks(folder: Path) -> dict[str, Path]:
     return {re.sub(r"_(mask|label|segmentation|gt)$", "", key): mask for key, mask in exact.items()} | exact
 
 
+def _split(text: str, where: str | Path) -> str:
+    if text.lower() not in ("train", "test"):
+        raise UsageError(f"a split is train or test; {where} has {text!r}")
+    return text.lower()
+
+
 def _label(text: object, where: str | Path) -> int:
     try:
         return LABELS[str(text).lower()]
@@ -304,6 +312,6 @@ def _csv_items(path: Path, base: Path) -> list[Item]:
         label = _label(row["label"], f"line {number} of {path}")
         mask = base / row["mask"] if row.get("mask") else None
         kind = (row.get("defect") or "defect") if label else GOOD
-        split = row.get("split") or "test"
-        items.append(Item(base / row["image"], label, mask, row.get("class") or base.name, kind, split.lower()))
+        split = _split(row.get("split") or "test", f"line {number} of {path}")
+        items.append(Item(base / row["image"], label, mask, row.get("class") or base.name, kind, split))
     return items
