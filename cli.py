@@ -143,8 +143,27 @@ def export(
 
 
 @app.command()
+def data(
+    path: Annotated[Path, typer.Argument(help="Folder of a data set, or its index (meta.json, CSV).")],
+    layout: Annotated[str | None, typer.Option(help="Published layout, like visa; recognised if left out.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write the report to this file, or - for standard output.")] = None,
+) -> None:
+    """Say what a data set is, and whether training and evaluation on it would be right."""
+    from fbclip.data.inspect import inspect, print_report, write_report
+    from fbclip.data.layouts import open_dataset
+
+    console = _console(stderr=json == "-")
+    report = inspect(open_dataset(path, layout), console)
+    print_report(report, console)
+    if json:
+        write_report(report, json)
+    if report.wrong:
+        raise typer.Exit(2)
+
+
+@app.command()
 def train(
-    source: Annotated[str, typer.Argument(help="A folder laid out like MVTec AD, or 'procedural'.")] = "procedural",
+    source: Annotated[str, typer.Argument(help="A data set (see fbclip data), or 'procedural'.")] = "procedural",
     clip: ClipOption = None,
     clip_weights: WeightsOption = None,
     image_size: SizeOption = None,
@@ -162,14 +181,14 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what --out holds.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for checkpoint.safetensors.")] = Path("runs/train/exp"),
 ) -> None:
-    """Train on an MVTec AD folder, or on procedural defects."""
+    """Train on a data set with masks, or on procedural defects."""
     _needs_train_extra()
     import torch
 
     from fbclip.checkpoint import DEFAULT_CLIP, DEFAULT_WEIGHTS
     from fbclip.clip import load_clip
     from fbclip.data.dataset import SampleSet
-    from fbclip.data.folder import MVTecFolder
+    from fbclip.data.layouts import open_dataset
     from fbclip.data.procedural import ProceduralDefects
     from fbclip.errors import UsageError
     from fbclip.model import FBCLIP, default_config
@@ -188,7 +207,9 @@ def train(
         init_from_scratch(model)
     size = model.config.image_size
     data: SampleSet = (
-        ProceduralDefects(size, samples, seed, ramp) if source == "procedural" else MVTecFolder(Path(source), size)
+        ProceduralDefects(size, samples, seed, ramp)
+        if source == "procedural"
+        else open_dataset(Path(source)).for_training(size)
     )
     console = _console()
     train(

@@ -28,6 +28,7 @@ import sys
 for name in ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safetensors"):
     sys.modules[name] = None
 import fbclip.cli, fbclip.bundle, fbclip.image
+from fbclip.data import dataset, inspect, layouts, procedural, trees
 from fbclip.runtime import backends, draw, images, infer, predictor
 prediction = fbclip.Predictor()(sys.argv[1])
 print(prediction.score, prediction.overlay().shape)
