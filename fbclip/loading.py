@@ -4,7 +4,7 @@ image among a thousand costs one image and no worker process dies of it."""
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,9 +54,13 @@ def require_masks(data: SampleSet) -> None:
         )
 
 
-def load(dataset: Dataset[Entry], batches: Sequence[list[int]], workers: int, pin: bool) -> DataLoader[Entry]:
-    """Loader of `Batch`es, one for each list of indices; an empty list gives an empty batch."""
-    return DataLoader(
+def load(
+    dataset: Dataset[Entry], batches: Sequence[list[int]], workers: int, pin: bool
+) -> Generator[Batch, None, None]:
+    """A `Batch` for each list of indices; an empty list gives an empty batch. Close it to end the worker processes:
+    whatever else still holds a reference (matplotlib keeps the frames of its callers alive), they must not outlive it.
+    """
+    yield from DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +83,23 @@ class TokenCache(Dataset[Entry]):
     ) -> Iterator[tuple[int, list[str]]]:
         """Store these samples; yields how many are done and what could not be read, after each batch."""
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        loader = load(ReadableSamples(self.data), batches, workers, pin=False)
-        for wanted, batch in zip(batches, loader, strict=True):
-            if batch.indices:
-                tokens = tokens_of(batch)
-                if not (largest := tokens.abs().max().item()) <= HALF_MAX:
-                    raise FBClipError(
-                        f"tokens up to {largest:g} do not fit float16 (65504); train without --cache-tokens"
-                    )
-                self.arrays["tokens"][batch.indices] = tokens.half().cpu().numpy()
-                self.arrays["masks"][batch.indices] = batch.masks.numpy()
-            # the state last: a run killed here computes these rows again
-            self.arrays["state"][batch.indices] = STORED
-            self.arrays["state"][[i for i in wanted if i not in batch.indices]] = UNREADABLE
-            yield len(wanted), batch.unreadable
+        with closing(load(ReadableSamples(self.data), batches, workers, pin=False)) as loader:
+            for wanted, batch in zip(batches, loader, strict=True):
+                self._store(wanted, batch, tokens_of)
+                yield len(wanted), batch.unreadable
         for name in ("tokens", "masks", "state"):
             self.arrays[name].flush()  # type: ignore[attr-defined]
+
+    def _store(self, wanted: list[int], batch: Batch, tokens_of: Callable[[Batch], Tensor]) -> None:
+        if batch.indices:
+            tokens = tokens_of(batch)
+            if not (largest := tokens.abs().max().item()) <= HALF_MAX:
+                raise FBClipError(f"tokens up to {largest:g} do not fit float16 (65504); train without --cache-tokens")
+            self.arrays["tokens"][batch.indices] = tokens.half().cpu().numpy()
+            self.arrays["masks"][batch.indices] = batch.masks.numpy()
+        # the state last: a run killed before this computes the rows again
+        self.arrays["state"][batch.indices] = STORED
+        self.arrays["state"][[i for i in wanted if i not in batch.indices]] = UNREADABLE
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"

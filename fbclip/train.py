@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -84,8 +85,8 @@ def train(
                 dataset = TokenCache(execution.cache_tokens, model, data, accelerator)
                 _fill(dataset, trainer, execution, stop, bar)
             parts = trainer.parts_of_batches(done, execution.accumulate)
-            loader = load(dataset, parts, execution.workers, pin=accelerator.device.type == "cuda")
-            return _steps(trainer, cast("Iterator[Batch]", iter(loader)), execution, done, log, stop, bar)
+            with closing(load(dataset, parts, execution.workers, pin=accelerator.device.type == "cuda")) as stream:
+                return _steps(trainer, stream, execution, done, log, stop, bar)
     except Interrupted as interrupted:
         if not main:  # one process speaks for all
             sys.exit(interrupted.exit_code)
@@ -100,7 +101,7 @@ def _fill(cache: TokenCache, trainer: Trainer, execution: Execution, stop: StopR
     accelerator, missing = trainer.accelerator, cache.missing
     accelerator.wait_for_everyone()  # all have read the same list
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    task = bar.add_task("caching tokens", total=len(mine), note=f"to {cache.folder}", visible=bool(mine))
+    task = bar.add_task("caching tokens", total=len(mine), note="", visible=bool(mine))
     with torch.no_grad():
         for count, unreadable in cache.fill(trainer.tokens, mine, trainer.recipe.batch_size, execution.workers):
             for message in unreadable:
