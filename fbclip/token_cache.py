@@ -106,24 +106,24 @@ class TokenCache(Dataset[Entry]):
 
     def _make(self) -> None:
         note = self.folder / "cache.json"
-        here = json.loads(note.read_text()) if note.is_file() else None
-        if here is None and self.folder.is_dir() and any(self.folder.iterdir()):
+        if not note.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
             raise UsageError(f"--cache-tokens takes an empty folder or an earlier cache; {self.folder} is neither")
-        whole = here == {"format": FORMAT, "key": self.key} and all(self._path(name).is_file() for name in self.layout)
-        missing = int((np.load(self._path("state"), mmap_mode="r") == MISSING).sum()) if whole else len(self.data)
-        if not whole:
-            for name in self.layout:
-                self._path(name).unlink(missing_ok=True)
+        if note.is_file() and json.loads(note.read_text()) == {"format": FORMAT, "key": self.key}:
+            state = np.load(self._path("state"), mmap_mode="r")
+            return self._require_space(int((state == MISSING).sum()))
+        for name in self.layout:
+            self._path(name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._require_space(missing)
-        if whole:
-            return
-        note.unlink(missing_ok=True)
+        self._require_space(len(self.data))
+        self._sign(None)  # ours, but not whole
         for name, (dtype, shape) in self.layout.items():
-            open_memmap(self._path(name), mode="w+", dtype=dtype, shape=shape)  # sparse, zeros: all MISSING
-        temporary = note.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"format": FORMAT, "key": self.key}))
-        temporary.replace(note)
+            open_memmap(self._path(name), mode="w+", dtype=dtype, shape=shape)  # sparse zeros, so all MISSING
+        return self._sign(self.key)
+
+    def _sign(self, key: str | None) -> None:
+        temporary = self.folder / "cache.tmp"
+        temporary.write_text(json.dumps({"format": FORMAT, "key": key}))
+        temporary.replace(self.folder / "cache.json")
 
     def _require_space(self, missing: int) -> None:
         per_sample = sum(math.prod(shape[1:]) * np.dtype(dtype).itemsize for dtype, shape in self.layout.values())

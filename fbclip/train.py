@@ -140,15 +140,17 @@ def _steps(
         for message in {m for part in parts for m in part.unreadable} - left_out:
             left_out.add(message)
             bar.console.print(f"left out: {message}", soft_wrap=True, highlight=False)
-        if number % execution.save_every == 0 or number == steps or stopping:
-            trainer.save(number)
         epoch, speed = math.ceil(number / per_epoch), images / (time.perf_counter() - start)
         bar.update(task, completed=number, note=f"loss {trainer.usual_loss:.4f}")
-        if log:
+        if (
+            log
+        ):  # before the checkpoint: lines that no checkpoint holds are dropped when resuming, missing ones stay missing
             rate = recipe.lr_at(number - 1, steps)
             log.write({"step": number, "epoch": epoch, **row, "lr": rate, "images_per_s": round(speed, 2)})
-            if number % per_epoch == 0:
-                draw_epoch(trainer.out / f"epoch-{epoch:03d}.png", log.rows, epoch, trainer.model, shown)
+        if number % execution.save_every == 0 or number == steps or stopping:
+            trainer.save(number)
+        if log and number % per_epoch == 0:
+            draw_epoch(trainer.out / f"epoch-{epoch:03d}.png", log.rows, epoch, trainer.model, shown)
         if stopping and number < steps:
             raise Interrupted(
                 f"stopped after step {number} of {steps}; {trainer.out} holds everything up to it: "

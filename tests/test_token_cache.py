@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
-from test_train import TINY, arguments, metrics, one_thread, tiny_model  # noqa: F401 (a fixture)
+from test_train import TINY, arguments, metrics, tiny_model
 
 from fbclip import token_cache
 from fbclip import train as training
@@ -19,9 +19,11 @@ from fbclip.data.dataset import Item, Samples
 from fbclip.data.procedural import ProceduralDefects
 from fbclip.errors import FBClipError, UsageError
 from fbclip.loading import Batch
-from fbclip.model import FBCLIP
+from fbclip.model import FBCLIP, default_config
 from fbclip.token_cache import MISSING, STORED, UNREADABLE, TokenCache
 from fbclip.training_step import Recipe, Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def frozen() -> FBCLIP:
@@ -84,7 +86,9 @@ def test_the_key_tells_whatever_changes_a_token(tmp_path: Path) -> None:
         other_weights.visual.tower.blocks[0].mlp.c_fc.weight[0, 0] += 1  # type: ignore[index, union-attr, operator]
     other_noun.set_noun("bottle")
     config = ClipConfig("tiny", {**TINY, "quick_gelu": True})
-    other_activation = FBCLIP(training_config(config), build_clip(config, frozen_state()))
+    torch.manual_seed(0)
+    other_activation = FBCLIP(default_config(config), build_clip(config, None))
+    training.init_from_scratch(other_activation)
     keys = [
         key(frozen(), data),
         key(frozen(), data, "bf16"),
@@ -100,17 +104,6 @@ def test_the_key_tells_whatever_changes_a_token(tmp_path: Path) -> None:
     before = key(frozen(), Samples(items, 32))
     os.utime(items[1].image, (0, 0))
     assert key(frozen(), Samples(items, 32)) != before
-
-
-def training_config(config: ClipConfig):  # type: ignore[no-untyped-def]
-    from fbclip.model import default_config
-
-    return default_config(config)
-
-
-def frozen_state() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return build_clip(ClipConfig("tiny", TINY), None).state_dict()
 
 
 def test_a_stale_cache_is_written_anew(tmp_path: Path) -> None:

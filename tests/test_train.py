@@ -30,18 +30,13 @@ from fbclip.model import FBCLIP, default_config
 from fbclip.training_report import samples_to_show
 from fbclip.training_step import Recipe, Trainer, batch_order
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads that wait for each other make tiny steps many times slower while the machine does other work."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
 
 
 def arguments(tmp_path: Path, out: str, samples: int, *more: object) -> list[object]:
