@@ -28,7 +28,7 @@ VIT = {
     "vision_cfg": {"image_size": 224, "layers": 12, "width": 384, "head_width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 4},
 }
-SAMPLES, RECIPE = 24, Recipe(epochs=3)
+SAMPLES, RECIPE = 16, Recipe(epochs=3)
 
 
 def model() -> FBCLIP:
