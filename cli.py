@@ -170,7 +170,8 @@ def train(
     feature_layers: LayersOption = None,
     train_tower: Annotated[bool, typer.Option("--train-tower", help="Train the vision tower too.")] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 3,
-    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass and process.")] = 4,
+    accumulate: Annotated[int, typer.Option(min=1, help="Forward passes that make up a step.")] = 1,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 5e-5,
     cosine: Annotated[bool, typer.Option("--cosine", help="Warm up, then decay the rate along a cosine.")] = False,
     samples: Annotated[int, typer.Option(min=1, help="Procedural images per epoch.")] = 10_000,
@@ -178,11 +179,18 @@ def train(
     seed: int = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 1,
+    amp: Annotated[str, typer.Option(help="Mixed precision: no, bf16, fp16 or auto.")] = "no",
+    cache_tokens: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the frozen backbone's tokens: later epochs skip it.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files to OUT/tensorboard.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what --out holds.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoint.safetensors.")] = Path("runs/train/exp"),
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, metrics.jsonl and pictures.")] = Path(
+        "runs/train/exp"
+    ),
 ) -> None:
     """Train on a data set with masks, or on procedural defects."""
-    _needs_train_extra()
+    _needs_train_extra("accelerate", "matplotlib")
     import torch
 
     from fbclip.checkpoint import DEFAULT_CLIP, DEFAULT_WEIGHTS
@@ -192,16 +200,19 @@ def train(
     from fbclip.data.procedural import ProceduralDefects
     from fbclip.errors import UsageError
     from fbclip.model import FBCLIP, default_config
-    from fbclip.train import Recipe, init_from_scratch, train
+    from fbclip.train import Execution, accelerator_for, init_from_scratch, train
+    from fbclip.training_step import Recipe
 
-    torch.manual_seed(seed)
     if clip is None:
         clip, clip_weights = DEFAULT_CLIP, clip_weights or DEFAULT_WEIGHTS
     if clip_weights is None and not train_tower:
         raise UsageError(f"a frozen CLIP needs weights: pass --clip-weights TAG or FILE for {clip}, or --train-tower")
     if not resume and (out / "checkpoint.safetensors").exists():
         raise UsageError(f"{out} holds a checkpoint already: pass --resume, or another --out")
-    loaded, config = load_clip(clip, clip_weights)
+    accelerator = accelerator_for(amp)
+    with accelerator.local_main_process_first():  # one process of a machine fetches the weights
+        torch.manual_seed(seed)  # every process starts from the same weights
+        loaded, config = load_clip(clip, clip_weights)
     model = FBCLIP(default_config(config, image_size, _layers(feature_layers)), loaded, train_tower)
     if clip_weights is None:
         init_from_scratch(model)
@@ -212,10 +223,12 @@ def train(
         else open_dataset(Path(source)).for_training(size)
     )
     console = _console()
-    train(
-        model, data, Recipe(epochs, batch_size, lr, cosine, seed, save_every), out, resume, console.is_terminal, workers
-    )
-    console.print(f"wrote {out / 'checkpoint.safetensors'}", soft_wrap=True, highlight=False)
+    recipe = Recipe(epochs, batch_size * accumulate * accelerator.num_processes, lr, cosine, seed)
+    execution = Execution(accumulate, workers, save_every, cache_tokens, tensorboard, console.is_terminal)
+    throughput = train(model, data, recipe, out, execution, resume, accelerator)
+    if accelerator.is_main_process:
+        console.print(f"wrote {out / 'checkpoint.safetensors'}\n{throughput}", soft_wrap=True, highlight=False)
+    accelerator.end_training()
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:
@@ -227,13 +240,15 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
         raise UsageError(f"--feature-layers takes numbers with commas, like 1,6,12,18,24; got {text!r}") from error
 
 
-def _needs_train_extra() -> None:
+def _needs_train_extra(*also: str) -> None:
     from importlib.util import find_spec
 
     from fbclip.errors import UsageError
 
     if missing := [
-        name for name in ("torch", "open_clip", "onnx", "onnxscript", "safetensors") if find_spec(name) is None
+        name
+        for name in ("torch", "open_clip", "onnx", "onnxscript", "safetensors", "accelerate", "matplotlib")
+        if find_spec(name) is None
     ]:
         raise UsageError(
             f"this command needs {', '.join(missing)}, which the runtime does without: "

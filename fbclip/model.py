@@ -367,12 +367,12 @@ class Visual(nn.Module):
         cosine = (z @ F.normalize(b, dim=-2)) / z.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # (B, K, 3, N, 1)
         # 0.5·z + 0.5·(z - b)·(1 - cos) is a sum of z and b with one weight each: project first, then weigh
         z, b = linear(z, self.tower.proj.mT), linear(b.mT, self.tower.proj.mT)
-        return (1 - 0.5 * cosine) * z - (0.5 - 0.5 * cosine) * b
+        return cast(Tensor, (1 - 0.5 * cosine) * z - (0.5 - 0.5 * cosine) * b)
 
     def logits(self, projected: Tensor, text: Tensor) -> Tensor:
         """Projected tokens (B, K, 3, N, E), text (2, E) -> abnormal minus normal logit (B, K, 3, N) (section 9.3)."""
         direction = (text[1] - text[0]) / TEMPERATURE
-        return (projected @ direction) / projected.norm(dim=-1).clamp_min(1e-12)
+        return cast(Tensor, (projected @ direction) / projected.norm(dim=-1).clamp_min(1e-12))
 
     def scores(self, logits: Tensor) -> Scores:
         """Logits (B, K, 3, N) -> Scores (section 7). A softmax of two logits is a sigmoid of their difference."""
