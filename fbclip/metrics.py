@@ -220,9 +220,10 @@ class _Walk:
         fpr_before, fpr = fp_before / self.negatives, fp / self.negatives
         self.auroc.add(*_area(fpr_before, fpr, gain, 1.0, merged))
 
-        # in the best order the positives among the merged come first, in the worst last
-        precision_before = tp_before / np.maximum(tp_before + fp_before, 1)
         precision = tp / (tp + fp)
+        above = tp_before + fp_before
+        precision_before = np.where(above > 0, tp_before / np.maximum(above, 1), precision)
+        # in the best order the positives among the merged come first, in the worst last
         spread = tp / (tp + fp_before) - tp_before / np.maximum(tp_before + fp, 1)
         self.ap.add(float(gain @ precision), float((gain * spread)[merged].sum()))
         f1 = 2 * tp / (self.positives + tp + fp)
