@@ -79,7 +79,9 @@ def rows(result: DataResult) -> list[Row]:
 def show(evaluation: Evaluation, console: Console) -> None:
     """One table per data set in percent, then why something is undefined."""
     for result in evaluation.results:
-        table = Table(box=None, pad_edge=False, title=escape(result.data.name), title_justify="left")
+        table = Table(
+            box=None, pad_edge=False, padding=(0, 1, 0, 0), title=escape(result.data.name), title_justify="left"
+        )
         table.add_column("class", overflow="fold")
         for heading in ("images", "defects", *(text.replace(" ", "\n", 1) for text in HEADINGS.values())):
             table.add_column(heading, justify="right", no_wrap=True)
