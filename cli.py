@@ -231,6 +231,67 @@ def train(
     accelerator.end_training()
 
 
+@app.command(name="eval")
+def eval_(
+    path: Annotated[list[Path], typer.Argument(help="Data sets: folders, or an index file.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Evaluate the torch model: ours or an official one.")] = None,
+    clip: ClipOption = None,
+    clip_weights: WeightsOption = None,
+    image_size: SizeOption = None,
+    feature_layers: LayersOption = None,
+    bundle: BundleOption = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16; of a bundle.")] = "auto",
+    layout: Annotated[str | None, typer.Option(help="Layout of the data sets; detected if left out.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Only these classes, like bottle,cable.")] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images per call of the model: faster on a GPU, more memory.")
+    ] = 1,
+    report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
+    project: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/eval"),
+    name: Annotated[str, typer.Option(help="Name of this run.")] = "exp",
+    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Write into the run's folder if it is there.")] = False,
+) -> None:
+    """Measure a checkpoint or a deployed bundle on the test splits of data sets."""
+    from fbclip.data.layouts import open_dataset
+    from fbclip.errors import UsageError
+    from fbclip.runtime.evaluate import bundle_subject, evaluate, to_evaluate
+    from fbclip.runtime.infer import new_run
+    from fbclip.runtime.report import require_report, write_report
+    from fbclip.runtime.results import show, stamp, write_results
+
+    if checkpoint and bundle:
+        raise UsageError("eval takes a --checkpoint or a --bundle; got both")
+    if not checkpoint and (clip or clip_weights or image_size or feature_layers):
+        raise UsageError("--clip, --clip-weights, --image-size and --feature-layers go with --checkpoint; got none")
+    if checkpoint and precision not in ("auto", "fp32"):
+        raise UsageError(
+            f"a checkpoint runs in fp32; got --precision {precision}: export it with --fp16, pass --bundle"
+        )
+    if report:
+        require_report()
+    wanted = tuple(part.strip() for part in classes.split(",")) if classes else None
+    tests = [to_evaluate(open_dataset(place, layout), wanted) for place in path]
+    if checkpoint:
+        _needs_train_extra()
+        from fbclip.export.backend import checkpoint_subject
+
+        subject = checkpoint_subject(checkpoint, clip, clip_weights, image_size, _layers(feature_layers), device)
+    else:
+        subject = bundle_subject(bundle, device, precision)
+    folder = new_run(project, name, exist_ok)
+    console = _console()
+    evaluation = evaluate(subject, tests, batch_size, console)
+    stamped = stamp(evaluation)
+    show(evaluation, console)
+    write_results(evaluation, stamped, folder)
+    if report:
+        write_report(evaluation, stamped, folder / "report.html")
+    console.print(f"results are in {folder}", soft_wrap=True, highlight=False)
+    if evaluation.skipped:
+        raise typer.Exit(2)
+
+
 def _layers(text: str | None) -> tuple[int, ...] | None:
     from fbclip.errors import UsageError
 
