@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -254,7 +255,7 @@ def eval_(
 ) -> None:
     """Measure a checkpoint or a deployed bundle on the test splits of data sets."""
     from fbclip.data.layouts import open_dataset
-    from fbclip.errors import UsageError
+    from fbclip.errors import Interrupted, UsageError
     from fbclip.runtime.evaluate import bundle_subject, evaluate, to_evaluate
     from fbclip.runtime.infer import new_run
     from fbclip.runtime.report import require_report, write_report
@@ -288,6 +289,8 @@ def eval_(
     if report:
         write_report(evaluation, stamped, folder / "report.html")
     console.print(f"results are in {folder}", soft_wrap=True, highlight=False)
+    if not evaluation.complete:
+        raise Interrupted("stopped by Ctrl-C; the results hold the classes that were finished", signal.SIGINT)
     if evaluation.skipped:
         raise typer.Exit(2)
 

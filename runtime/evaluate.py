@@ -143,11 +143,18 @@ class DataResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found; `skipped` are the images that could not be read, with the reason."""
+    """What `evaluate` found.
+
+    Attributes:
+        results: of each data set, its finished classes.
+        skipped: the images that could not be read, with the reason.
+        complete: not interrupted before the last class was finished.
+    """
 
     subject: Subject
     results: tuple[DataResult, ...]
     skipped: tuple[tuple[Item, str], ...]
+    complete: bool = True
 
 
 def to_evaluate(data: Dataset, classes: tuple[str, ...] | None) -> Dataset:
@@ -169,27 +176,38 @@ def to_evaluate(data: Dataset, classes: tuple[str, ...] | None) -> Dataset:
 def evaluate(subject: Subject, tests: list[Dataset], batch_size: int, console: Console) -> Evaluation:
     """Run every image of the test splits once; files that can't be read are reported and left out.
 
+    Ctrl-C ends it with the classes that are finished; it is raised again only where there is none.
+
     Args:
         tests: as `to_evaluate` gives them.
         batch_size: images per call of the backend.
     """
     skipped: list[tuple[Item, str]] = []
-    results = []
+    results: list[DataResult] = []
+    complete = True
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for test in tests:
             task = progress.add_task(test.name, total=len(test.items))
-            classes = []
-            for name in test.classes:
-                one = _Class(name, test.select(class_name=name).items, subject.threshold)
-                for batch in _batches(_load(one.items, subject.image_size), batch_size):
-                    for item, error in one.run(subject.backend, batch):
-                        skipped.append((item, str(error)))
-                        text = f"skipped: {error}"
-                        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
-                    progress.advance(task, len(batch))
-                classes.append(one.result())
-            results.append(DataResult(test, tuple(classes)))
-    return Evaluation(subject, tuple(results), tuple(skipped))
+            classes: list[ClassResult] = []
+            try:
+                for name in test.classes:
+                    one = _Class(name, test.select(class_name=name).items, subject.threshold)
+                    for batch in _batches(_load(one.items, subject.image_size), batch_size):
+                        for item, error in one.run(subject.backend, batch):
+                            skipped.append((item, str(error)))
+                            text = f"skipped: {error}"
+                            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+                        progress.advance(task, len(batch))
+                    classes.append(one.result())
+            except KeyboardInterrupt:
+                complete = False
+            if classes:
+                results.append(DataResult(test, tuple(classes)))
+            if not complete:
+                break
+    if not results:
+        raise KeyboardInterrupt
+    return Evaluation(subject, tuple(results), tuple(skipped), complete)
 
 
 def _load(items: tuple[Item, ...], image_size: int) -> Iterator[Read]:

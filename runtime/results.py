@@ -40,6 +40,7 @@ def stamp(evaluation: Evaluation) -> dict[str, Any]:
     tests = [result.data for result in evaluation.results]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "complete": evaluation.complete,
         "model": dict(subject.description),
         "threshold": subject.threshold,
         "data": [

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -132,6 +133,23 @@ def test_unreadable_files_are_counted_and_left_out(tmp_path: Path) -> None:
     assert {item for item, _ in evaluation.skipped} == {items[1], items[6]}
     assert len(evaluation.results[0].classes[0].scores) == 6
     assert len(to_dict(evaluation)["skipped"]) == 2
+
+
+def test_an_interrupted_run_keeps_the_finished_classes(tmp_path: Path) -> None:
+    class Stops(Brightness):
+        def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            if sum(self.batches) >= 8:
+                raise KeyboardInterrupt
+            return super().run(images)
+
+    items = make_class(tmp_path, "bolt", 4, 4) + make_class(tmp_path, "nut", 4, 4)
+    data = Dataset("parts", "mvtec", tmp_path, tuple(items))
+    stopped = evaluate(replace(subject(), backend=Stops()), [to_evaluate(data, None)], 4, Console(quiet=True))
+    assert [c.name for c in stopped.results[0].classes] == ["bolt"]
+    assert stopped.results[0].classes[0].values == run(items, tmp_path).results[0].classes[0].values
+    assert not stamp(stopped)["complete"]
+    with pytest.raises(KeyboardInterrupt):  # nothing to keep
+        evaluate(stopped.subject, [to_evaluate(data, None)], 4, Console(quiet=True))
 
 
 def test_classes_that_are_not_there(tmp_path: Path) -> None:
