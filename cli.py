@@ -295,6 +295,24 @@ def eval_(
         raise typer.Exit(2)
 
 
+@app.command()
+def doctor(
+    bundle: BundleOption = None,
+    json: Annotated[str | None, typer.Option(help="Write the report to this file, or - for standard output.")] = None,
+) -> None:
+    """Say what works on this machine and what is missing, with the cure."""
+    from fbclip.runtime.doctor import examine, print_report, works, write_report
+
+    console = _console(stderr=json == "-")
+    with console.status("looking") as status:
+        checks = examine(bundle, say=lambda topic: status.update(f"looking at {topic}"))
+    print_report(checks, console)
+    if json:
+        write_report(checks, json)
+    if not works(checks):
+        raise typer.Exit(1)
+
+
 def _layers(text: str | None) -> tuple[int, ...] | None:
     from fbclip.errors import UsageError
 

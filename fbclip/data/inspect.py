@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -14,8 +13,9 @@ from rich.progress import track
 from rich.table import Table
 
 from fbclip.data.dataset import Dataset, Item, file_digest, parallel_map
-from fbclip.errors import ImageError, UsageError
+from fbclip.errors import ImageError
 from fbclip.reading import read_image, read_mask
+from fbclip.writing import write_text
 
 SHAPE_TOLERANCE = 0.02  # relative difference of aspect ratios that rounding to whole pixels explains
 SHOWN = 3  # files named on screen per finding; the JSON has all
@@ -219,18 +219,7 @@ def print_report(report: Report, console: Console) -> None:
 
 def write_report(report: Report, target: str) -> None:
     """The report as JSON to a file, which takes its name when it is whole, or to standard output for "-"."""
-    text = json.dumps({**asdict(report), "wrong": report.wrong}, indent=1) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    path = Path(target)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"can't write {path}: {error}") from error
+    write_text(json.dumps({**asdict(report), "wrong": report.wrong}, indent=1) + "\n", target)
 
 
 def _pixels(size_hw: tuple[int, ...]) -> int:
