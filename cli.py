@@ -108,8 +108,24 @@ def export(
         list[str] | None, typer.Option(help="Images, folder or glob for the proof; the samples if left out.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle folder to write; NAME.fbclip if left out.")] = None,
+    triton: Annotated[
+        Path | None, typer.Option(help="Also write the model into this NVIDIA Triton model repository.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="With --triton: from this bundle, which needs no torch; exports none.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the Triton model: auto, fp32 or fp16.")] = "auto",
 ) -> None:
-    """Write a bundle from a checkpoint and prove that it agrees with the model."""
+    """Write a bundle from a checkpoint and prove that it agrees with the model; write a Triton model repository."""
+    from fbclip.errors import UsageError
+
+    if bundle:
+        if not triton or checkpoint or clip or out or fp16:
+            raise UsageError("--bundle goes with --triton alone: it takes a bundle that is there")
+        _write_triton(bundle, triton, precision)
+        return
+    if not triton and precision != "auto":
+        raise UsageError(f"--precision is the Triton model's and needs --triton; got --precision {precision}")
     _needs_train_extra()
     from fbclip.bundle import EMBEDDED, Bundle
     from fbclip.checkpoint import load
@@ -129,7 +145,7 @@ def export(
     model = load(path, clip, clip_weights, image_size, _layers(feature_layers))
     model.set_noun(object)
     out = out or Path(f"{path.stem}.fbclip")
-    bundle, parities = export_bundle(
+    exported, parities = export_bundle(
         model,
         out,
         images,
@@ -140,7 +156,9 @@ def export(
         lambda line: console.print(line, highlight=False),
     )
     print_parity(parities, console)
-    console.print(f"wrote {bundle.path}", soft_wrap=True, highlight=False)
+    console.print(f"wrote {exported.path}", soft_wrap=True, highlight=False)
+    if triton:
+        _write_triton(exported.path, triton, precision)
 
 
 @app.command()
@@ -311,6 +329,14 @@ def doctor(
         write_report(checks, json)
     if not works(checks):
         raise typer.Exit(1)
+
+
+def _write_triton(bundle: Path, repository: Path, precision: str) -> None:
+    from fbclip.bundle import Bundle
+    from fbclip.export.triton import write_model
+
+    folder = write_model(Bundle.load(bundle), repository, precision)
+    _console().print(f"wrote {folder}; its README.md says how to serve it", soft_wrap=True, highlight=False)
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

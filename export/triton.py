@@ -1,0 +1,224 @@
+"""Bundle to a model of an NVIDIA Triton repository: graph or plan, configuration, README. Needs onnx, not torch.
+
+Triton wants every input of a graph from the client, and batches only what has a batch axis. So the text features,
+which never change, become a constant of the graph: clients send frames, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fbclip.bundle import ANOMALY_MAP, GRAPHS, IMAGE, SCORE, TEXT, Bundle
+from fbclip.errors import BundleError, UsageError
+
+MAX_BATCH = 8
+QUEUE_DELAY_US = 2000  # a request waits so long for others to share its batch: little against a frame's 33 ms
+CONTAINER = "nvcr.io/nvidia/tritonserver:25.06-py3"
+
+Build = Callable[[Path, Path, int], None]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the templates of configuration and README are filled with.
+
+    Attributes:
+        name: of the model and its folder.
+        platform: "onnxruntime_onnx" or "tensorrt_plan".
+        frame_hw, map_hw: sides of the graph's input and of its map in pixels.
+        max_batch: frames at once.
+    """
+
+    name: str
+    platform: str
+    frame_hw: tuple[int, int]
+    map_hw: tuple[int, int]
+    max_batch: int = MAX_BATCH
+
+
+def write_model(bundle: Bundle, repository: Path, precision: str = "auto", build: Build | None = None) -> Path:
+    """Write a bundle's model into a Triton model repository.
+
+    Args:
+        bundle: read only.
+        repository: the folder of models; made if it is not there, and other models in it are left alone.
+        precision: "fp32", "fp16", or "auto": half where the bundle has it.
+        build: makes a TensorRT plan (second argument) from a graph (first) for a batch of 1 to the third; if left
+            out, the graph itself is served. The plan only loads in a Triton with the same TensorRT on the same GPU.
+
+    Returns:
+        The model's folder, NAME/ with config.pbtxt, README.md and 1/model.onnx or 1/model.plan.
+
+    Raises:
+        UsageError: no onnx package, or a folder of that name is there already.
+        BundleError: no such graph, or damaged.
+    """
+    if find_spec("onnx") is None:
+        raise UsageError("--triton writes the text features into the graph with the onnx package: pip install onnx")
+    if precision == "auto":
+        precision = "fp16" if "fp16" in bundle.manifest.precisions else "fp32"
+    name = re.sub(r"[^\w.-]+", "-", bundle.manifest.name).strip("-.") or "fbclip"
+    folder = repository.resolve() / name
+    if folder.exists():
+        raise UsageError(f"--triton writes a new model; {folder} is there already: remove it, or pass another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    try:
+        version = temporary / "1"
+        version.mkdir()
+        frame_hw, map_hw = bake_text(bundle, precision, version)
+        served = Served(name, "onnxruntime_onnx", frame_hw, map_hw)
+        if build:
+            build(version / "model.onnx", version / "model.plan", served.max_batch)
+            for graph_file in version.glob("*.onnx*"):
+                graph_file.unlink()
+            served = Served(name, "tensorrt_plan", frame_hw, map_hw)
+        (temporary / "config.pbtxt").write_text(config(served))
+        (temporary / "README.md").write_text(readme(served, bundle, precision))
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def bake_text(bundle: Bundle, precision: str, folder: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Write model.onnx, a bundle's graph with its text features as a constant; weights beside a graph stay beside it.
+
+    Returns:
+        (H, W) of the frames it takes and of the maps it gives.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph_path = bundle.graph(precision)
+    model = onnx.load(graph_path, load_external_data=False)
+    (text,) = [tensor for tensor in model.graph.input if tensor.name == TEXT]
+    model.graph.input.remove(text)
+    model.graph.initializer.append(numpy_helper.from_array(bundle.text, TEXT))
+    (image,) = model.graph.input
+    (anomaly_map,) = [tensor for tensor in model.graph.output if tensor.name == ANOMALY_MAP]
+    onnx.save(model, folder / "model.onnx")
+    for name in bundle.manifest.files:
+        if name.startswith(f"{GRAPHS[precision]}."):
+            shutil.copyfile(bundle.path / name, folder / name)
+    return _sides(image), _sides(anomaly_map)
+
+
+def _sides(tensor: Any) -> tuple[int, int]:
+    """(H, W) of a tensor (N, H, W, ...)."""
+    height, width = (dim.dim_value for dim in tensor.type.tensor_type.shape.dim[1:3])
+    if not height or not width:
+        raise BundleError(f"{tensor.name} of a deployed graph has fixed sides; export the bundle again")
+    return height, width
+
+
+def config(served: Served) -> str:
+    """config.pbtxt: the text form of Triton's ModelConfig."""
+    height, width = served.frame_hw
+    warm_ups = "".join(
+        f"""model_warmup {{
+  name: "batch of {batch}"
+  batch_size: {batch}
+  inputs {{ key: "{IMAGE}" value {{ data_type: TYPE_UINT8 dims: [ {height}, {width}, 3 ] random_data: true }} }}
+}}
+"""
+        for batch in (1, served.max_batch)
+    )
+    return f"""name: {json.dumps(served.name)}
+platform: "{served.platform}"
+max_batch_size: {served.max_batch}
+input {{ name: "{IMAGE}" data_type: TYPE_UINT8 dims: [ {height}, {width}, 3 ] }}
+# the graph gives scores (N); Triton wants an axis behind the batch, so clients get (N, 1)
+output {{ name: "{SCORE}" data_type: TYPE_FP32 dims: [ 1 ] reshape {{ shape: [ ] }} }}
+output {{ name: "{ANOMALY_MAP}" data_type: TYPE_FP32 dims: [ {served.map_hw[0]}, {served.map_hw[1]} ] }}
+dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_DELAY_US} }}
+# one copy of the model per GPU; on the CPU where there is none
+instance_group {{ count: 1 kind: {"KIND_GPU" if served.platform == "tensorrt_plan" else "KIND_AUTO"} }}
+# the first request is as fast as the next, for one frame and for a full batch
+{warm_ups}"""
+
+
+def readme(served: Served, bundle: Bundle, precision: str) -> str:
+    """How to start Triton on this model, and a client."""
+    height, width = served.frame_hw
+    order = bundle.manifest.channel_order
+    swap = "[..., ::-1]" if order == "bgr" else ""
+    shape = f"{IMAGE}:{{}}x{height}x{width}x3"
+    ranges = " ".join(
+        f"--{end}Shapes={shape.format(n)}" for end, n in (("min", 1), ("opt", 1), ("max", served.max_batch))
+    )
+    plan = f"""
+## As a TensorRT plan
+
+Usually faster, and bound to this GPU and to the TensorRT of this Triton, so it is built in the same container.
+The text features are in the graph; a plan from the bundle's `engines/` takes them as a second input and is not for
+Triton. The types are in the graph too, hence no precision flags.
+
+```
+docker run --rm --gpus all -v "$PWD":/models {CONTAINER} \\
+  /usr/src/tensorrt/bin/trtexec --stronglyTyped --onnx=/models/{served.name}/1/model.onnx --saveEngine=/models/{served.name}/1/model.plan \\
+  {ranges}
+sed -i 's/onnxruntime_onnx/tensorrt_plan/; s/KIND_AUTO/KIND_GPU/' {served.name}/config.pbtxt
+```
+"""
+    return f"""# {served.name} in NVIDIA Triton
+
+Written by fbclip from the bundle {bundle.path.name} ({precision}). It was checked against Triton's configuration
+schema and in ONNX Runtime; it has not run in a Triton server.
+
+## Serve
+
+In the folder that holds `{served.name}/`:
+
+```
+docker run --rm --gpus all -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD":/models \\
+  {CONTAINER} tritonserver --model-repository=/models
+```
+
+Without a GPU leave out `--gpus all`. HTTP is on port 8000, gRPC on 8001, metrics on 8002.
+
+| tensor | | |
+| --- | --- | --- |
+| `{IMAGE}` | uint8 (N, {height}, {width}, 3) | {order.upper()} frames, N up to {served.max_batch}; 0 to 255, other sizes resized bicubically first |
+| `{SCORE}` | float32 (N, 1) | abnormal probability of the frame; anomalous from {bundle.manifest.threshold:g} on |
+| `{ANOMALY_MAP}` | float32 (N, {served.map_hw[0]}, {served.map_hw[1]}) | the same, pixel by pixel |
+
+Normalisation, upsampling, blur and the text features are in the graph.
+
+## Ask
+
+`pip install 'tritonclient[http]' pillow`, then `python client.py part.png`:
+
+```python
+import sys
+
+import numpy as np
+import tritonclient.http as triton
+from PIL import Image
+
+picture = Image.open(sys.argv[1]).convert("RGB").resize(({width}, {height}), Image.Resampling.BICUBIC)
+frames = np.ascontiguousarray(np.asarray(picture)[None]{swap})  # uint8 (N, {height}, {width}, 3)
+image = triton.InferInput("{IMAGE}", list(frames.shape), "UINT8")
+image.set_data_from_numpy(frames)
+client = triton.InferenceServerClient(sys.argv[2] if len(sys.argv) > 2 else "localhost:8000")
+result = client.infer("{served.name}", [image])
+print("score", result.as_numpy("{SCORE}")[0, 0], "highest on the map", result.as_numpy("{ANOMALY_MAP}").max())
+```
+
+## Tune
+
+In `config.pbtxt`: requests wait up to {QUEUE_DELAY_US / 1000:g} ms for others to share their batch (`dynamic_batching`); a second
+`count` of the `instance_group` overlaps copying with computing and takes the memory twice. `perf_analyzer -m {served.name}`
+measures it. On GPUs from Ampere on, ONNX Runtime computes float32 products in TF32 unless told otherwise, which
+moves the scores a little.
+{"" if served.platform == "tensorrt_plan" else plan}"""
