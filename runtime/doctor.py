@@ -42,6 +42,8 @@ BUNDLE_COPIES = 3  # weights on disk, ONNX Runtime's own copy, activations: what
 RUNTIME_MB = 300  # of the interpreter and its libraries
 
 SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader")
+JETPACK_6_WHEELS = "https://pypi.jetson-ai-lab.io/jp6/cu126"  # NVIDIA's; PyPI has none for its Python 3.10
+SWAP = "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && sudo swapon /swapfile"
 SYSTEM_SITE = "python3 -m venv --system-site-packages .venv  # apt's Python packages are only seen from such a venv"
 
 
@@ -227,10 +229,14 @@ def check_onnxruntime(machine: Machine) -> Iterator[Check]:
 
 def _provider(machine: Machine, name: str, provider: str, built_in: bool) -> Check:
     topic, title = "ONNX Runtime", f"{name} provider"
-    if machine.is_jetson:  # PyPI has no such wheel
-        install = "less docs/jetson.md  # where the onnxruntime-gpu wheels for Jetson are"
-    else:
+    if not machine.is_jetson:
         install = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    elif "R36" in machine.read("etc/nv_tegra_release"):
+        install = f"pip uninstall -y onnxruntime && pip install onnxruntime-gpu --index-url {JETPACK_6_WHEELS}"
+    else:
+        install = (
+            "pip uninstall -y onnxruntime && pip install onnxruntime-gpu  # from where, by JetPack: docs/jetson.md"
+        )
     if not built_in:
         if machine.has_gpu:
             return Check(topic, title, "missing", "not in this build", install)
@@ -260,10 +266,11 @@ def check_nvidia(machine: Machine) -> Iterator[Check]:
     yield _gpu_library(machine, "TensorRT", "tensorrt", "tensorrt", tensorrt, _tensorrt)
     nvcc = shutil.which("nvcc", path=machine.path)
     toolkit = (machine.root / "usr/local/cuda/bin/nvcc").is_file()
-    pip = "pip install --no-cache-dir --force-reinstall pycuda"
-    pycuda = pip if nvcc or not toolkit else f"PATH=/usr/local/cuda/bin:$PATH CUDA_ROOT=/usr/local/cuda {pip}"
-    if not nvcc and not toolkit:
-        pycuda = f"{pip}  # it compiles: install the CUDA toolkit (nvcc) and python3-dev first"
+    pycuda = "pip install --no-cache-dir --force-reinstall pycuda"
+    if toolkit and not nvcc:
+        pycuda = f"PATH=/usr/local/cuda/bin:$PATH {pycuda}  # it compiles, and finds CUDA by nvcc"
+    elif not nvcc:
+        pycuda = f"{pycuda}  # it compiles: install the CUDA toolkit (nvcc), g++ and python3-dev first"
     yield _gpu_library(machine, "PyCUDA", "pycuda", "pycuda", pycuda, _pycuda)
     yield _gpu_library(
         machine,
@@ -388,7 +395,7 @@ def check_machine(machine: Machine) -> Iterator[Check]:
         found = f"{memory['MemAvailable']} of {memory['MemTotal']} MB free, swap {swap} MB"
         cure = ""
         if machine.is_jetson and memory["MemTotal"] < 9000 and swap < memory["MemTotal"] // 2:
-            cure = "less docs/jetson.md  # a swap file, before engines are built or PyCUDA is compiled"
+            cure = f"{SWAP}  # before engines are built or PyCUDA is compiled"
         yield Check(topic, "memory", "info" if cure else "ok", found, cure)
     try:
         free = shutil.disk_usage(Path.cwd()).free >> 20

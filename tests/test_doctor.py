@@ -135,12 +135,17 @@ def get_available_providers(): return ["TensorrtExecutionProvider", "CUDAExecuti
 
 def test_a_provider_that_falls_back_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_package(tmp_path, monkeypatch, "onnxruntime", FALLING_BACK)
-    checks = by_name(check_onnxruntime(jetson(tmp_path)))
+    machine = jetson(tmp_path)
+    checks = by_name(check_onnxruntime(machine))
     assert checks["CPU provider"].status == "ok"
     for name in ("CUDA provider", "TensorRT provider"):
         assert checks[name].status == "broken"
         assert "fell back to CPUExecutionProvider" in checks[name].found
-        assert "docs/jetson.md" in checks[name].cure
+        assert "jetson-ai-lab" in checks[name].cure
+    write(
+        machine.root, "etc/nv_tegra_release", "# R38 (release), REVISION: 4.0, GCID: 1, BOARD: generic, EABI: aarch64"
+    )
+    assert "docs/jetson.md" in by_name(check_onnxruntime(machine))["CUDA provider"].cure
 
 
 def test_a_damaged_bundle(fbclip: Run, tmp_path: Path) -> None:
@@ -205,8 +210,8 @@ def test_a_jetson(tmp_path: Path) -> None:
     write(machine.root, "usr/local/cuda/bin/nvcc", "")
     checks = by_name(check_nvidia(machine))
     assert checks["clocks"].status == "ok"
-    assert checks["PyCUDA"].cure.startswith("PATH=/usr/local/cuda/bin:$PATH CUDA_ROOT=/usr/local/cuda pip install")
-    assert "swap file" in by_name(check_machine(machine))["memory"].cure
+    assert checks["PyCUDA"].cure.startswith("PATH=/usr/local/cuda/bin:$PATH pip install")
+    assert "mkswap" in by_name(check_machine(machine))["memory"].cure
     assert "python3-opencv" in by_name(check_video(machine))["GSTREAMER"].cure
 
 
