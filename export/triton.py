@@ -58,7 +58,7 @@ def write_model(bundle: Bundle, repository: Path, precision: str = "auto", build
         The model's folder, NAME/ with config.pbtxt, README.md and 1/model.onnx or 1/model.plan.
 
     Raises:
-        UsageError: no onnx package, or a folder of that name is there already.
+        UsageError: no onnx package, a folder of that name is there already, or it can't be written.
         BundleError: no such graph, or damaged.
     """
     if find_spec("onnx") is None:
@@ -69,8 +69,11 @@ def write_model(bundle: Bundle, repository: Path, precision: str = "auto", build
     folder = repository.resolve() / name
     if folder.exists():
         raise UsageError(f"--triton writes a new model; {folder} is there already: remove it, or pass another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    except OSError as error:
+        raise UsageError(f"--triton takes a folder that can be written to; got {repository}: {error}") from error
     try:
         version = temporary / "1"
         version.mkdir()

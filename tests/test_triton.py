@@ -71,9 +71,13 @@ def test_the_command_needs_no_torch(fbclip: Run, tmp_path: Path) -> None:
         (["--bundle", "b.fbclip", "--triton", "models", "--fp16"], "--bundle goes with --triton"),
         (["--bundle", "nowhere.fbclip", "--triton", "models"], "has none: make one with fbclip export"),
         (["--precision", "fp16"], "needs --triton"),
+        (
+            ["--bundle", Bundle.load().path, "--triton", "/dev/null/models"],
+            "--triton takes a folder that can be written",
+        ),
     ],
 )
-def test_wrong_usage(fbclip: Run, arguments: list[str], message: str) -> None:
+def test_wrong_usage(fbclip: Run, arguments: list[object], message: str) -> None:
     assert message in fbclip("export", *arguments, code=2).stderr
 
 
