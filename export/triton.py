@@ -23,7 +23,7 @@ MAX_BATCH = 8
 QUEUE_DELAY_US = 2000  # a request waits so long for others to share its batch: little against a frame's 33 ms
 CONTAINER = "nvcr.io/nvidia/tritonserver:25.06-py3"
 
-Build = Callable[[Path, Path, int], None]
+Build = Callable[[Path, Path], None]
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,25 @@ class Served:
     platform: str
     frame_hw: tuple[int, int]
     map_hw: tuple[int, int]
-    max_batch: int = MAX_BATCH
+    max_batch: int
 
 
-def write_model(bundle: Bundle, repository: Path, precision: str = "auto", build: Build | None = None) -> Path:
+def write_model(
+    bundle: Bundle,
+    repository: Path,
+    precision: str = "auto",
+    build: Build | None = None,
+    max_batch: int = MAX_BATCH,
+) -> Path:
     """Write a bundle's model into a Triton model repository.
 
     Args:
         bundle: read only.
         repository: the folder of models; made if it is not there, and other models in it are left alone.
         precision: "fp32", "fp16", or "auto": half where the bundle has it.
-        build: makes a TensorRT plan (second argument) from a graph (first) for a batch of 1 to the third; if left
+        build: makes a TensorRT plan (second argument) from a graph (first) for a batch of 1 to `max_batch`; if left
             out, the graph itself is served. The plan only loads in a Triton with the same TensorRT on the same GPU.
+        max_batch: frames that Triton puts together at most.
 
     Returns:
         The model's folder, NAME/ with config.pbtxt, README.md and 1/model.onnx or 1/model.plan.
@@ -78,12 +85,12 @@ def write_model(bundle: Bundle, repository: Path, precision: str = "auto", build
         version = temporary / "1"
         version.mkdir()
         frame_hw, map_hw = bake_text(bundle, precision, version)
-        served = Served(name, "onnxruntime_onnx", frame_hw, map_hw)
         if build:
-            build(version / "model.onnx", version / "model.plan", served.max_batch)
+            build(version / "model.onnx", version / "model.plan")
             for graph_file in version.glob("*.onnx*"):
                 graph_file.unlink()
-            served = Served(name, "tensorrt_plan", frame_hw, map_hw)
+        platform = "tensorrt_plan" if build else "onnxruntime_onnx"
+        served = Served(name, platform, frame_hw, map_hw, max_batch)
         (temporary / "config.pbtxt").write_text(config(served))
         (temporary / "README.md").write_text(readme(served, bundle, precision))
         temporary.chmod(0o755)

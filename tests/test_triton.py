@@ -132,21 +132,23 @@ def test_weights_beside_the_graph_stay_beside_it(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_built_from_the_baked_graph(tmp_path: Path) -> None:
-    def build(graph: Path, plan: Path, max_batch: int) -> None:
+    def build(graph: Path, plan: Path) -> None:
         assert [i.name for i in onnx.load(graph, load_external_data=False).graph.input] == ["image"]
-        plan.write_text(f"a plan for {max_batch}")
+        plan.write_text("a plan")
 
-    folder = write_model(Bundle.load(), tmp_path, build=build)
+    folder = write_model(Bundle.load(), tmp_path, build=build, max_batch=4)
     assert [f.name for f in (folder / "1").iterdir()] == ["model.plan"]
     config = parsed_config(folder)
     assert config.platform == "tensorrt_plan"
-    assert (folder / "1" / "model.plan").read_text() == f"a plan for {config.max_batch_size}"
+    assert (folder / "1" / "model.plan").read_text() == "a plan"
+    assert config.max_batch_size == 4
+    assert [w.batch_size for w in config.model_warmup] == [1, 4]
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
     assert "trtexec" not in (folder / "README.md").read_text()
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
-    def build(graph: Path, plan: Path, max_batch: int) -> None:
+    def build(graph: Path, plan: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
