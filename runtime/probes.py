@@ -57,7 +57,7 @@ def tensorrt() -> Values:
 
 def pycuda() -> Values:
     """PyCUDA's version, and the devices it sees."""
-    version = import_module("pycuda").VERSION_TEXT
+    version = getattr(import_module("pycuda"), "VERSION_TEXT", "version unknown")
     cuda = import_module("pycuda.driver")
     cuda.init()
     devices = [cuda.Device(i) for i in range(cuda.Device.count())]

@@ -67,10 +67,10 @@ def test_the_command_needs_no_torch(fbclip: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--bundle", "b.fbclip"], "--bundle goes with --triton"),
-        (["--bundle", "b.fbclip", "--triton", "models", "--fp16"], "--bundle goes with --triton"),
+        (["--bundle", "b.fbclip"], "--bundle goes with"),
+        (["--bundle", "b.fbclip", "--triton", "models", "--fp16"], "--bundle goes with"),
         (["--bundle", "nowhere.fbclip", "--triton", "models"], "has none: make one with fbclip export"),
-        (["--precision", "fp16"], "needs --triton"),
+        (["--precision", "fp16"], "--triton"),
         (
             ["--bundle", Bundle.load().path, "--triton", "/dev/null/models"],
             "--triton takes a folder that can be written",
