@@ -11,27 +11,24 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import fbclip
+from fbclip.runtime.doctor_gpu import check_nvidia, check_onnxruntime
+from fbclip.runtime.machine import SYSTEM_SITE, Check, Machine, ProbeFailed, failed, installed, version_of
 from fbclip.runtime.probes import reason
 from fbclip.writing import write_text
 
-Status = Literal["ok", "missing", "broken", "info"]
 STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red", "info": "dim"}
 TESTED = ((3, 10), (3, 13))  # versions of Python
-PROVIDERS = {"CPU": "CPUExecutionProvider", "CUDA": "CUDAExecutionProvider", "TensorRT": "TensorrtExecutionProvider"}
 BACKENDS = {
     "V4L2": "USB cameras",
     "FFMPEG": "video files, RTSP and HTTP streams",
@@ -41,121 +38,7 @@ INFERENCE = "inference"
 BUNDLE_COPIES = 3  # weights on disk, ONNX Runtime's own copy, activations: what a run holds, in sizes of the graph
 RUNTIME_MB = 300  # of the interpreter and its libraries
 
-SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader")
-JETPACK_6_WHEELS = "https://pypi.jetson-ai-lab.io/jp6/cu126"  # NVIDIA's; PyPI has none for its Python 3.10
 SWAP = "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && sudo swapon /swapfile"
-SYSTEM_SITE = "python3 -m venv --system-site-packages .venv  # apt's Python packages are only seen from such a venv"
-
-
-@dataclass(frozen=True)
-class Check:
-    """A line of the report.
-
-    Attributes:
-        topic: under which it stands.
-        name: what was looked at.
-        status: "ok", "missing" (not there), "broken" (there and unusable) or "info" (neither good nor bad).
-        found: what was found.
-        cure: a command, with a comment where it needs one; empty where nothing is wrong.
-    """
-
-    topic: str
-    name: str
-    status: Status
-    found: str
-    cure: str = ""
-
-
-class ProbeFailed(Exception):
-    """A probe or command that did not answer; `missing` is the module or command that is not there."""
-
-    def __init__(self, message: str, missing: str | None = None) -> None:
-        super().__init__(message)
-        self.missing = missing
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The machine that is looked at.
-
-    Attributes:
-        root: where its /dev, /etc, /proc and /sys are.
-        path: where its commands are, as in $PATH.
-        patience: seconds that a probe or command may take.
-    """
-
-    root: Path = Path("/")
-    path: str = os.environ.get("PATH", os.defpath)
-    patience: float = 120.0
-
-    def read(self, path: str) -> str:
-        """The text of a file below the root; empty where it can't be read."""
-        try:
-            return (self.root / path).read_text(errors="replace").strip("\0\n ")
-        except OSError:
-            return ""
-
-    def run(self, *command: str) -> str:
-        """The standard output of a command.
-
-        Raises:
-            ProbeFailed: not there, too slow, or it says that it failed.
-        """
-        program = shutil.which(command[0], path=self.path)
-        if program is None:
-            raise ProbeFailed(f"no {command[0]} on PATH", command[0])
-        return self._answer(command[0], [program, *command[1:]])
-
-    def probe(self, name: str, *arguments: str) -> dict[str, Any]:
-        """What a probe of `probes.py` finds, in a Python like this one.
-
-        Raises:
-            ProbeFailed: it raised, crashed or hung.
-        """
-        program = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime import probes; probes.main(*sys.argv[2:])"
-        command = [sys.executable, "-c", program, json.dumps(sys.path), name, *arguments]
-        answer = json.loads(self._answer(" ".join([name, *arguments]), command))
-        if "error" in answer:
-            raise ProbeFailed(answer["error"], answer["missing"])
-        found: dict[str, Any] = answer["found"]
-        return found
-
-    def _answer(self, name: str, command: list[str]) -> str:
-        try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                stdin=subprocess.DEVNULL,
-                timeout=self.patience,
-                text=True,
-                errors="replace",
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ProbeFailed(f"{name} did not answer within {self.patience:g} s") from error
-        if done.returncode < 0:
-            raise ProbeFailed(f"{name} crashed with signal {-done.returncode} (9 is often: out of memory)")
-        if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip() or "no word why").splitlines()[-1]
-            raise ProbeFailed(f"{name} failed: {last}")
-        return done.stdout
-
-    @cached_property
-    def is_jetson(self) -> bool:
-        return bool(self.read("etc/nv_tegra_release")) or "jetson" in self.read("proc/device-tree/model").lower()
-
-    @cached_property
-    def has_gpu(self) -> bool:
-        """Whether there is an NVIDIA GPU, with or without a driver."""
-        devices = (self.root / "sys/bus/pci/devices").glob("*")
-        return (
-            self.is_jetson
-            or bool(self.read("proc/driver/nvidia/version"))
-            or any(
-                self.read(f"sys/bus/pci/devices/{d.name}/vendor") == "0x10de"
-                and self.read(f"sys/bus/pci/devices/{d.name}/class").startswith("0x03")
-                for d in devices
-            )
-        )
 
 
 def examine(
@@ -205,185 +88,6 @@ def check_python(machine: Machine) -> Iterator[Check]:
         yield _package(machine, topic, name, module, f"pip install --force-reinstall {package}")
 
 
-def check_onnxruntime(machine: Machine) -> Iterator[Check]:
-    topic = "ONNX Runtime"
-    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
-    try:
-        found = machine.probe("onnxruntime")
-    except ProbeFailed as error:
-        package = both[-1] if both else "onnxruntime"
-        yield _failed(topic, "ONNX Runtime", error, "onnxruntime", f"pip install --force-reinstall {package}")
-        return
-    yield Check(topic, "ONNX Runtime", "ok", found["version"])
-    if len(both) == 2 and PROVIDERS["CUDA"] not in found["providers"]:
-        yield Check(
-            topic,
-            "packages",
-            "broken",
-            "onnxruntime was installed over onnxruntime-gpu (they share a folder), so CUDA is gone",
-            "pip install --force-reinstall --no-deps onnxruntime-gpu",
-        )
-    for name, provider in PROVIDERS.items():
-        yield _provider(machine, name, provider, provider in found["providers"])
-
-
-def _provider(machine: Machine, name: str, provider: str, built_in: bool) -> Check:
-    topic, title = "ONNX Runtime", f"{name} provider"
-    if not machine.is_jetson:
-        install = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
-    elif "R36" in machine.read("etc/nv_tegra_release"):
-        install = f"pip uninstall -y onnxruntime && pip install onnxruntime-gpu --index-url {JETPACK_6_WHEELS}"
-    else:
-        install = (
-            "pip uninstall -y onnxruntime && pip install onnxruntime-gpu  # from where, by JetPack: docs/jetson.md"
-        )
-    if not built_in:
-        if machine.has_gpu:
-            return Check(topic, title, "missing", "not in this build", install)
-        return Check(topic, title, "info", "not in this build, and no NVIDIA GPU here")
-    try:
-        got = machine.probe("provider", provider)["got"]
-    except ProbeFailed as error:
-        return _failed(topic, title, error, "", install)
-    if got == provider:
-        return Check(topic, title, "ok", "a session runs on it")
-    cure = install if machine.has_gpu else "fbclip infer --device cpu  # there is no NVIDIA GPU here"
-    if name == "TensorRT" and machine.has_gpu and not machine.is_jetson:
-        cure = "pip install tensorrt  # its release must fit ONNX Runtime's"
-    return Check(topic, title, "broken", f"in this build, but a session fell back to {got}", cure)
-
-
-def check_nvidia(machine: Machine) -> Iterator[Check]:
-    topic = "NVIDIA"
-    yield from _driver(machine)
-    if machine.is_jetson:
-        yield from _power(machine)
-    tensorrt = (
-        f"sudo apt install python3-libnvinfer && {SYSTEM_SITE}"
-        if machine.is_jetson
-        else "pip install --force-reinstall tensorrt"
-    )
-    yield _gpu_library(machine, "TensorRT", "tensorrt", "tensorrt", tensorrt, _tensorrt)
-    nvcc = shutil.which("nvcc", path=machine.path)
-    toolkit = (machine.root / "usr/local/cuda/bin/nvcc").is_file()
-    pycuda = "pip install --no-cache-dir --force-reinstall pycuda"
-    if toolkit and not nvcc:
-        pycuda = f"PATH=/usr/local/cuda/bin:$PATH {pycuda}  # it compiles, and finds CUDA by nvcc"
-    elif not nvcc:
-        pycuda = f"{pycuda}  # it compiles: install the CUDA toolkit (nvcc), g++ and python3-dev first"
-    yield _gpu_library(machine, "PyCUDA", "pycuda", "pycuda", pycuda, _pycuda)
-    yield _gpu_library(
-        machine,
-        "CUDA graphs (cuda-bindings)",
-        "cuda",
-        "package",
-        "pip install cuda-bindings",
-        _version,
-        "cuda.bindings.driver",
-    )
-    if machine.has_gpu:
-        where = nvcc or ("/usr/local/cuda/bin/nvcc, not on PATH" if toolkit else "")
-        yield Check(topic, "nvcc", "info", where or "none: PyCUDA can't be compiled here")
-
-
-def _driver(machine: Machine) -> Iterator[Check]:
-    topic = "NVIDIA"
-    if not machine.has_gpu:
-        yield Check(topic, "GPU", "info", "none found; inference runs on the CPU")
-        return
-    if machine.is_jetson:
-        release = machine.read("etc/nv_tegra_release").partition(", GCID")[0].lstrip("# ")
-        yield Check(
-            topic, "Jetson", "ok", f"{machine.read('proc/device-tree/model') or 'Jetson'}; L4T {release or 'unknown'}"
-        )
-        device = machine.root / "dev/nvmap"
-        if device.exists() and not os.access(device, os.R_OK | os.W_OK, effective_ids=True):
-            cure = "sudo usermod -aG video,render $USER  # then log in again"
-            yield Check(
-                topic, "GPU access", "broken", f"no permission to use /{device.relative_to(machine.root)}", cure
-            )
-        return
-    found = re.search(r"Kernel Module\D*([\d.]+)", machine.read("proc/driver/nvidia/version"))
-    if not found:
-        cure = "sudo apt install nvidia-driver  # Ubuntu: sudo ubuntu-drivers install; then reboot"
-        yield Check(topic, "driver", "missing", "an NVIDIA GPU, but its driver is not loaded", cure)
-        return
-    try:
-        for line in machine.run(*SMI).splitlines():
-            yield Check(topic, "GPU", "ok", line)
-    except ProbeFailed as error:
-        cure = "sudo reboot  # driver and library differ after an upgrade; else install the driver again"
-        yield Check(topic, "driver", "broken", f"{found[1]}; {error}", cure)
-    else:
-        yield Check(topic, "driver", "ok", found[1])
-
-
-def _power(machine: Machine) -> Iterator[Check]:
-    """The power mode, and whether jetson_clocks has pinned the clocks: it raises the lower limits to the upper ones."""
-    topic = "NVIDIA"
-    modes = "nvpmodel -p --verbose  # lists the modes; sudo nvpmodel -m ID sets one"
-    try:
-        lines = [line.strip() for line in machine.run("nvpmodel", "-q").splitlines() if line.strip()]
-        named = [line.partition(":")[2].strip() for line in lines if "Power Mode" in line]
-        if not named:
-            raise ProbeFailed(f"nvpmodel -q says {' / '.join(lines) or 'nothing'}")
-        yield Check(topic, "power mode", "info", f"{named[0]} (ID {lines[-1]})", modes)
-    except ProbeFailed as error:
-        yield _failed(topic, "power mode", error, "nvpmodel", "sudo apt install nvidia-l4t-nvpmodel")
-    limits = [
-        (machine.read(f"sys/devices/system/cpu/cpu0/cpufreq/scaling_{end}_freq") for end in ("min", "max")),
-        *(
-            (machine.read(f"sys/class/devfreq/{gpu.name}/{end}_freq") for end in ("min", "max"))
-            for gpu in (machine.root / "sys/class/devfreq").glob("*.gpu")
-        ),
-    ]
-    pinned = [low == high for low, high in limits if low and high]
-    if pinned and all(pinned):
-        yield Check(topic, "clocks", "ok", "pinned to their maximum")
-    elif pinned:
-        yield Check(
-            topic, "clocks", "info", "vary with the load: latency does too", "sudo jetson_clocks  # until the next boot"
-        )
-
-
-def _gpu_library(
-    machine: Machine,
-    name: str,
-    module: str,
-    probe: str,
-    cure: str,
-    describe: Callable[[dict[str, Any]], tuple[Status, str]],
-    *arguments: str,
-) -> Check:
-    """A library that only helps where there is a GPU: without one its absence is no fault."""
-    try:
-        status, found = describe(machine.probe(probe, *arguments))
-    except ProbeFailed as error:
-        missing = (error.missing or "").partition(".")[0] == module
-        if missing and not machine.has_gpu:
-            return Check("NVIDIA", name, "info", "not installed, and no NVIDIA GPU here")
-        return _failed("NVIDIA", name, error, module, cure)
-    if status == "broken" and not machine.has_gpu:
-        return Check("NVIDIA", name, "info", f"{found} (no NVIDIA GPU here)")
-    return Check("NVIDIA", name, status, found, cure if status == "broken" else "")
-
-
-def _tensorrt(found: dict[str, Any]) -> tuple[Status, str]:
-    return "ok" if found["builder"] == "starts" else "broken", f"{found['version']}, builder {found['builder']}"
-
-
-def _pycuda(found: dict[str, Any]) -> tuple[Status, str]:
-    devices = [f"{d['name']}, compute {d['compute_capability']}, {d['memory_mb']} MB" for d in found["devices"]]
-    return (
-        "ok" if devices else "broken",
-        f"{found['version']}, CUDA {found['cuda']}: {'; '.join(devices) or 'no device'}",
-    )
-
-
-def _version(found: dict[str, Any]) -> tuple[Status, str]:
-    return "ok", found["version"] or found["place"]
-
-
 def check_machine(machine: Machine) -> Iterator[Check]:
     topic = "Machine"
     system = machine.read("etc/os-release")
@@ -430,7 +134,7 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
         run = machine.probe(INFERENCE, path)
     except ProbeFailed as error:
         cure = f"fbclip --debug infer{shown} --device cpu  # after curing what is listed above"
-        yield _failed(topic, INFERENCE, error, "", cure)
+        yield failed(topic, INFERENCE, error, "", cure)
         run = {}
     else:
         words = (
@@ -481,7 +185,7 @@ def check_video(machine: Machine) -> Iterator[Check]:
     try:
         found = machine.probe("opencv")
     except ProbeFailed as error:
-        yield _failed(topic, "OpenCV", error, "cv2", "pip install --force-reinstall opencv-python-headless")
+        yield failed(topic, "OpenCV", error, "cv2", "pip install --force-reinstall opencv-python-headless")
     else:
         yield Check(topic, "OpenCV", "ok", found["version"])
         for backend, use in BACKENDS.items():
@@ -535,7 +239,7 @@ def check_extras() -> Iterator[Check]:
             for line in package.requires or []
             if re.search(rf"extra == ['\"]{extra}['\"]", line)
         ]
-        lacking = [name for name in wanted if not _installed(name)]
+        lacking = [name for name in wanted if not installed(name)]
         if lacking:
             yield Check("Extras", extra, "info", f"lacks {', '.join(lacking)}", f"pip install 'fbclip[{extra}]'")
         else:
@@ -544,26 +248,9 @@ def check_extras() -> Iterator[Check]:
 
 def _package(machine: Machine, topic: str, name: str, module: str, cure: str) -> Check:
     try:
-        return Check(topic, name, *_version(machine.probe("package", module)))
+        return Check(topic, name, *version_of(machine.probe("package", module)))
     except ProbeFailed as error:
-        return _failed(topic, name, error, module, cure)
-
-
-def _failed(topic: str, name: str, error: ProbeFailed, module: str, cure: str) -> Check:
-    """Missing where `module` itself is not there, broken where something else went wrong."""
-    if module and (error.missing or "").partition(".")[0] == module:
-        return Check(topic, name, "missing", "not installed", cure)
-    if "multiarray" in str(error) or "_ARRAY_API" in str(error) or "numpy.dtype size changed" in str(error):
-        cure = "pip install 'numpy<2'  # this library was compiled for NumPy 1; or install a newer build of it"
-    return Check(topic, name, "broken", str(error), cure)
-
-
-def _installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
+        return failed(topic, name, error, module, cure)
 
 
 def _meminfo(machine: Machine) -> dict[str, int]:

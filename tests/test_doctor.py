@@ -14,17 +14,9 @@ import pytest
 from conftest import Run
 
 from fbclip.bundle import Bundle
-from fbclip.runtime.doctor import (
-    Check,
-    Machine,
-    check_bundle,
-    check_machine,
-    check_nvidia,
-    check_onnxruntime,
-    check_python,
-    check_video,
-    examine,
-)
+from fbclip.runtime.doctor import _cameras, check_bundle, check_machine, check_python, check_video, examine
+from fbclip.runtime.doctor_gpu import _power, check_nvidia, check_onnxruntime
+from fbclip.runtime.machine import Check, Machine
 
 
 def by_name(checks: Any) -> dict[str, Check]:
@@ -225,8 +217,6 @@ def test_a_jetson(tmp_path: Path) -> None:
     ],
 )
 def test_a_strange_nvpmodel(tmp_path: Path, program: str, found: str) -> None:
-    from fbclip.runtime.doctor import _power
-
     machine = jetson(tmp_path)
     command(machine.root, "bin/nvpmodel", program)
     check = by_name(_power(Machine(machine.root, machine.path, patience=0.2 if "sleep" in program else 10)))[
@@ -273,8 +263,6 @@ def test_cameras(readable_by_all: Path) -> None:
         pytest.skip("takes root to become another user")
     try:
         os.seteuid(65534)
-        from fbclip.runtime.doctor import _cameras
-
         checks = {check.name: check for check in _cameras(Machine(root))}
     finally:
         os.seteuid(0)

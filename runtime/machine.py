@@ -1,0 +1,149 @@
+"""The machine that `fbclip doctor` looks at: its files, its commands, and probes in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["ok", "missing", "broken", "info"]
+SYSTEM_SITE = "python3 -m venv --system-site-packages .venv  # apt's Python packages are only seen from such a venv"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of the report.
+
+    Attributes:
+        topic: under which it stands.
+        name: what was looked at.
+        status: "ok", "missing" (not there), "broken" (there and unusable) or "info" (neither good nor bad).
+        found: what was found.
+        cure: a command, with a comment where it needs one; empty where nothing is wrong.
+    """
+
+    topic: str
+    name: str
+    status: Status
+    found: str
+    cure: str = ""
+
+
+class ProbeFailed(Exception):
+    """A probe or command that did not answer; `missing` is the module or command that is not there."""
+
+    def __init__(self, message: str, missing: str | None = None) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine that is looked at.
+
+    Attributes:
+        root: where its /dev, /etc, /proc and /sys are.
+        path: where its commands are, as in $PATH.
+        patience: seconds that a probe or command may take.
+    """
+
+    root: Path = Path("/")
+    path: str = os.environ.get("PATH", os.defpath)
+    patience: float = 120.0
+
+    def read(self, path: str) -> str:
+        """The text of a file below the root; empty where it can't be read."""
+        try:
+            return (self.root / path).read_text(errors="replace").strip("\0\n ")
+        except OSError:
+            return ""
+
+    def run(self, *command: str) -> str:
+        """The standard output of a command.
+
+        Raises:
+            ProbeFailed: not there, too slow, or it says that it failed.
+        """
+        program = shutil.which(command[0], path=self.path)
+        if program is None:
+            raise ProbeFailed(f"no {command[0]} on PATH", command[0])
+        return self._answer(command[0], [program, *command[1:]])
+
+    def probe(self, name: str, *arguments: str) -> dict[str, Any]:
+        """What a probe of `probes.py` finds, in a Python like this one.
+
+        Raises:
+            ProbeFailed: it raised, crashed or hung.
+        """
+        program = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime import probes; probes.main(*sys.argv[2:])"
+        command = [sys.executable, "-c", program, json.dumps(sys.path), name, *arguments]
+        answer = json.loads(self._answer(" ".join([name, *arguments]), command))
+        if "error" in answer:
+            raise ProbeFailed(answer["error"], answer["missing"])
+        found: dict[str, Any] = answer["found"]
+        return found
+
+    def _answer(self, name: str, command: list[str]) -> str:
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=self.patience,
+                text=True,
+                errors="replace",
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ProbeFailed(f"{name} did not answer within {self.patience:g} s") from error
+        if done.returncode < 0:
+            raise ProbeFailed(f"{name} crashed with signal {-done.returncode} (9 is often: out of memory)")
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip() or "no word why").splitlines()[-1]
+            raise ProbeFailed(f"{name} failed: {last}")
+        return done.stdout
+
+    @cached_property
+    def is_jetson(self) -> bool:
+        return bool(self.read("etc/nv_tegra_release")) or "jetson" in self.read("proc/device-tree/model").lower()
+
+    @cached_property
+    def has_gpu(self) -> bool:
+        """Whether there is an NVIDIA GPU, with or without a driver."""
+        devices = (self.root / "sys/bus/pci/devices").glob("*")
+        return (
+            self.is_jetson
+            or bool(self.read("proc/driver/nvidia/version"))
+            or any(
+                self.read(f"sys/bus/pci/devices/{d.name}/vendor") == "0x10de"
+                and self.read(f"sys/bus/pci/devices/{d.name}/class").startswith("0x03")
+                for d in devices
+            )
+        )
+
+
+def failed(topic: str, name: str, error: ProbeFailed, module: str, cure: str) -> Check:
+    """Missing where `module` itself is not there, broken where something else went wrong."""
+    if module and (error.missing or "").partition(".")[0] == module:
+        return Check(topic, name, "missing", "not installed", cure)
+    if "multiarray" in str(error) or "_ARRAY_API" in str(error) or "numpy.dtype size changed" in str(error):
+        cure = "pip install 'numpy<2'  # this library was compiled for NumPy 1; or install a newer build of it"
+    return Check(topic, name, "broken", str(error), cure)
+
+
+def version_of(found: dict[str, Any]) -> tuple[Status, str]:
+    return "ok", found["version"] or found["place"]
+
+
+def installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
