@@ -17,6 +17,7 @@ from fbclip.image import bicubic_matrices, upsampling_matrix, width_first
 from fbclip.model import FBCLIP, Visual
 
 OPSET = 18
+MASK, VIEWS, SEPARATION, SCORES = "foreground mask", "views", "separation", "scores"  # stages behind the blocks
 EXTERNAL_DATA_FROM = 2**31 - 2**20  # bytes; protobuf ends at 2 GB
 
 
@@ -122,8 +123,8 @@ def name_nodes(graph: onnx_ir.Graph) -> None:
         kind = f"{stage}/{node.op_type}"
         counts[kind] += 1
         node.name = f"{kind} {counts[kind]}"
-        if kind == "foreground mask/Where":
-            stage = "views"
+        if stage == MASK and node.op_type == "Where":  # which ends it
+            stage = VIEWS
     graph_and_parts = (
         graph,
         *graph,
@@ -141,16 +142,16 @@ def _stage(node: onnx_ir.Node, before: str) -> str:
         if value is not None and value.name and (block := re.match(r"visual\.tower\.blocks\.(\d+)\.", value.name)):
             return f"block {int(block[1]) + 1}"
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-    for module, stage in (("separation", "separation"), ("spatial", "views")):
+    for module, stage in (("separation", SEPARATION), ("spatial", VIEWS)):
         if f"'visual.{module}'" in scopes:
             return stage
     if "'visual.tower'" in scopes:
         return before if before.startswith("block") else "patch embedding"
     if "'visual'" in scopes:
-        return "foreground mask" if before.startswith("block") else "scores" if before == "separation" else before
+        return MASK if before.startswith("block") else SCORES if before == SEPARATION else before
     if "'resize'" in scopes:
         return "resize"
-    return "map" if before == "scores" else before
+    return "map" if before == SCORES else before
 
 
 def size_after_cast(graph: onnx_ir.Graph) -> None:

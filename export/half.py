@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from fbclip.errors import ParityError
+from fbclip.export.graph import MASK, SCORES, SEPARATION, VIEWS
 from fbclip.model import Visual
 
 BLOCK_GROUPS = 4  # parts that the backbone is widened by; more make the search finer and longer
@@ -21,22 +22,23 @@ class HalfWeights:
     scores stay float32 islands whatever is typed here (spec, section 10).
 
     Attributes:
-        parts: the parameters of each part: groups of blocks, the separation attention, the projection.
+        parts: the parameters of each part, in the order of the model: groups of blocks, separation, projection.
+        stages: the last part that takes part in each stage of the graph.
     """
 
     def __init__(self, visual: Visual) -> None:
         blocks = list(visual.tower.blocks)
         size = math.ceil(len(blocks) / BLOCK_GROUPS)
         self.parts: dict[str, list[nn.Parameter]] = {}
-        self.stages: dict[str, str] = {"scores": "projection", "separation": "separation"}
-        for first in range(0, len(blocks), size):
-            group = blocks[first : first + size]
-            numbers = range(first + 1, first + len(group) + 1)
-            part = f"blocks {numbers[0]}-{numbers[-1]}" if len(group) > 1 else f"block {numbers[0]}"
-            self.parts[part] = [p for block in group for p in _products(block)]
-            self.stages |= {f"block {number}": part for number in numbers}
-        self.parts["separation"] = _products(visual.separation)
+        self.stages: dict[str, str] = {}
+        for first in range(1, len(blocks) + 1, size):
+            last = min(first + size - 1, len(blocks))
+            part = f"blocks {first}-{last}" if last > first else f"block {first}"
+            self.parts[part] = [p for block in blocks[first - 1 : last] for p in _products(block)]
+            self.stages |= dict.fromkeys((*(f"block {n}" for n in range(first, last + 1)), MASK, VIEWS), part)
+        self.parts[SEPARATION] = _products(visual.separation)
         self.parts["projection"] = [visual.tower.proj]
+        self.stages |= {SEPARATION: SEPARATION, SCORES: "projection"}
         self._float32 = {part: [p.data for p in parameters] for part, parameters in self.parts.items()}
 
     def apply(self, islands: Collection[str] = ()) -> None:
@@ -65,18 +67,21 @@ def widen(
 
     Args:
         overrun: runs the model as it is typed; its drift in budgets, so 1 is just within.
-        first: the stage where the graph diverges first; its part is tried first.
+        first: the stage where the graph diverges first; parts behind it can't mend that, those before it are tried
+            the nearest first.
         say: told each measurement.
 
     Raises:
         ParityError: more than half of the weights would have to stay float32.
     """
+    order = list(weights.parts)
+    if first in weights.stages:
+        order = order[: order.index(weights.stages[first]) + 1]
     islands: list[str] = []
-    diverging = weights.stages.get(first or "")
     while True:
         drifts = {}
-        for part in sorted(weights.parts.keys() - set(islands), key=lambda part: (part != diverging, part)):
-            if weights.share([*islands, part]) > LARGEST_ISLANDS:
+        for part in reversed(order):
+            if part in islands or weights.share([*islands, part]) > LARGEST_ISLANDS:
                 continue
             weights.apply([*islands, part])
             drifts[part] = overrun()
@@ -86,6 +91,7 @@ def widen(
         if not drifts:
             raise ParityError(
                 f"half precision must stay within its budget with at most {LARGEST_ISLANDS:.0%} of the weights in "
-                f"float32; this model does not, and diverges first in {first or 'no single layer'}: export without --fp16"
+                f"float32; this model does not, and diverges first in {first or 'no single layer'}: "
+                f"export without --fp16, so no bundle was written"
             )
         islands.append(min(drifts, key=lambda part: drifts[part]))

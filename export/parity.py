@@ -24,7 +24,7 @@ from fbclip.runtime.images import list_images
 Array = NDArray[np.float32]
 Say = Callable[[str], None]
 
-# Largest difference allowed: of any score, and of any map (its worst pixel in float32, its 99.9th percentile in float16).
+# Largest difference allowed: of any score, and of the maps (the worst pixel in float32, the 99.9th percentile in float16).
 BUDGETS = {"fp32": (1e-4, 1e-4), "fp16": (2e-3, 5e-3)}
 MOST_IMAGES = 64  # of a folder; spread over it
 PANEL = 256  # pixels, width of the maps kept for the picture
@@ -112,23 +112,47 @@ def run_reference(trained: Backend, proof: Proof, image_size: int) -> Reference:
 
 @dataclass(frozen=True)
 class Drift:
-    """Differences of probabilities, 0..1: the largest, and quantiles; a value that is no number counts as 1.
-
-    Of scores over the images; of maps over the pixels of one map, and of those the worst of all maps.
-    """
+    """Differences of probabilities, 0..1: the largest, and quantiles over all images (and pixels)."""
 
     max: float
     p50: float
     p99: float
     p999: float
 
-    @classmethod
-    def of(cls, found: NDArray[Any], expected: NDArray[Any]) -> Drift:
-        difference = np.nan_to_num(np.abs(found - expected), nan=1.0)
-        return cls(float(difference.max()), *(float(q) for q in np.quantile(difference, (0.5, 0.99, 0.999))))
 
-    def worst(self, other: Drift) -> Drift:
-        return Drift(*(max(pair) for pair in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+class Differences:
+    """A growing set of differences of probabilities, in the memory of a histogram; what is no number counts as 1.
+
+    Bins are the float32 values without their last 12 bits, so a quantile is up to 0.05 % too large.
+    """
+
+    BITS = 12
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(1 << (31 - self.BITS), np.int64)  # differences have no sign bit
+        self.max = 0.0
+
+    def add(self, found: Array, expected: Array) -> Array:
+        """Take in the differences, and return them: float32, of the same shape."""
+        difference: Array = np.nan_to_num(np.abs(found - expected), nan=1.0).astype(np.float32)
+        keys = difference.ravel().view(np.uint32) >> self.BITS
+        self.counts += np.bincount(keys, minlength=len(self.counts))
+        self.max = max(self.max, float(difference.max()))
+        return difference
+
+    def quantile(self, q: float) -> float:
+        total = self.counts.cumsum()
+        key = np.searchsorted(total, q * total[-1])
+        upper_edge = np.array((key + 1) << self.BITS, np.uint32).view(np.float32)
+        return min(float(upper_edge), self.max)
+
+    def drift(self) -> Drift:
+        return Drift(self.max, *(self.quantile(q) for q in (0.5, 0.99, 0.999)))
+
+
+def overrun(precision: str, score_drift: float, map_drift: float) -> float:
+    """Drift in budgets: up to 1 it is within."""
+    return max(drift / budget for drift, budget in zip((score_drift, map_drift), BUDGETS[precision], strict=True))
 
 
 @dataclass(frozen=True)
@@ -143,6 +167,7 @@ class Parity:
         flips: images whose verdict at the threshold changed.
         auroc: of the images by the torch model and by the graph; None without labels of both kinds.
         worst_image: the one whose map differs most.
+        by_drift: indices of the images, that one first.
         islands: parts that had to stay float32 although others are half precision.
         stages: of the worst image against the float32 graph; empty for that graph itself.
         nodes, size_bytes, seconds: of the graph and of writing it.
@@ -158,7 +183,7 @@ class Parity:
     flips: tuple[str, ...]
     auroc: tuple[float, float] | None
     worst_image: str
-    worst_index: int
+    by_drift: tuple[int, ...]
     islands: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
     nodes: int = 0
@@ -174,7 +199,7 @@ class Parity:
     @property
     def overrun(self) -> float:
         """The drift in budgets: up to 1 it is within."""
-        return max(self.score.max / self.score_budget, self.map_drift / self.map_budget)
+        return overrun(self.precision, self.score.max, self.map_drift)
 
     @property
     def diverges_first(self) -> str | None:
@@ -183,7 +208,7 @@ class Parity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `parity.json`."""
-        values = {key: value for key, value in asdict(self).items() if key not in ("thumbnails", "worst_index")}
+        values = {key: value for key, value in asdict(self).items() if key not in ("thumbnails", "by_drift")}
         stages = {stage.name: stage.error if np.isfinite(stage.error) else None for stage in self.stages}
         return {**values, "stages": stages, "diverges_first": self.diverges_first, "within": self.overrun <= 1}
 
@@ -217,32 +242,32 @@ def compare(
     Raises:
         ParityError: a batch of two that gives other scores than its images alone.
     """
-    scores, maps, thumbnails = [], [], []
+    scores, maps, worst, thumbnails = [], Differences(), [], []
     for index, image in enumerate(inputs):
         score, anomaly_map = backend.run(image[None])
         scores.append(score[0])
-        maps.append(Drift.of(anomaly_map[0], reference.map(index, image.shape[:2])))
+        difference = maps.add(anomaly_map[0], reference.map(index, image.shape[:2]))
+        worst.append(float(np.quantile(difference, 0.999)))
         thumbnails.append(thumbnail(anomaly_map[0]))
     found, budgets = np.array(scores), BUDGETS[precision]
-    if len(inputs) > 1:  # a dynamic batch that only works for one is none
+    score_differences = Differences()
+    score_differences.add(found, reference.scores)
+    if len(inputs) > 1 and np.isfinite(found).all():  # a dynamic batch that only works for one is none
         pair, _ = backend.run(np.stack(inputs[:2]))
-        if (drift := Drift.of(pair, found[:2]).max) > budgets[0] and np.isfinite(found[:2]).all():
+        if (drift := np.abs(pair - found[:2]).max()) > budgets[0]:
             raise ParityError(f"a batch of two must score like its images alone; {precision} differs by {drift:.2g}")
-    total = maps[0]
-    for drift_of_map in maps[1:]:
-        total = total.worst(drift_of_map)
-    worst = max(range(len(maps)), key=lambda i: (maps[i].p999, maps[i].max))
     flipped = (found >= threshold) != (reference.scores >= threshold)
+    by_drift = tuple(int(i) for i in np.argsort(worst)[::-1])
     return Parity(
         precision,
         len(found),
-        Drift.of(found, reference.scores),
-        total,
+        score_differences.drift(),
+        maps.drift(),
         *budgets,
         tuple(name for name, flip in zip(proof.names, flipped, strict=True) if flip),
         _auroc(proof, reference.scores, found),
-        proof.names[worst],
-        worst,
+        proof.names[by_drift[0]],
+        by_drift,
         thumbnails=tuple(thumbnails),
     )
 

@@ -35,7 +35,7 @@ def print_parity(parities: list[Parity], console: Console) -> None:
             str(p.nodes),
             f"{p.size_bytes / 1e6:.1f}",
             f"{p.seconds:.0f}",
-            *([f"{p.auroc[1]:.4f} ({p.auroc[1] - p.auroc[0]:+.4f})"] if p.auroc else []),
+            *([f"{p.auroc[1]:.4f}"] if p.auroc else []),
         )
     console.print(table)
     budgets = (f"{p.precision} {p.score_budget:g} and {p.map_budget:g}" for p in parities)
@@ -45,6 +45,9 @@ def print_parity(parities: list[Parity], console: Console) -> None:
             console.print(
                 f"{p.precision} keeps in float32 to stay in its budget: {', '.join(p.islands)}", highlight=False
             )
+        if p.auroc:
+            change = f"{p.auroc[1] - p.auroc[0]:+.4f}"
+            console.print(f"{p.precision} changes the image AUROC by {change}", highlight=False)
         if p.stages:
             largest = max(p.stages, key=lambda stage: stage.error)
             console.print(
@@ -89,4 +92,5 @@ def draw_parity(path: Path, proof: Proof, reference: Reference, parities: list[P
 
 
 def _difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.nan_to_num(np.abs(found - expected), nan=1.0).astype(np.float32)
+    difference: NDArray[np.float32] = np.nan_to_num(np.abs(found - expected), nan=1.0)
+    return difference
