@@ -161,8 +161,14 @@ class Gate:
         seconds = time.perf_counter() - start
         nodes = check_graph(path)
         self.say(f"running {path.name} in ONNX Runtime")
-        backend = OnnxRuntimeBackend(path, self.text, "cpu")
-        parity = compare(precision, backend, self.proof, self.inputs, self.reference, self.threshold)
+        parity = compare(
+            precision,
+            OnnxRuntimeBackend(path, self.text, "cpu"),  # kept no longer than this call: a session holds gigabytes
+            self.proof,
+            self.inputs,
+            self.reference,
+            self.threshold,
+        )
         stages = []
         if precision != "fp32":
             worst = self.inputs[parity.by_drift[0]][None]

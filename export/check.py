@@ -8,6 +8,7 @@ float64, no empty tensors, and here no size left open but the batch.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,13 @@ class Graph:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.model = onnx.load(path, load_external_data=False)
-        graph = self.model.graph
-        self.nodes = list(graph.node)
-        self.inputs, self.outputs = list(graph.input), list(graph.output)
-        self.constants = {c.name for c in graph.initializer}
+        model = onnx.load(path, load_external_data=False)
+        self.nodes = list(model.graph.node)
+        self.inputs, self.outputs = list(model.graph.input), list(model.graph.output)
+        self.constants = {c.name for c in model.graph.initializer}
         self.constants |= {name for node in self.nodes if node.op_type == "Constant" for name in node.output}
-        self.opset = next(o.version for o in self.model.opset_import if o.domain == "")
-        self.light = _without_weights(self.model)
+        self.opset = next(o.version for o in model.opset_import if o.domain == "")
+        self.light = without_weights(model)
         try:
             onnx.checker.check_model(str(path), full_check=True)
             self.types = {name: kind for name, (kind, _) in self.inferred(None).items()}
@@ -88,21 +88,19 @@ class Graph:
                     yield name, formal[min(index, len(formal) - 1)].type_str, out
 
 
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy for inference: large constants become inputs of the same type and shape, known shapes are forgotten."""
-    light = onnx.ModelProto()
-    light.CopyFrom(model)
-    graph = light.graph
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model made light for inference: large constants become inputs of the same type and shape, and what the
+    exporter said of shapes is forgotten. Changes it in place."""
+    graph = model.graph
+    small = [constant for constant in graph.initializer if math.prod(constant.dims) <= LARGE]
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(constant.name, constant.data_type, constant.dims)
+        for constant in graph.initializer
+        if math.prod(constant.dims) > LARGE
+    )
     del graph.initializer[:], graph.value_info[:]
-    for constant in model.graph.initializer:
-        size = 1
-        for dim in constant.dims:
-            size *= dim
-        if size > LARGE:
-            graph.input.append(onnx.helper.make_tensor_value_info(constant.name, constant.data_type, constant.dims))
-        else:
-            graph.initializer.append(constant)
-    return light
+    graph.initializer.extend(small)
+    return model
 
 
 def check_graph(path: Path) -> int:

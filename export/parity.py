@@ -143,6 +143,8 @@ class Differences:
     def quantile(self, q: float) -> float:
         total = self.counts.cumsum()
         key = np.searchsorted(total, q * total[-1])
+        if key == 0:  # the bin of 0
+            return 0.0
         upper_edge = np.array((key + 1) << self.BITS, np.uint32).view(np.float32)
         return min(float(upper_edge), self.max)
 

@@ -61,25 +61,9 @@ def _error(name: str, expected: NDArray[np.float32], found: NDArray[np.float32])
 
 def run_stages(path: Path, text: NDArray[np.float32], images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
     """The last float32 tensor of each stage of a graph, in ONNX Runtime on the CPU."""
-    model = onnx.load(path, load_external_data=False)
-    kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
-    kinds |= {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
-    ends: dict[str, str] = {}
-    for node in model.graph.node:
-        floats = [name for name in node.output if kinds.get(name) == onnx.TensorProto.FLOAT]
-        if floats and "/" in node.name:
-            stage = node.name.split("/")[0]
-            ends.pop(stage, None)
-            ends[stage] = floats[-1]
-    there = {value.name for value in model.graph.output}
-    model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        for name in ends.values()
-        if name not in there
-    )
     tapped = path.with_suffix(".tapped.onnx")  # beside the graph, where its external data is found
     try:
-        onnx.save(model, tapped)
+        ends = write_tapped(path, tapped)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         session = ort.InferenceSession(tapped, options, providers=["CPUExecutionProvider"])
@@ -87,3 +71,23 @@ def run_stages(path: Path, text: NDArray[np.float32], images: NDArray[np.uint8])
     finally:
         tapped.unlink(missing_ok=True)
     return dict(zip(ends, values, strict=True))
+
+
+def write_tapped(path: Path, tapped: Path) -> dict[str, str]:
+    """Write a graph anew with the end of each stage as an output; returns those tensors by stage."""
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    ends: dict[str, str] = {}
+    for node in graph.node:
+        floats = [name for name in node.output if kinds.get(name) == onnx.TensorProto.FLOAT]
+        if floats and "/" in node.name:
+            ends[node.name.split("/")[0]] = floats[-1]
+    there = {value.name for value in graph.output}
+    graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in ends.values()
+        if name not in there
+    )
+    onnx.save(model, tapped)
+    return ends
