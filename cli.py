@@ -25,6 +25,11 @@ app = typer.Typer(
 debug = False
 
 
+class ChannelOrder(str, Enum):
+    rgb = "rgb"
+    bgr = "bgr"
+
+
 class MapSize(str, Enum):
     frame = "frame"
     model = "model"
@@ -104,8 +109,17 @@ def export(
     threshold: Annotated[
         float | None, typer.Option(help="Scores from here on are anomalous; 0.5, or what the embedded model has.")
     ] = None,
+    frame_size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH of the camera's frames: the graph takes them whole and resizes.")
+    ] = None,
+    channel_order: Annotated[
+        ChannelOrder, typer.Option(help="Of the images that the graph takes; OpenCV and most cameras give bgr.")
+    ] = ChannelOrder.rgb,
     parity_images: Annotated[
-        list[str] | None, typer.Option(help="Images, folder or glob for the proof; the samples if left out.")
+        list[str] | None,
+        typer.Option(
+            help="For the proof: images, folders, globs, or a data set (see fbclip data); the samples if left out."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle folder to write; NAME.fbclip if left out.")] = None,
     triton: Annotated[
@@ -129,13 +143,13 @@ def export(
     _needs_train_extra()
     from fbclip.bundle import EMBEDDED, Bundle
     from fbclip.checkpoint import load
-    from fbclip.export.bundle import export_bundle
+    from fbclip.export.bundle import Deployment, export_bundle
+    from fbclip.export.parity import find_proof, read_proof
     from fbclip.export.report import print_parity
-    from fbclip.reading import read_image
-    from fbclip.runtime.images import list_images
 
     console = _console()
-    images = [read_image(path) for path in list_images(parity_images or [])[:16]]
+    frame_hw = _frame_size(frame_size)
+    paths, labels = find_proof(parity_images or [])
     path = checkpoint or EMBEDDED.with_suffix(".safetensors")
     if checkpoint is None:  # it is deployed larger than it was trained
         embedded = Bundle.load().manifest
@@ -144,17 +158,21 @@ def export(
     console.print(f"loading {path.name}")
     model = load(path, clip, clip_weights, image_size, _layers(feature_layers))
     model.set_noun(object)
-    out = out or Path(f"{path.stem}.fbclip")
-    exported, parities = export_bundle(
-        model,
-        out,
-        images,
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    size = model.config.image_size
+    proof = read_proof(paths, labels, frame_hw or (size, size), say)
+    deployment = Deployment(
         path.stem,
         fp16,
+        frame_hw,
+        channel_order.value,
         0.5 if threshold is None else threshold,
         {"checkpoint": path.name},
-        lambda line: console.print(line, highlight=False),
     )
+    exported, parities = export_bundle(model, out or Path(f"{path.stem}.fbclip"), proof, deployment, say)
     print_parity(parities, console)
     console.print(f"wrote {exported.path}", soft_wrap=True, highlight=False)
     if triton:
@@ -346,6 +364,18 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
         return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"--feature-layers takes numbers with commas, like 1,6,12,18,24; got {text!r}") from error
+
+
+def _frame_size(text: str | None) -> tuple[int, int] | None:
+    import re
+
+    from fbclip.errors import UsageError
+
+    if text is None:
+        return None
+    if not (sides := re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", text)):
+        raise UsageError(f"--frame-size is HEIGHTxWIDTH in pixels, like 1080x1920; got {text!r}")
+    return int(sides[1]), int(sides[2])
 
 
 def _needs_train_extra(*also: str) -> None:

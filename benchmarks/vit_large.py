@@ -1,6 +1,7 @@
 """ViT-L/14 at 518 px with generated weights, float32 on the CPU: time, memory and export.
 
-python benchmarks/vit_large.py export       # runs/vit-large.fbclip: seconds, peak memory, nodes, drift
+python benchmarks/vit_large.py export       # runs/vit-large.fbclip: seconds, peak memory, parity
+python benchmarks/vit_large.py half         # the same with the float16 graph
 python benchmarks/vit_large.py time         # interleaved rounds: literal reference, model, ONNX Runtime (if exported)
 python benchmarks/vit_large.py memory RUN   # peak of one forward pass: reference, model or onnxruntime
 """
@@ -26,7 +27,8 @@ import golden
 from fbclip import reference
 from fbclip.bundle import Bundle
 from fbclip.clip import build_clip, clip_config
-from fbclip.export.bundle import export_bundle
+from fbclip.export.bundle import Deployment, export_bundle
+from fbclip.export.parity import Proof
 from fbclip.image import upsampling_matrix
 from fbclip.model import FBCLIP, default_config
 from fbclip.runtime.backends import OnnxRuntimeBackend
@@ -113,16 +115,16 @@ def measure_memory(which: str) -> dict[str, Any]:
     return {"run": which, "before_mb": before, "peak_mb": peak, "forward_mb": peak - before}
 
 
-def measure_export() -> dict[str, Any]:
+def measure_export(half: bool) -> dict[str, Any]:
     model = large_model()
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
-    _, parities = export_bundle(model, BUNDLE, [frame()[0]], "vit-large")
+    proof, deployment = Proof([frame()[0]], ("noise",)), Deployment("vit-large", half=half)
+    _, parities = export_bundle(model, BUNDLE, proof, deployment, lambda line: print(line, file=sys.stderr))
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "peak_mb": memory_mb("VmHWM"),
-        "nodes": parities[0].nodes,
-        "drift": [parities[0].score_max, parities[0].map_max],
+        "parity": {p.precision: p.to_dict() for p in parities},
     }
 
 
@@ -134,7 +136,12 @@ def memory_mb(field: str) -> int:
 
 
 def main(task: str, which: str = "model") -> None:
-    tasks = {"export": measure_export, "time": compare_times, "memory": lambda: measure_memory(which)}
+    tasks = {
+        "export": lambda: measure_export(False),
+        "half": lambda: measure_export(True),
+        "time": compare_times,
+        "memory": lambda: measure_memory(which),
+    }
     print(json.dumps(tasks[task](), indent=1))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import PIL
 import torch
 from numpy.typing import NDArray
 
@@ -18,94 +19,73 @@ import fbclip
 from fbclip.bundle import GRAPHS, Bundle, Manifest, save
 from fbclip.errors import ParityError
 from fbclip.export.backend import TorchBackend
-from fbclip.export.graph import OPSET, DeployedModel, make_half, write_onnx
-from fbclip.image import BLUR_SIGMA, resize
+from fbclip.export.check import check_graph
+from fbclip.export.graph import OPSET, DeployedModel, write_onnx
+from fbclip.export.half import HalfWeights, widen
+from fbclip.export.parity import Differences, Parity, Proof, Reference, Say, compare, overrun, run_reference
+from fbclip.export.report import draw_parity
+from fbclip.export.stages import compare_stages
+from fbclip.image import BLUR_SIGMA, in_order, resize
 from fbclip.model import FBCLIP
-from fbclip.runtime.backends import Backend, OnnxRuntimeBackend
+from fbclip.runtime.backends import OnnxRuntimeBackend
 
-# Largest difference allowed: of any score, and of the map (at its 99.9th percentile for float16).
-BUDGETS = {"fp32": (1e-4, 1e-4), "fp16": (2e-3, 5e-3)}
+SEARCH_IMAGES = 4  # that drift most; what must stay float32 is looked for on them
 
 
 @dataclass(frozen=True)
-class Parity:
-    """How far an exported graph is from the torch model on the same images; all values are probabilities 0..1."""
+class Deployment:
+    """How a model is deployed.
 
-    precision: str
-    images: int
-    score_max: float
-    map_max: float
-    map_p999: float
-    score_budget: float
-    map_budget: float
-    nodes: int
-    seconds: float
+    Attributes:
+        name: of the model.
+        half: also write the float16 graph.
+        frame_size: height and width of the camera's frames, resized in the graph; None for the model's own square.
+        channel_order: of the images that the graphs take, "rgb" or "bgr".
+        threshold: scores from here on are anomalous, 0..1.
+        provenance: where the weights come from.
+    """
 
-    @property
-    def map_drift(self) -> float:
-        """What the budget is about: the worst pixel in float32, the 99.9th percentile in half precision."""
-        return self.map_max if self.precision == "fp32" else self.map_p999
-
-    @property
-    def within(self) -> bool:
-        return bool(self.score_max <= self.score_budget and self.map_drift <= self.map_budget)
+    name: str
+    half: bool = False
+    frame_size: tuple[int, int] | None = None
+    channel_order: str = "rgb"
+    threshold: float = 0.5
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export_bundle(
-    model: FBCLIP,
-    out: Path,
-    images: list[NDArray[np.uint8]],
-    name: str,
-    half: bool = False,
-    threshold: float = 0.5,
-    provenance: dict[str, Any] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    model: FBCLIP, out: Path, proof: Proof, deployment: Deployment, say: Say = lambda line: None
 ) -> tuple[Bundle, list[Parity]]:
     """Write a bundle and prove it: every graph is run in ONNX Runtime against the torch model.
 
     Args:
         model: taken apart on the way, not to be used afterwards.
         out: the folder to write.
-        images: uint8 (H, W, 3) RGB, for the proof.
-        half: also write the float16 graph.
+        proof: images; brought to `frame_size` beforehand where there is one.
         say: told each step.
 
     Raises:
-        ParityError: a graph drifts past its budget; nothing is written.
+        GraphError: a graph that TensorRT would not take.
+        ParityError: a graph drifts past its budget. In both cases nothing is written.
     """
     config = model.config
-    frames = np.stack([resize(image, config.image_size) for image in images])
+    size_hw = deployment.frame_size or (config.image_size, config.image_size)
+    proof = replace(proof, frames=[resize(frame, size_hw) for frame in proof.frames])
     trained = TorchBackend(model)
-    text = trained.text
-    say(f"running the torch model on {len(frames)} images")
-    expected = one_by_one(trained, frames)
-    parities: list[Parity] = []
+    text = trained.text.numpy()
+    say(f"running the torch model on {len(proof.frames)} images")
+    reference = run_reference(trained, proof, config.image_size)
+    gate = Gate(model, text, proof, reference, deployment, say)
 
     def write_files(folder: Path) -> Manifest:
-        deployed = DeployedModel(model)
-        for precision in ("fp32", "fp16") if half else ("fp32",):
-            if precision == "fp16":
-                make_half(deployed)
-            say(f"writing {GRAPHS[precision]}")
-            start = time.perf_counter()
-            graph = write_onnx(deployed, text, folder / GRAPHS[precision])
-            seconds = time.perf_counter() - start
-            check_operators(graph)
-            say(f"running {GRAPHS[precision]} in ONNX Runtime")
-            parities.append(
-                compare(precision, folder / GRAPHS[precision], frames, text.numpy(), expected, graph, seconds)
-            )
-        report = {p.precision: {**p.__dict__, "within": p.within} for p in parities}
-        (folder / "parity.json").write_text(json.dumps(report, indent=1) + "\n")
-        if failed := [p for p in parities if not p.within]:
-            worst = failed[0]
-            raise ParityError(
-                f"{worst.precision} must stay within {worst.score_budget:g} (score) and {worst.map_budget:g} "
-                f"(map) of the torch model; it drifts by {worst.score_max:.2g} and {worst.map_drift:.2g}, "
-                f"so {out} was not written"
-            )
+        gate.write_graph("fp32", folder)
+        if deployment.half:
+            gate.write_half(folder)
+        report = {p.precision: p.to_dict() for p in gate.parities}
+        (folder / "parity.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        draw_parity(folder / "parity.jpg", proof, reference, gate.parities)
         return Manifest(
-            name=name,
+            name=deployment.name,
             image_size=config.image_size,
             grid=config.grid,
             feature_layers=config.feature_layers,
@@ -113,137 +93,108 @@ def export_bundle(
             std=config.clip.std,
             prompts=config.prompts,
             blur_sigma=BLUR_SIGMA,
-            threshold=threshold,
-            precisions=tuple(p.precision for p in parities),
+            threshold=deployment.threshold,
+            precisions=tuple(p.precision for p in gate.parities),
             opset=OPSET,
+            frame_size=deployment.frame_size,
+            channel_order=deployment.channel_order,
             provenance={
-                **(provenance or {}),
+                **deployment.provenance,
                 "clip": config.clip.name,
                 "noun": config.noun,
                 "fbclip": fbclip.__version__,
                 "torch": torch.__version__,
                 "onnx": onnx.__version__,
+                "pillow": PIL.__version__,  # whose resize a graph of whole frames repeats
             },
-            parity={
-                p.precision: {"score_max": p.score_max, "map_max": p.map_max, "map_p999": p.map_p999} for p in parities
-            },
+            parity={p.precision: p.summary() for p in gate.parities},
         )
 
-    return save(out, text.numpy(), write_files), parities
+    return save(out, text, write_files), gate.parities
 
 
-def one_by_one(backend: Backend, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scores (B,) and maps (B, S, S) of frames uint8 (B, S, S, 3), each run alone."""
-    scores, maps = zip(*(backend.run(frame[None]) for frame in frames), strict=True)
-    return np.concatenate(scores), np.concatenate(maps)
+class Gate:
+    """Writes graphs and lets none pass that TensorRT would not take or that drifts past its budget.
 
+    Attributes:
+        parities: of the graphs that passed.
+    """
 
-def compare(
-    precision: str,
-    path: Path,
-    frames: NDArray[np.uint8],
-    text: NDArray[np.float32],
-    expected: tuple[NDArray[Any], NDArray[Any]],
-    graph: onnx.ModelProto,
-    seconds: float,
-) -> Parity:
-    """Run a written graph on the CPU, one image at a time and two at once, against expected scores and maps."""
-    backend = OnnxRuntimeBackend(path, text, "cpu")
-    scores, maps = one_by_one(backend, frames)
-    if len(frames) > 1:  # a dynamic batch that only works for one is none
-        pair = backend.run(frames[:2])
-        if (drift := np.abs(pair[0] - scores[:2]).max()) > BUDGETS[precision][0]:
-            raise ParityError(f"a batch of two must score like its images alone; {path.name} differs by {drift:.2g}")
-    map_error = np.abs(maps - expected[1])
-    score_budget, map_budget = BUDGETS[precision]
-    return Parity(
-        precision,
-        len(frames),
-        float(np.abs(scores - expected[0]).max()),
-        float(map_error.max()),
-        float(np.quantile(map_error, 0.999)),
-        score_budget,
-        map_budget,
-        len(graph.graph.node),
-        seconds,
-    )
+    def __init__(
+        self,
+        model: FBCLIP,
+        text: NDArray[np.float32],
+        proof: Proof,
+        reference: Reference,
+        deployment: Deployment,
+        say: Say,
+    ) -> None:
+        self.text, self.proof, self.reference, self.say = text, proof, reference, say
+        self.threshold = deployment.threshold
+        self.deployed = DeployedModel(model, deployment.frame_size, deployment.channel_order)
+        self.inputs = [in_order(frame, deployment.channel_order) for frame in proof.frames]
+        self.parities: list[Parity] = []
 
+    def write_graph(self, precision: str, folder: Path, islands: tuple[str, ...] = ()) -> None:
+        """Write the model as it is typed, measure it, and let it pass or raise ParityError."""
+        self.judge(self.measure(precision, folder, islands))
 
-# Operators of the exported graph, each known to TensorRT's parser (release 10.1) and to ONNX Runtime.
-SUPPORTED = frozenset(
-    [
-        "Abs",
-        "Add",
-        "And",
-        "Cast",
-        "Ceil",
-        "Clip",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Conv",
-        "Cos",
-        "Div",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Expand",
-        "Flatten",
-        "Floor",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Gelu",
-        "Gemm",
-        "Greater",
-        "GreaterOrEqual",
-        "Identity",
-        "LayerNormalization",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "MatMul",
-        "Max",
-        "Min",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pad",
-        "Pow",
-        "Range",
-        "Reciprocal",
-        "ReduceL2",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "Shape",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Slice",
-        "Softmax",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Sum",
-        "Tanh",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    ]
-)
+    def write_half(self, folder: Path) -> None:
+        """Type the products float16; where that drifts too far, widen the float32 islands by measurement."""
+        weights = HalfWeights(self.deployed.visual)
+        weights.apply()
+        parity = self.measure("fp16", folder)
+        if parity.overrun <= 1:
+            return self.judge(parity)
+        first = parity.diverges_first
+        where = f", first in {first}" if first else ""
+        self.say(f"fp16 drifts by {parity.overrun:.1f} of its budget{where}; looking for what must stay float32")
+        worst = parity.by_drift[:SEARCH_IMAGES]
+        islands = widen(weights, lambda: self.overrun_in_torch(worst), first, self.say)
+        return self.write_graph("fp16", folder, islands)
 
-
-def check_operators(graph: onnx.ModelProto) -> None:
-    """Raise ParityError for an operator that the target runtimes do not take."""
-    if strange := sorted({node.op_type for node in graph.graph.node} - SUPPORTED):
-        raise ParityError(
-            f"exported graphs hold only operators that TensorRT takes; this one has {', '.join(strange)}: "
-            f"install the tested versions of torch and onnxscript (constraints.txt)"
+    def measure(self, precision: str, folder: Path, islands: tuple[str, ...] = ()) -> Parity:
+        path = folder / GRAPHS[precision]
+        self.say(f"writing {path.name}")
+        start = time.perf_counter()
+        write_onnx(self.deployed, torch.from_numpy(self.text), path)
+        seconds = time.perf_counter() - start
+        nodes = check_graph(path)
+        self.say(f"running {path.name} in ONNX Runtime")
+        parity = compare(
+            precision,
+            OnnxRuntimeBackend(path, self.text, "cpu"),  # kept no longer than this call: a session holds gigabytes
+            self.proof,
+            self.inputs,
+            self.reference,
+            self.threshold,
         )
+        stages = []
+        if precision != "fp32":
+            worst = self.inputs[parity.by_drift[0]][None]
+            stages = compare_stages(folder / GRAPHS["fp32"], path, self.text, worst)
+        size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
+        return replace(
+            parity, stages=tuple(stages), islands=islands, nodes=nodes, size_bytes=size, seconds=round(seconds, 1)
+        )
+
+    def judge(self, parity: Parity) -> None:
+        if parity.overrun > 1:
+            where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
+            raise ParityError(
+                f"{parity.precision} must stay within {parity.score_budget:g} (score) and {parity.map_budget:g} (map) "
+                f"of the torch model; it drifts by {parity.score.max:.2g} and {parity.map_drift:.2g}{where}, "
+                f"so no bundle was written"
+            )
+        self.parities.append(parity)
+
+    @torch.no_grad()
+    def overrun_in_torch(self, indices: Sequence[int]) -> float:
+        """Drift in budgets by the torch model as it is typed, on some images: cheaper than a graph for each trial."""
+        scores, maps = Differences(), Differences()
+        for index in indices:
+            image = self.inputs[index]
+            score, anomaly_map = self.deployed(torch.from_numpy(image)[None], torch.from_numpy(self.text))
+            scores.add(score.numpy(), self.reference.scores[index : index + 1])
+            maps.add(anomaly_map[0].numpy(), self.reference.map(index, image.shape[:2]))
+        return overrun("fp16", scores.max, maps.quantile(0.999))

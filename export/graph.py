@@ -3,62 +3,96 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
+from collections import Counter
 from pathlib import Path
 
-import onnx
+import onnx_ir
 import torch
 from torch import Tensor, nn
 
 from fbclip.bundle import ANOMALY_MAP, BATCH_AXIS, IMAGE, SCORE, TEXT
-from fbclip.image import upsampling_matrix
+from fbclip.image import bicubic_matrices, upsampling_matrix, width_first
 from fbclip.model import FBCLIP, Visual
 
 OPSET = 18
+MASK, VIEWS, SEPARATION, SCORES = "foreground mask", "views", "separation", "scores"  # stages behind the blocks
 EXTERNAL_DATA_FROM = 2**31 - 2**20  # bytes; protobuf ends at 2 GB
 
 
 class DeployedModel(nn.Module):
     """The model between its constant pre- and postprocessing (spec 9.4): the same `Visual`, not a rewrite.
 
-    Changes `visual` in place: folds the normalisation into its patch embedding, puts all feature layers in one batch.
+    Changes the model in place: folds the normalisation into its patch embedding, puts all feature layers in one batch.
+
+    Args:
+        model: used, not copied.
+        frame_size: height and width of the images it takes, or None for the model's own square.
+        channel_order: of those images, "rgb" or "bgr".
     """
 
-    upsampling: Tensor  # A (S, g); map = A @ patch map @ A.T is bilinear upsampling and blur at once
+    map_rows: Tensor  # (H, g); map = rows @ patch map @ cols.T is bilinear upsampling, blur and frame size at once
+    map_cols: Tensor  # (W, g)
 
-    def __init__(self, model: FBCLIP) -> None:
+    def __init__(self, model: FBCLIP, frame_size: tuple[int, int] | None = None, channel_order: str = "rgb") -> None:
         super().__init__()
+        config = model.config
         self.visual: Visual = model.visual
-        self.visual.layers_at_once = len(model.config.feature_layers)
-        self.visual.tower.fold_normalisation(model.config.clip.mean, model.config.clip.std)
-        self.register_buffer(
-            "upsampling", torch.from_numpy(upsampling_matrix(model.config.image_size, model.config.grid))
-        )
+        self.visual.layers_at_once = len(config.feature_layers)
+        self.visual.tower.fold_normalisation(config.clip.mean, config.clip.std, channel_order)
+        self.frame_size = frame_size or (config.image_size, config.image_size)
+        height, width = self.frame_size
+        self.resize = FrameResize(config.image_size, self.frame_size)
+        for name, side in (("map_rows", height), ("map_cols", width)):
+            self.register_buffer(name, torch.from_numpy(upsampling_matrix(config.image_size, config.grid, side)))
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Images uint8 (B, S, S, 3) and text (2, E) -> score (B,) and anomaly map (B, S, S), float32."""
-        score, patch_map = self.visual(image.permute(0, 3, 1, 2).float(), text)
-        return score, self.upsampling @ patch_map @ self.upsampling.mT
+        """Images uint8 (B, H, W, 3) and text (2, E) -> score (B,) and anomaly map (B, H, W), float32."""
+        pixels = image.float().permute(0, 3, 1, 2)  # the cast first: uint8 is no type to compute with in TensorRT
+        score, patch_map = self.visual(self.resize(pixels), text)
+        return score, self.map_rows @ patch_map @ self.map_cols.mT
 
 
-def make_half(model: DeployedModel) -> None:
-    """Type the weights of the backbone's and the separation attention's products float16, in place.
+class FrameResize(nn.Module):
+    """Pillow's bicubic resize from one frame size, as constant matrices (spec 9.4), to the last bit."""
 
-    `fbclip.clip.linear` casts at each product, so norms, softmax inputs, views and scores stay float32 islands
-    (spec, section 10).
-    """
-    half = [model.visual.tower.blocks, model.visual.separation]
-    for parent in half:
-        for module in parent.modules():
-            if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
-                module.half()
-    model.visual.tower.proj.data = model.visual.tower.proj.data.half()
+    rows_coarse: Tensor  # (S, H)
+    rows_fine: Tensor
+    cols_coarse: Tensor  # (W, S)
+    cols_fine: Tensor
+
+    def __init__(self, size: int, frame_size: tuple[int, int]) -> None:
+        super().__init__()
+        height, width = frame_size
+        passes = {"rows": height, "cols": width}
+        order = ("cols", "rows") if width_first(size, frame_size) else ("rows", "cols")
+        self.order = [name for name in order if passes[name] != size]  # as Pillow, which leaves out what is no resize
+        for name in self.order:
+            for part, matrix in zip(("coarse", "fine"), bicubic_matrices(size, passes[name]), strict=True):
+                constant = torch.from_numpy(matrix if name == "rows" else matrix.T.copy())
+                self.register_buffer(f"{name}_{part}", constant)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels 0..255, float32 (B, 3, H, W) -> (B, 3, S, S), whole numbers again."""
+        for name in self.order:
+            if name == "rows":
+                pixels = to_grey_levels(self.rows_coarse @ pixels, self.rows_fine @ pixels)
+            else:
+                pixels = to_grey_levels(pixels @ self.cols_coarse, pixels @ self.cols_fine)
+        return pixels
 
 
-def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> onnx.ModelProto:
-    """Write the graph with a dynamic batch; returns it without its weights."""
-    size = model.upsampling.shape[0]
-    image = torch.zeros(2, size, size, 3, dtype=torch.uint8)  # two, or the exporter takes the batch for a constant
+def to_grey_levels(coarse: Tensor, fine: Tensor) -> Tensor:
+    """Their sum rounded half up and clipped to 0..255; in two steps, because float32 can't hold all its digits."""
+    coarse = coarse + 0.5
+    whole = coarse.floor()
+    return (whole + (coarse - whole + fine).floor()).clamp(0, 255)
+
+
+def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> None:
+    """Write the graph with a dynamic batch and nodes named by stage: "block 3/MatMul 2"."""
+    image = torch.zeros(2, *model.frame_size, 3, dtype=torch.uint8)  # two, or the batch is taken for a constant
     batch = torch.export.Dim(BATCH_AXIS, min=1)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -74,6 +108,57 @@ def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> onnx.ModelProt
             dynamic_shapes={"image": {0: batch}, "text": {}},
         )
     assert program is not None
+    name_nodes(program.model.graph)
+    size_after_cast(program.model.graph)
     size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     program.save(path, external_data=size_bytes > EXTERNAL_DATA_FROM)
-    return onnx.load(path, load_external_data=False)
+
+
+def name_nodes(graph: onnx_ir.Graph) -> None:
+    """Name the nodes by stage, for messages and for the parity gate's taps; drops the exporter's notes, which hold
+    paths of the machine it ran on."""
+    stage, counts = "input", Counter[str]()
+    for node in graph:
+        stage = _stage(node, stage)
+        kind = f"{stage}/{node.op_type}"
+        counts[kind] += 1
+        node.name = f"{kind} {counts[kind]}"
+        if stage == MASK and node.op_type == "Where":  # which ends it
+            stage = VIEWS
+    graph_and_parts = (
+        graph,
+        *graph,
+        *graph.inputs,
+        *graph.initializers.values(),
+        *(o for n in graph for o in n.outputs),
+    )
+    for part in graph_and_parts:
+        part.metadata_props.clear()
+
+
+def _stage(node: onnx_ir.Node, before: str) -> str:
+    """The part of the model that a node belongs to, from the module it was traced in and the node before it."""
+    for value in node.inputs:  # the blocks' modules are not called as such, but their parameters keep their names
+        if value is not None and value.name and (block := re.match(r"visual\.tower\.blocks\.(\d+)\.", value.name)):
+            return f"block {int(block[1]) + 1}"
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    for module, stage in (("separation", SEPARATION), ("spatial", VIEWS)):
+        if f"'visual.{module}'" in scopes:
+            return stage
+    if "'visual.tower'" in scopes:
+        return before if before.startswith("block") else "patch embedding"
+    if "'visual'" in scopes:
+        return MASK if before.startswith("block") else SCORES if before == SEPARATION else before
+    if "'resize'" in scopes:
+        return "resize"
+    return "map" if before == SCORES else before
+
+
+def size_after_cast(graph: onnx_ir.Graph) -> None:
+    """Take the batch's size from the cast image instead of the image: TensorRT's parser takes uint8 in a Cast only."""
+    image = graph.inputs[0]
+    cast = next(node for node in image.consumers() if node.op_type == "Cast")
+    for node in list(image.consumers()):
+        if node.op_type == "Shape":
+            node.replace_input_with(0, cast.outputs[0])
+    graph.sort()

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from fbclip.errors import BundleError
 
-FORMAT = 1
+FORMAT = 2
+ADDED = {1: {"frame_size": None}}  # fields that an older format lacks, and what its bundles mean
 EMBEDDED = Path(__file__).parent / "assets" / "fbclip-nano.fbclip"
 GRAPHS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}
 
@@ -35,10 +36,11 @@ class Manifest:
 
     Attributes:
         name: of the model.
-        image_size: side S of the graph's square input in pixels; its map has the same side.
+        image_size: side S of the model's square input in pixels.
         grid: patches along a side.
         feature_layers: blocks whose tokens are used, from 1.
-        channel_order: of the graph's input, "rgb".
+        frame_size: height and width of the images that the graphs take and of their maps; None for S and S.
+        channel_order: of those images, "rgb" or "bgr".
         mean, std: of CLIP's normalisation, folded into the graph already.
         prompts: the normal and the abnormal sentence behind `text.npy`.
         blur_sigma: of the map's Gaussian in pixels, in the graph already.
@@ -63,12 +65,18 @@ class Manifest:
     threshold: float
     precisions: tuple[str, ...]
     opset: int
+    frame_size: tuple[int, int] | None = None
     channel_order: str = "rgb"
     score_kind: str = "class_token"
     files: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the images that the graphs take, and of their maps."""
+        return self.frame_size or (self.image_size, self.image_size)
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
@@ -77,21 +85,21 @@ class Manifest:
             found = values["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise BundleError(f"{where} is no fbclip manifest: {error!r}; export the bundle again") from error
-        if found != FORMAT:
-            cure = (
-                "upgrade with pip install -U fbclip"
-                if isinstance(found, int) and found > FORMAT
-                else "run fbclip export again"
-            )
-            raise BundleError(f"{where} has bundle format {found}; this fbclip reads format {FORMAT}: {cure}")
+        if isinstance(found, int) and found in ADDED:
+            values = {**ADDED[found], **values, "format": FORMAT}
+        elif found != FORMAT:
+            newer = isinstance(found, int) and found > FORMAT
+            cure = "upgrade with pip install -U fbclip" if newer else "run fbclip export again"
+            formats = ", ".join(map(str, (*ADDED, FORMAT)))
+            raise BundleError(f"{where} has bundle format {found}; this fbclip reads {formats}: {cure}")
         names = {f.name for f in fields(cls)}
         if (missing := names - values.keys()) or (extra := values.keys() - names):
             raise BundleError(
                 f"{where} does not match its format: missing {sorted(missing)}, extra "
                 f"{sorted(extra) if not missing else []}; export the bundle again"
             )
-        tuples = ("feature_layers", "mean", "std", "prompts", "precisions")
-        return cls(**{**values, **{name: tuple(values[name]) for name in tuples}})
+        tuples = ("feature_layers", "mean", "std", "prompts", "precisions", "frame_size")
+        return cls(**{**values, **{name: tuple(values[name]) for name in tuples if values[name] is not None}})
 
 
 @dataclass(frozen=True)

@@ -344,13 +344,15 @@ class VisionTower(nn.Module):
         return torch.stack(tokens, dim=1)
 
     @torch.no_grad()
-    def fold_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Make the tower take raw pixels 0..255: (x/255 - mean)/std moves into the patch embedding (spec 9.4)."""
+    def fold_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...], channel_order: str = "rgb") -> None:
+        """Make the tower take raw pixels 0..255, "rgb" or "bgr": (x/255 - mean)/std moves into the patch embedding
+        (spec 9.4)."""
         weight = self.conv1.weight.double()
         mean_, std_ = (weight.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
         bias = -(weight * mean_ / std_).sum(dim=(1, 2, 3))
         folded = nn.Conv2d(3, weight.shape[0], self.conv1.kernel_size, self.conv1.stride)  # type: ignore[arg-type]
-        folded.weight.copy_(weight / (255 * std_))
+        weight = weight / (255 * std_)
+        folded.weight.copy_(weight if channel_order == "rgb" else weight.flip(1))
         cast(Tensor, folded.bias).copy_(bias)
         self.conv1 = folded.to(self.conv1.weight.device)
         self.positional_embedding = nn.Parameter(self.positions().clone())

@@ -39,5 +39,9 @@ class Interrupted(FBClipError):
         self.exit_code = 128 + signal_number
 
 
+class GraphError(FBClipError):
+    """An exported graph that a runtime it is meant for would not take."""
+
+
 class ParityError(FBClipError):
     """An exported graph that drifts from the trained model past its budget."""

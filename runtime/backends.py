@@ -1,4 +1,4 @@
-"""Backends: images uint8 (B, S, S, 3) in, scores and maps float32 out."""
+"""Backends: images uint8 (B, H, W, 3) in, of the size and channel order that the manifest names, scores and maps float32 out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Backend(Protocol):
     device: str
 
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Images uint8 (B, S, S, 3) -> scores float32 (B,), maps float32 (B, S, S), both 0..1."""
+        """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H, W), both 0..1."""
         ...
 
 
@@ -59,7 +59,7 @@ class OnnxRuntimeBackend:
         self.text = text
 
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Images uint8 (B, S, S, 3) -> scores float32 (B,), maps float32 (B, S, S), both 0..1."""
+        """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H, W), both 0..1."""
         scores, maps = self.session.run([SCORE, ANOMALY_MAP], {IMAGE: images, TEXT: self.text})
         return scores, maps
 

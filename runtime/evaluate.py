@@ -19,7 +19,8 @@ from rich.progress import Progress
 
 from fbclip.bundle import Bundle, sha256
 from fbclip.data.dataset import Dataset, Item, Sample, Samples, parallel_map
-from fbclip.errors import ImageError, UsageError
+from fbclip.errors import BundleError, ImageError, UsageError
+from fbclip.image import in_order
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
 from fbclip.runtime.backends import Backend, make_backend
 from fbclip.runtime.draw import draw_overlay
@@ -49,6 +50,7 @@ class Subject:
         threshold: scores from here on count as anomalous.
         description: plain values for the stamp: kind, name, sha256, device, precision and what shapes the figures.
         package: the one that runs it: "onnxruntime" or "torch".
+        channel_order: of the backend's images, "rgb" or "bgr".
     """
 
     backend: Backend
@@ -58,16 +60,22 @@ class Subject:
     threshold: float
     description: Mapping[str, Any]
     package: str
+    channel_order: str = "rgb"
 
 
 def bundle_subject(path: Path | None, device: str, precision: str) -> Subject:
     """A deployed bundle, the embedded one without a path.
 
     Raises:
-        BundleError, DeviceError: as `make_backend`.
+        BundleError, DeviceError: as `make_backend`; a bundle of whole frames, since data sets have images of any size.
     """
     bundle = Bundle.load(path)
     manifest = bundle.manifest
+    if manifest.frame_size is not None:
+        raise BundleError(
+            f"evaluation takes images of any size; {bundle.path} takes {manifest.frame_size[0]}x{manifest.frame_size[1]} "
+            f"only: evaluate the same checkpoint exported without --frame-size"
+        )
     backend, precision = make_backend(bundle, device, precision)
     description = {
         "kind": "bundle",
@@ -79,7 +87,14 @@ def bundle_subject(path: Path | None, device: str, precision: str) -> Subject:
         "prompts": list(manifest.prompts),
     }
     return Subject(
-        backend, manifest.image_size, manifest.mean, manifest.std, manifest.threshold, description, "onnxruntime"
+        backend,
+        manifest.image_size,
+        manifest.mean,
+        manifest.std,
+        manifest.threshold,
+        description,
+        "onnxruntime",
+        manifest.channel_order,
     )
 
 
@@ -193,7 +208,7 @@ def evaluate(subject: Subject, tests: list[Dataset], batch_size: int, console: C
                 for name in test.classes:
                     one = _Class(name, test.select(class_name=name).items, subject.threshold)
                     for batch in _batches(_load(one.items, subject.image_size), batch_size):
-                        for item, error in one.run(subject.backend, batch):
+                        for item, error in one.run(subject, batch):
                             skipped.append((item, str(error)))
                             text = f"skipped: {error}"
                             console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -239,11 +254,12 @@ class _Class:
         self.pictures: dict[str, list[tuple[float, int, Picture]]] = {"best": [], "worst": [], "missed": []}
         self.order = count()
 
-    def run(self, backend: Backend, batch: list[Read]) -> list[tuple[Item, ImageError]]:
+    def run(self, subject: Subject, batch: list[Read]) -> list[tuple[Item, ImageError]]:
         """Score what could be read of a batch; returns the rest."""
         good = [(item, sample) for item, sample in batch if isinstance(sample, Sample)]
         if good:
-            scores, maps = backend.run(np.stack([sample.image for _, sample in good]))
+            images = in_order(np.stack([sample.image for _, sample in good]), subject.channel_order)
+            scores, maps = subject.backend.run(images)
             for (item, sample), score, anomaly_map in zip(good, scores, maps, strict=True):
                 self.add(item, sample, float(score), anomaly_map)
         return [(item, error) for item, error in batch if isinstance(error, ImageError)]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
-from fbclip.image import resize
+from fbclip.image import in_order, resize
 from fbclip.reading import read_image, to_rgb
 from fbclip.runtime.backends import make_backend
 from fbclip.runtime.draw import draw_overlay
@@ -43,7 +43,7 @@ class Prediction:
         score: abnormal probability of the image, 0..1.
         threshold: scores and map values from here on are anomalous.
         anomaly_map: float32 (H, W), 0..1, in the frame's own size.
-        model_map: float32 (S, S), the map as the model gives it.
+        model_map: float32 (S, S), the map as the model gives it; (H, W) where the graph takes whole frames.
         regions: of the map at or above the threshold, the highest peak first.
         timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
         image: the frame itself, uint8 (H, W, 3) RGB.
@@ -111,17 +111,21 @@ class Predictor:
             channel_order: of a frame: "rgb", or "bgr" as OpenCV reads.
 
         Raises:
-            ImageError: unreadable file, or a frame of another shape or type.
+            ImageError: unreadable file, a frame of another shape or type, or of another size than the graph was
+                exported for with --frame-size.
         """
         start = time.perf_counter()
         frame = self._frame(image, channel_order)
         read = time.perf_counter()
-        batch = resize(frame, self.bundle.manifest.image_size)[None]
+        batch = self._input(frame)[None]
         ready = time.perf_counter()
         scores, maps = self.backend.run(batch)
         done = time.perf_counter()
         height, width = frame.shape[:2]
-        anomaly_map = cv2.resize(maps[0], (width, height), interpolation=cv2.INTER_LINEAR).reshape(height, width)
+        anomaly_map = maps[0]
+        if anomaly_map.shape != (height, width):
+            anomaly_map = cv2.resize(anomaly_map, (width, height), interpolation=cv2.INTER_LINEAR)
+            anomaly_map = anomaly_map.reshape(height, width)
         regions = find_regions(anomaly_map, self.threshold)
         end = time.perf_counter()
         timings = {"read": read - start, "preprocess": ready - read, "model": done - ready, "postprocess": end - done}
@@ -134,6 +138,19 @@ class Predictor:
             {stage: seconds * 1e3 for stage, seconds in timings.items()},
             frame,
         )
+
+    def _input(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A frame uint8 (H, W, 3) RGB as the graph takes it."""
+        manifest = self.bundle.manifest
+        if manifest.frame_size is None:
+            return in_order(resize(frame, manifest.image_size), manifest.channel_order)
+        if frame.shape[:2] != manifest.frame_size:
+            built, here = (f"{height}x{width}" for height, width in (manifest.frame_size, frame.shape[:2]))
+            raise ImageError(
+                f"{self.bundle.path} takes frames of {built} (height x width) only; got {here}: "
+                f"set the camera to that, or export with --frame-size {here}, or without for any size"
+            )
+        return in_order(frame, manifest.channel_order)
 
     @staticmethod
     def _frame(image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str) -> NDArray[np.uint8]:

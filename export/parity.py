@@ -1,0 +1,288 @@
+"""The parity gate: an exported graph against the torch model it came from, on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from fbclip.data.dataset import Dataset
+from fbclip.data.layouts import open_dataset
+from fbclip.errors import ImageError, ParityError, UsageError
+from fbclip.export.stages import Stage, first_diverging
+from fbclip.image import bilinear_matrix, resize
+from fbclip.metrics import image_metrics
+from fbclip.reading import read_image
+from fbclip.runtime.backends import Backend
+from fbclip.runtime.images import list_images
+
+Array = NDArray[np.float32]
+Say = Callable[[str], None]
+
+# Largest difference allowed: of any score, and of the maps (the worst pixel in float32, the 99.9th percentile in float16).
+BUDGETS = {"fp32": (1e-4, 1e-4), "fp16": (2e-3, 5e-3)}
+MOST_IMAGES = 64  # of a folder; spread over it
+PANEL = 256  # pixels, width of the maps kept for the picture
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The images of the proof.
+
+    Attributes:
+        frames: uint8 (H, W, 3) RGB, of any size.
+        names: of their files.
+        labels: 0 good or 1 defective; None where nobody said.
+    """
+
+    frames: Sequence[NDArray[np.uint8]]
+    names: tuple[str, ...]
+    labels: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.frames:
+            raise UsageError("the proof needs an image that can be read; got none: pass other --parity-images")
+
+
+def find_proof(sources: list[str]) -> tuple[list[Path], list[int] | None]:
+    """Images for the proof, at most 64 and spread over their folder, and labels if it is a labelled data set.
+
+    Args:
+        sources: a data set that `fbclip data` recognises, or images, folders and globs; the samples if empty.
+    """
+    if len(sources) == 1 and (data := _labelled(Path(sources[0]))):
+        items = _spread(data.select("test").items or data.items)
+        return [item.image for item in items], [item.label for item in items]
+    return list(_spread(list_images(sources))), None
+
+
+def _labelled(path: Path) -> Dataset | None:
+    try:
+        return open_dataset(path) if path.is_dir() else None
+    except UsageError:
+        return None
+
+
+def _spread(items: Sequence[Any]) -> list[Any]:
+    indices = np.linspace(0, len(items) - 1, min(MOST_IMAGES, len(items))).round().astype(int)
+    return [items[i] for i in indices]
+
+
+def read_proof(paths: list[Path], labels: list[int] | None, size_hw: tuple[int, int], say: Say) -> Proof:
+    """Read the images at the size that the graph takes; those that can't be read are reported and left out."""
+    frames, kept = [], []
+    for index, path in enumerate(paths):
+        try:
+            frames.append(resize(read_image(path), size_hw))
+            kept.append(index)
+        except ImageError as error:
+            say(f"skipped: {error}")
+    chosen = tuple(labels[i] for i in kept) if labels else None
+    return Proof(frames, tuple(paths[i].name for i in kept), chosen)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the torch model says of the proof: scores (n,) and maps (n, S, S)."""
+
+    scores: Array
+    maps: Array
+
+    def map(self, index: int, size_hw: tuple[int, int]) -> Array:
+        """One map at a frame's size, float32 (H, W)."""
+        anomaly_map: Array = self.maps[index]
+        size = anomaly_map.shape[0]
+        if size_hw == (size, size):
+            return anomaly_map
+        rows, cols = (bilinear_matrix(side, size) for side in size_hw)
+        return (rows @ anomaly_map @ cols.T).astype(np.float32)
+
+
+def run_reference(trained: Backend, proof: Proof, image_size: int) -> Reference:
+    """Run the torch model on the proof, resized by Pillow, one image at a time."""
+    square = (image_size, image_size)
+    scores, maps = zip(*(trained.run(resize(frame, square)[None]) for frame in proof.frames), strict=True)
+    return Reference(np.concatenate(scores), np.concatenate(maps))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Differences of probabilities, 0..1: the largest, and quantiles over all images (and pixels)."""
+
+    max: float
+    p50: float
+    p99: float
+    p999: float
+
+
+class Differences:
+    """A growing set of differences of probabilities, in the memory of a histogram; what is no number counts as 1.
+
+    Bins are the float32 values without their last 12 bits, so a quantile is up to 0.05 % too large.
+    """
+
+    BITS = 12
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(1 << (31 - self.BITS), np.int64)  # differences have no sign bit
+        self.max = 0.0
+
+    def add(self, found: Array, expected: Array) -> Array:
+        """Take in the differences, and return them: float32, of the same shape."""
+        difference: Array = np.nan_to_num(np.abs(found - expected), nan=1.0).astype(np.float32)
+        keys = difference.ravel().view(np.uint32) >> self.BITS
+        self.counts += np.bincount(keys, minlength=len(self.counts))
+        self.max = max(self.max, float(difference.max()))
+        return difference
+
+    def quantile(self, q: float) -> float:
+        total = self.counts.cumsum()
+        key = np.searchsorted(total, q * total[-1])
+        if key == 0:  # the bin of 0
+            return 0.0
+        upper_edge = np.array((key + 1) << self.BITS, np.uint32).view(np.float32)
+        return min(float(upper_edge), self.max)
+
+    def drift(self) -> Drift:
+        return Drift(self.max, *(self.quantile(q) for q in (0.5, 0.99, 0.999)))
+
+
+def overrun(precision: str, score_drift: float, map_drift: float) -> float:
+    """Drift in budgets: up to 1 it is within."""
+    return max(drift / budget for drift, budget in zip((score_drift, map_drift), BUDGETS[precision], strict=True))
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an exported graph is from the torch model on the same images.
+
+    Attributes:
+        precision: of the graph.
+        images: how many.
+        score, map: differences.
+        score_budget, map_budget: what is allowed.
+        flips: images whose verdict at the threshold changed.
+        auroc: of the images by the torch model and by the graph; None without labels of both kinds.
+        worst_image: the one whose map differs most.
+        by_drift: indices of the images, that one first.
+        islands: parts that had to stay float32 although others are half precision.
+        stages: of the worst image against the float32 graph; empty for that graph itself.
+        nodes, size_bytes, seconds: of the graph and of writing it.
+        thumbnails: the graph's maps, small, for the picture.
+    """
+
+    precision: str
+    images: int
+    score: Drift
+    map: Drift
+    score_budget: float
+    map_budget: float
+    flips: tuple[str, ...]
+    auroc: tuple[float, float] | None
+    worst_image: str
+    by_drift: tuple[int, ...]
+    islands: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    nodes: int = 0
+    size_bytes: int = 0
+    seconds: float = 0.0
+    thumbnails: tuple[Array, ...] = field(default=(), repr=False)
+
+    @property
+    def map_drift(self) -> float:
+        """What the budget is about: the worst pixel in float32, the 99.9th percentile in half precision."""
+        return self.map.max if self.precision == "fp32" else self.map.p999
+
+    @property
+    def overrun(self) -> float:
+        """The drift in budgets: up to 1 it is within."""
+        return overrun(self.precision, self.score.max, self.map_drift)
+
+    @property
+    def diverges_first(self) -> str | None:
+        """The stage to look at first."""
+        return first_diverging(self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `parity.json`."""
+        values = {key: value for key, value in asdict(self).items() if key not in ("thumbnails", "by_drift")}
+        stages = {stage.name: stage.error if np.isfinite(stage.error) else None for stage in self.stages}
+        return {**values, "stages": stages, "diverges_first": self.diverges_first, "within": self.overrun <= 1}
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return {
+            "images": self.images,
+            "score_max": self.score.max,
+            "map_max": self.map.max,
+            "map_p999": self.map.p999,
+            "flips": len(self.flips),
+            "auroc": self.auroc,
+            "islands": self.islands,
+        }
+
+
+def compare(
+    precision: str,
+    backend: Backend,
+    proof: Proof,
+    inputs: Sequence[NDArray[np.uint8]],
+    reference: Reference,
+    threshold: float,
+) -> Parity:
+    """Run a graph on the proof, one image at a time and two at once, against the torch model.
+
+    Args:
+        inputs: the proof's frames as the graph takes them.
+        threshold: of the verdicts.
+
+    Raises:
+        ParityError: a batch of two that gives other scores than its images alone.
+    """
+    scores, maps, worst, thumbnails = [], Differences(), [], []
+    for index, image in enumerate(inputs):
+        score, anomaly_map = backend.run(image[None])
+        scores.append(score[0])
+        difference = maps.add(anomaly_map[0], reference.map(index, image.shape[:2]))
+        worst.append(float(np.quantile(difference, 0.999)))
+        thumbnails.append(thumbnail(anomaly_map[0]))
+    found, budgets = np.array(scores), BUDGETS[precision]
+    score_differences = Differences()
+    score_differences.add(found, reference.scores)
+    if len(inputs) > 1 and np.isfinite(found).all():  # a dynamic batch that only works for one is none
+        pair, _ = backend.run(np.stack(inputs[:2]))
+        if (drift := np.abs(pair - found[:2]).max()) > budgets[0]:
+            raise ParityError(f"a batch of two must score like its images alone; {precision} differs by {drift:.2g}")
+    flipped = (found >= threshold) != (reference.scores >= threshold)
+    by_drift = tuple(int(i) for i in np.argsort(worst)[::-1])
+    return Parity(
+        precision,
+        len(found),
+        score_differences.drift(),
+        maps.drift(),
+        *budgets,
+        tuple(name for name, flip in zip(proof.names, flipped, strict=True) if flip),
+        _auroc(proof, reference.scores, found),
+        proof.names[by_drift[0]],
+        by_drift,
+        thumbnails=tuple(thumbnails),
+    )
+
+
+def _auroc(proof: Proof, expected: Array, found: Array) -> tuple[float, float] | None:
+    if proof.labels is None or not np.isfinite(found).all():
+        return None
+    before, after = (image_metrics(proof.labels, scores).auroc for scores in (expected, found))
+    return None if before is None or after is None else (before, after)
+
+
+def thumbnail(anomaly_map: Array) -> Array:
+    """A map at the width of the picture's panels."""
+    height, width = anomaly_map.shape
+    size = (PANEL, max(1, round(PANEL * height / width)))
+    return np.asarray(cv2.resize(anomaly_map, size, interpolation=cv2.INTER_AREA))
