@@ -13,6 +13,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fbclip.engines import EngineOptions
+
 app = typer.Typer(
     name="fbclip",
     help="Find defects on objects never seen before: FB-CLIP, deployed.",
@@ -32,6 +34,7 @@ class MapSize(str, Enum):
 BundleOption = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded default model if left out.")]
 ClipOption = Annotated[str | None, typer.Option(help="open_clip model name, or a model configuration (.json).")]
 WeightsOption = Annotated[str | None, typer.Option(help="Pretrained tag of that name, or a weights file.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, tensorrt (an engine) or ort-tensorrt.")]
 LayersOption = Annotated[str | None, typer.Option(help="Blocks whose tokens are used, like 1,6,12,18,24.")]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the model's square input in pixels.")]
 
@@ -43,6 +46,10 @@ def options(
 ) -> None:
     global debug
     debug = debug_
+    if debug:
+        import logging
+
+        logging.basicConfig(level=logging.INFO)  # TensorRT's messages, among others
     if version:
         import fbclip
 
@@ -56,7 +63,7 @@ def infer(
         list[str] | None, typer.Argument(help="Images, folders or globs; the sample images if left out.")
     ] = None,
     bundle: BundleOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
     threshold: Annotated[str, typer.Option(help="auto (the bundle's), or a probability 0 to 1.")] = "auto",
     save: Annotated[bool, typer.Option(help="Write overlay pictures.")] = True,
@@ -107,8 +114,42 @@ def export(
         list[str] | None, typer.Option(help="Images, folder or glob for the proof; the samples if left out.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle folder to write; NAME.fbclip if left out.")] = None,
+    engine: Annotated[bool, typer.Option("--engine", help="Build a TensorRT engine for the GPU here.")] = False,
+    bundle: Annotated[
+        Path | None, typer.Option(help="With --engine: build into this bundle, which needs no torch; exports none.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the engine: auto, fp32 or fp16.")] = "auto",
+    batch: Annotated[str, typer.Option(help="Images at once the engine takes: MIN,OPT,MAX.")] = "1,1,1",
+    workspace: Annotated[int | None, typer.Option(min=1, help="Limit of the engine's scratch memory in MiB.")] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="0 builds the engine quickly, 5 makes it quick.")
+    ] = None,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="An engine for any GPU from Ampere on; not on Jetson.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="An engine for later TensorRT of the same major version, too.")
+    ] = False,
 ) -> None:
-    """Write a bundle from a checkpoint and prove that it agrees with the model."""
+    """Write a bundle from a checkpoint and prove that it agrees with the model; build engines."""
+    from importlib.util import find_spec
+
+    from fbclip.engines import EngineOptions
+    from fbclip.errors import UsageError
+    from fbclip.export.engine import parse_batch
+
+    options = EngineOptions(parse_batch(batch), workspace, optimization_level, hardware_compatible, version_compatible)
+    if bundle:
+        if not engine or checkpoint or clip or out or fp16:
+            raise UsageError("--bundle goes with --engine alone: it builds into a bundle that is there")
+        _build_engine(bundle, precision, options)
+        return
+    if not engine and (options != EngineOptions() or precision != "auto"):
+        raise UsageError("options of the engine need --engine")
+    if engine and find_spec("torch") is None:
+        raise UsageError(
+            "--engine exports first, which needs torch; pass --bundle to build into a bundle that is there"
+        )
     _needs_train_extra()
     from fbclip.bundle import EMBEDDED, Bundle
     from fbclip.checkpoint import load
@@ -128,7 +169,7 @@ def export(
     model = load(path, clip, clip_weights, image_size, _layers(feature_layers))
     model.set_noun(object)
     out = out or Path(f"{path.stem}.fbclip")
-    bundle, parities = export_bundle(
+    exported, parities = export_bundle(
         model,
         out,
         images,
@@ -139,7 +180,9 @@ def export(
         lambda line: console.print(line, highlight=False),
     )
     print_parity(parities, console)
-    console.print(f"wrote {bundle.path}", soft_wrap=True, highlight=False)
+    console.print(f"wrote {exported.path}", soft_wrap=True, highlight=False)
+    if engine:
+        _build_engine(exported.path, precision, options)
 
 
 @app.command()
@@ -240,7 +283,7 @@ def eval_(
     image_size: SizeOption = None,
     feature_layers: LayersOption = None,
     bundle: BundleOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or fp16; of a bundle.")] = "auto",
     layout: Annotated[str | None, typer.Option(help="Layout of the data sets; detected if left out.")] = None,
     classes: Annotated[str | None, typer.Option(help="Only these classes, like bottle,cable.")] = None,
@@ -278,7 +321,7 @@ def eval_(
 
         subject = checkpoint_subject(checkpoint, clip, clip_weights, image_size, _layers(feature_layers), device)
     else:
-        subject = bundle_subject(bundle, device, precision)
+        subject = bundle_subject(bundle, device, precision, batch_size)
     folder = new_run(project, name, exist_ok)
     console = _console()
     evaluation = evaluate(subject, tests, batch_size, console)
@@ -290,6 +333,15 @@ def eval_(
     console.print(f"results are in {folder}", soft_wrap=True, highlight=False)
     if evaluation.skipped:
         raise typer.Exit(2)
+
+
+def _build_engine(path: Path, precision: str, options: EngineOptions) -> None:
+    from fbclip.bundle import Bundle
+    from fbclip.export.engine import build_engine
+
+    console = _console()
+    plan = build_engine(Bundle.load(path), precision, options, console)
+    console.print(f"wrote {plan}; use it with --device tensorrt", soft_wrap=True, highlight=False)
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

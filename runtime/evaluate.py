@@ -48,7 +48,7 @@ class Subject:
         mean, std: of its normalisation.
         threshold: scores from here on count as anomalous.
         description: plain values for the stamp: kind, name, sha256, device, precision and what shapes the figures.
-        package: the one that runs it: "onnxruntime" or "torch".
+        package: the one that runs it: "onnxruntime", "tensorrt" or "torch".
     """
 
     backend: Backend
@@ -60,15 +60,15 @@ class Subject:
     package: str
 
 
-def bundle_subject(path: Path | None, device: str, precision: str) -> Subject:
-    """A deployed bundle, the embedded one without a path.
+def bundle_subject(path: Path | None, device: str, precision: str, batch_size: int = 1) -> Subject:
+    """A deployed bundle, the embedded one without a path, for that many images at once.
 
     Raises:
         BundleError, DeviceError: as `make_backend`.
     """
     bundle = Bundle.load(path)
     manifest = bundle.manifest
-    backend, precision = make_backend(bundle, device, precision)
+    backend, precision = make_backend(bundle, device, precision, batch_size)
     description = {
         "kind": "bundle",
         "name": manifest.name,
@@ -78,9 +78,8 @@ def bundle_subject(path: Path | None, device: str, precision: str) -> Subject:
         "feature_layers": list(manifest.feature_layers),
         "prompts": list(manifest.prompts),
     }
-    return Subject(
-        backend, manifest.image_size, manifest.mean, manifest.std, manifest.threshold, description, "onnxruntime"
-    )
+    package = "tensorrt" if device == "tensorrt" else "onnxruntime"
+    return Subject(backend, manifest.image_size, manifest.mean, manifest.std, manifest.threshold, description, package)
 
 
 @dataclass(frozen=True)
