@@ -10,8 +10,7 @@ demo: $(DEMO)/.installed ## install the torch-free runtime and find the defects 
 test: $(DEV)/.installed ## everything that runs without a GPU
 	$(DEV)/bin/python -m pytest
 
-test-gpu: $(DEV)/.installed ## the tests of engines and of the TensorRT backend on this machine's GPU
-	$(DEV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tensorrt]'
+test-gpu: $(DEV)/.installed ## the tests of engines and of the TensorRT backend on this machine's GPU (see docs/tensorrt.md)
 	$(DEV)/bin/python -m pytest -m gpu -rs
 
 lint: $(DEV)/.installed

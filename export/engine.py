@@ -68,8 +68,10 @@ def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console
         plan, timings = _build(gpu, graph, options, timing_cache, console)
         plan_sha256 = hashlib.sha256(plan).hexdigest()
         engine = Engine(gpu.platform, precision, options, bundle.graph_sha256(precision), plan_sha256)
-    finally:
-        gpu.close()
+    except BaseException as error:
+        gpu.close(error)
+        raise
+    gpu.close()
     sidecar = plan_path.with_suffix(".json")
     with replacing(plan_path) as file:
         file.write(plan)
@@ -140,7 +142,12 @@ def _build(
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
         ThreadPoolExecutor(1) as thread,
     ):
-        work = thread.submit(_serialise, gpu, graph, options, timing_cache, _monitor(gpu.trt, progress, cancelled))
+
+        def build() -> tuple[memoryview, memoryview]:
+            with gpu.current():
+                return _serialise(gpu, graph, options, timing_cache, _monitor(gpu.trt, progress, cancelled))
+
+        work = thread.submit(build)
         try:
             return work.result()
         except KeyboardInterrupt:
@@ -152,22 +159,21 @@ def _serialise(
     gpu: Gpu, graph: Path, options: EngineOptions, timing_cache: Path, monitor: Any
 ) -> tuple[memoryview, memoryview]:
     trt = gpu.trt
-    with gpu.current():
-        builder = trt.Builder(gpu.log)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, gpu.log)
-        if not parser.parse_from_file(str(graph)):
-            raise FBClipError(f"TensorRT can't read {graph.name}: {_parser_error(parser)}")
-        config = _configure(gpu, builder, options)
-        config.progress_monitor = monitor
-        _add_profile(builder, network, config, options.batch)
-        cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
-        if not config.set_timing_cache(cache, False):  # of another driver, say
-            config.set_timing_cache(config.create_timing_cache(b""), False)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise FBClipError(f"TensorRT could not build {graph.name}: {gpu.error()}")
-        return memoryview(plan), memoryview(config.get_timing_cache().serialize())
+    builder = trt.Builder(gpu.log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, gpu.log)
+    if not parser.parse_from_file(str(graph)):
+        raise FBClipError(f"TensorRT can't read {graph.name}: {_parser_error(parser)}")
+    config = _configure(gpu, builder, options)
+    config.progress_monitor = monitor
+    _add_profile(builder, network, config, options.batch)
+    cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+    if not config.set_timing_cache(cache, False):  # of another driver, say
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise FBClipError(f"TensorRT could not build {graph.name}: {gpu.error()}")
+    return memoryview(plan), memoryview(config.get_timing_cache().serialize())
 
 
 def _configure(gpu: Gpu, builder: Any, options: EngineOptions) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from traceback import clear_frames
 from typing import Any
 
 from fbclip.engines import Platform
@@ -70,10 +71,17 @@ class Gpu:
         """The first error TensorRT logged, which is the cause of the others, as one line; it names the layer."""
         return " ".join(self.log.errors[0].split()) if self.log.errors else "TensorRT gave no reason"
 
-    def close(self) -> None:
-        """Destroy the context; whatever was made in it must be gone."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Destroy the context; whatever was made in it must be gone.
+
+        Args:
+            error: on its way; what its frames still hold goes too, while that is possible.
+        """
         with suppress(self.cuda.Error):
             self._context.push()  # only a current context can be destroyed from any thread
+            while error is not None:
+                clear_frames(error.__traceback__)
+                error = error.__cause__ or error.__context__
             self._context.detach()
 
 

@@ -67,8 +67,8 @@ class TensorRTBackend:
                 if self._engine is None:
                     raise DeviceError(f"TensorRT can't read {self.plan}: {self._gpu.error()}")
                 self._reserve(bundle.text)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self._close(error)
             raise
 
     def _reserve(self, text: NDArray[np.float32]) -> None:
@@ -163,6 +163,9 @@ class TensorRTBackend:
 
     def close(self) -> None:
         """Give everything on the device back; safe to call again. Results that were not collected are lost."""
+        self._close(None)
+
+    def _close(self, error: BaseException | None) -> None:
         gpu, self._gpu = self._gpu, None
         if gpu is None:
             return
@@ -175,7 +178,7 @@ class TensorRTBackend:
             while self._memory:
                 self._memory.pop().free()
             self._engine = self._runtime = None  # after its contexts, before CUDA's
-        gpu.close()
+        gpu.close(error)
 
     def __enter__(self) -> TensorRTBackend:
         return self
