@@ -10,6 +10,7 @@ from threading import Event
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fbclip.bundle import Bundle
@@ -19,7 +20,7 @@ from fbclip.runtime.backends import resolve_precision
 from fbclip.runtime.gpu import Gpu
 from fbclip.runtime.infer import replacing
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 MEMINFO = Path("/proc/meminfo")
 
 
@@ -110,10 +111,10 @@ def _check_memory(gpu: Gpu, graph: Path, workspace_mib: int | None) -> str:
     free_host = host["MemAvailable"]
     if abs(total_gpu - host["MemTotal"]) < 0.05 * total_gpu:
         fits = on_gpu + on_host <= free_host
-        needs = f"{_gib(on_gpu + on_host)} of the {_gib(free_host)} that are free for CPU and GPU"
+        needs = f"{decimal(on_gpu + on_host)} of the {decimal(free_host)} that are free for CPU and GPU"
     else:
         fits = on_gpu <= free_gpu and on_host <= free_host
-        needs = f"{_gib(on_gpu)} of {_gib(free_gpu)} free on the GPU, {_gib(on_host)} of {_gib(free_host)} on the host"
+        needs = f"{decimal(on_gpu)} of {decimal(free_gpu)} free on the GPU, {decimal(on_host)} of {decimal(free_host)} on the host"
     if not fits:
         raise DeviceError(
             f"the build needs at least {needs}: stop other programs, add swap, pass a smaller --workspace, "
@@ -126,10 +127,6 @@ def _host_memory() -> dict[str, int]:
     """Linux's memory figures in bytes."""
     lines = (line.split() for line in MEMINFO.read_text().splitlines())
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, *_ in lines}
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.2f} GiB"
 
 
 def _build(

@@ -114,23 +114,22 @@ class TensorRTBackend:
         if len(self._pending) == BATCHES:
             raise RuntimeError(f"{BATCHES} batches are in flight: collect() one before the next submit()")
         if images.shape[1:] != self.input_shape or images.dtype != np.uint8:
-            raise UsageError(
-                f"the engine takes images uint8 (B, {self.input_shape}); got {images.dtype} {images.shape}"
-            )
+            taken = ", ".join(map(str, self.input_shape))
+            raise UsageError(f"the engine takes images uint8 (B, {taken}); got {images.dtype} {images.shape}")
         if not self._low <= len(images) <= self._high:
             raise UsageError(
                 f"{self.plan.name} takes {self._low} to {self._high} images at once, not {len(images)}: "
                 f"choose another batch, or build it again with fbclip export --engine --batch MIN,OPT,MAX"
             )
-        slot, other = self._slots[self._turn], self._slots[self._turn - 1]
         with self._on_gpu():
+            slot, other = self._slots[self._turn], self._slots[self._turn - 1]
             slot.upload(images)
             slot.stream.wait_for_event(other.computed)  # the scratch memory is its until then
             self._start(slot)
             slot.computed.record(slot.stream)
             slot.download()
-        self._turn = (self._turn + 1) % BATCHES
-        self._pending.append(slot)
+            self._turn = (self._turn + 1) % BATCHES
+            self._pending.append(slot)
 
     def collect(self) -> Results:
         """Wait for the oldest submitted batch: scores float32 (B,), maps float32 (B, H', W').
@@ -153,7 +152,7 @@ class TensorRTBackend:
                 slot.graph = CudaGraph(self._driver, slot.stream.handle, slot.enqueue)
             except CaptureError as error:
                 self._driver, self.launches = None, f"enqueue ({error})"
-                logger.warning("CUDA graphs are off: %s", error)
+                logger.warning("executions are not replayed as CUDA graphs: %s", self.launches)
         if slot.graph is not None:
             slot.graph.launch()
         elif not slot.enqueue():
@@ -198,7 +197,7 @@ class TensorRTBackend:
             with self._gpu.current():
                 yield
         except (DeviceError, CaptureError) as error:
-            self.close()
+            self._close(error)
             raise DeviceError(f"{error}; the backend is closed, make a new one") from error
 
 

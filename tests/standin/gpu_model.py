@@ -26,7 +26,7 @@ class Error(Exception):
     """PyCUDA's exceptions have these names and this order (its src/wrapper/wrap_cudadrv.cpp)."""
 
 
-class MemoryError(Error):  # noqa: A001
+class MemoryError(Error):
     pass
 
 
@@ -38,7 +38,7 @@ class LaunchError(Error):
     pass
 
 
-class RuntimeError(Error):  # noqa: A001
+class RuntimeError(Error):
     pass
 
 
@@ -56,7 +56,7 @@ living: weakref.WeakSet[Context] = weakref.WeakSet()
 class Context:
     def __init__(self) -> None:
         self._is_alive = True
-        self._fault: Error | None = None
+        self._fault: str | None = None
         self._memory: dict[int, np.ndarray[Any, Any]] = {}
         self._streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
         self._pinned: list[weakref.ref[Any]] = []
@@ -108,7 +108,7 @@ def current() -> Context:
     """The current context, if it works."""
     context = top()
     if context._fault:
-        raise context._fault.with_traceback(None)
+        raise LaunchError(context._fault)
     return context
 
 
@@ -141,7 +141,7 @@ def init(flags: int = 0) -> None:
 
 def mem_get_info() -> tuple[int, int]:
     used = sum(block.nbytes for block in current()._memory.values())
-    free = int(os.environ.get("STANDIN_FREE_MIB", TOTAL_MIB)) * 2**20
+    free = int(float(os.environ.get("STANDIN_FREE_MIB", TOTAL_MIB)) * 2**20)
     return free - used, TOTAL_MIB * 2**20
 
 
@@ -161,7 +161,7 @@ class DeviceAllocation:
         del self._context._memory[self._address]
 
 
-def mem_alloc(bytes: int) -> DeviceAllocation:  # noqa: A002
+def mem_alloc(bytes: int) -> DeviceAllocation:
     global _next_address
     context = current()
     if bytes < 1:
@@ -186,10 +186,10 @@ def at(context: Context, address: object, size: int) -> np.ndarray[Any, Any]:
 
 def fail(context: Context, message: str) -> None:
     """An error that lasts as long as the context."""
-    context._fault = LaunchError(message)
+    context._fault = message
     for stream in context._streams.values():
         stream._queue.clear()
-    raise context._fault
+    raise LaunchError(message)
 
 
 def pagelocked_empty(shape: Any, dtype: Any, order: str = "C", mem_flags: int = 0) -> np.ndarray[Any, Any]:

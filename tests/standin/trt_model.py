@@ -18,7 +18,8 @@ import onnxruntime
 trt = None  # the module made from the record
 deserialised = []  # the header of every plan that was read
 OPERATORS = json.loads((Path(__file__).parents[1] / "data" / "onnx_operators.json").read_text())
-BASES = {"IHostMemory": (bytes,)}
+SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")  # TensorRT's order; the record's is another
+BASES = {"IHostMemory": bytes, "Logger": "ILogger"}  # what the record does not say
 TYPES = {
     onnx.TensorProto.FLOAT: ("FLOAT", np.float32),
     onnx.TensorProto.FLOAT16: ("HALF", np.float16),
@@ -70,6 +71,14 @@ class ILogger:
     pass
 
 
+class Logger:
+    def __init__(self, min_severity=None):
+        pass
+
+    def log(self, severity, msg):
+        print(f"[TRT] {msg}")
+
+
 class IProgressMonitor:
     pass
 
@@ -98,13 +107,15 @@ class Builder:
 
     def build_serialized_network(self, network, config):
         if layer := os.environ.get("STANDIN_UNBUILDABLE"):
-            _error(self._logger, f"Error Code 10: Internal Error (Could not find any\nimplementation for node {layer}.)")
+            _error(
+                self._logger, f"Error Code 10: Internal Error (Could not find any\nimplementation for node {layer}.)"
+            )
             _error(self._logger, "Error Code 2: Internal Error (Assertion failed)")
             return None
         if not self._check(network, config) or not self._steps(config.progress_monitor):
             return None
-        if config._cache is not None:
-            config._cache._data = b"%s tactics" % _fingerprint()
+        timings = len(config._cache._data)
+        config._cache._data = b"%s tactics" % _fingerprint()
         plan = {
             "tensorrt": trt.__version__,
             "gpu": gpu_model.Device(0).name(),
@@ -113,6 +124,7 @@ class Builder:
             "hardware": config.hardware_compatibility_level.name,
             "level": config.builder_optimization_level,
             "limits": config._limits,
+            "timings": timings,
         }
         return _make("IHostMemory", json.dumps(plan).encode() + b"\n" + network._onnx)
 
@@ -144,6 +156,8 @@ class Builder:
                     break
                 if interrupt:
                     threading.Event().wait(0.01)
+            if interrupt and go_on:
+                os._exit(99)  # nothing stopped the build
             monitor.phase_finish("Timing graph nodes")
             monitor.phase_finish("Building engine")
             outcome.append(go_on)
@@ -191,7 +205,7 @@ class ITimingCache:
 
 
 class IOptimizationProfile:
-    def set_shape(self, input, min, opt, max):  # noqa: A002
+    def set_shape(self, input, min, opt, max):
         self._shapes[input] = [list(min), list(opt), list(max)]
 
 
@@ -257,10 +271,10 @@ class Runtime:
         head, _, graph = bytes(serialized_engine).partition(b"\n")
         plan = json.loads(head)
         deserialised.append(plan)
-        if plan["tensorrt"] != trt.__version__:
-            if "VERSION_COMPATIBLE" not in plan["flags"] or not self.engine_host_code_allowed:
-                _error(self._logger, "Error Code 1: Serialization (Version tag does not match)")
-                return None
+        is_portable = "VERSION_COMPATIBLE" in plan["flags"] and self.engine_host_code_allowed
+        if plan["tensorrt"] != trt.__version__ and not is_portable:
+            _error(self._logger, "Error Code 1: Serialization (Version tag does not match)")
+            return None
         if plan["gpu"] != gpu_model.Device(0).name() and plan["hardware"] == "NONE":
             _error(self._logger, "Error Code 6: the engine was built for another GPU")
             return None
@@ -292,7 +306,9 @@ class ICudaEngine:
     def create_execution_context(self, strategy):
         assert strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = _make("IExecutionContext", _engine=self, _logger=self._logger, _scratch=None, _enqueued=None)
-        fixed = {name: tuple(t.shape) for name, t in self._tensors.items() if name in self._inputs and -1 not in t.shape}
+        fixed = {
+            name: tuple(t.shape) for name, t in self._tensors.items() if name in self._inputs and -1 not in t.shape
+        }
         context.__dict__.update(_shapes=fixed, _addresses={})
         return _of_context(context)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import gpu_model
-from gpu_model import Error, LaunchError, LogicError, MemoryError, RuntimeError  # noqa: A004, F401
+from gpu_model import Error, LaunchError, LogicError, MemoryError, RuntimeError  # noqa: F401
 
 NAMES = json.loads((Path(__file__).parents[2] / "data" / "tensorrt" / "pycuda-driver.json").read_text())
 

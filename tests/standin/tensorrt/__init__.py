@@ -16,6 +16,7 @@ import trt_model
 
 __version__ = os.environ["STANDIN_TENSORRT"]
 API = json.loads((Path(__file__).parents[2] / "data" / "tensorrt" / f"api-{__version__}.json").read_text())
+_severity = enum.Enum("Severity", {name: i for i, name in enumerate(trt_model.SEVERITIES)})
 SIGNATURE = re.compile(r"(?:\d+\. )?\w+\((.*)\)(?: -> .*)?")
 
 
@@ -110,13 +111,15 @@ def _value(owner, name):
 
 def _class(name, members):
     model = vars(getattr(trt_model, name, object))
-    space = {key: value for key, value in model.items() if key.startswith("_") and key not in ("__dict__", "__weakref__")}
+    space = {
+        key: value for key, value in model.items() if key.startswith("_") and key not in ("__dict__", "__weakref__")
+    }
     make = space.pop("__init__", None)
     for member, record in members.items():
         if record == "Severity":
-            space[member] = Severity[member]
+            space[member] = _severity[member]
         elif member == "Severity":
-            space[member] = Severity
+            space[member] = _severity
         elif record == "property":
             space[member] = model.get(member) or _value(name, member)
         elif member != "__init__":
@@ -132,11 +135,9 @@ def _class(name, members):
         checked(self, *given, **named)
 
     space["__init__"] = init
-    return _Meta(name, (_Object, *getattr(trt_model, "BASES", {}).get(name, ())), space)
-
-
-class Severity(enum.Enum):
-    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+    base = trt_model.BASES.get(name)
+    bases = (globals()[base],) if isinstance(base, str) else (_Object, base) if base else (_Object,)
+    return _Meta(name, bases, space)
 
 
 for _name, _members in API["enums"].items():
@@ -146,7 +147,5 @@ _classes = set()
 for _name, _members in API["classes"].items():
     globals()[_name] = _class(_name, _members)
     _classes.add(globals()[_name])
-ILogger.Severity = Severity  # noqa: F821
-del Severity
 trt_model.trt = sys.modules[__name__]
 deserialised = trt_model.deserialised
