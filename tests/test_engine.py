@@ -84,6 +84,12 @@ from fbclip.cli import app
 path, image = sys.argv[1:]
 app(["export", "--engine", "--bundle", path], standalone_mode=False)
 app(["infer", image, "--bundle", path, "--device", "tensorrt", "--no-save"], standalone_mode=False)
+try:
+    app(["export", "--engine"], standalone_mode=False)
+except ValueError as error:
+    assert "needs torch; pass --bundle" in str(error)
+else:
+    raise AssertionError("exported without torch")
 """
     subprocess.run([sys.executable, "-c", program, bundle.path, SAMPLE], check=True)
 
