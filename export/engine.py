@@ -59,7 +59,7 @@ def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console
     """
     precision = resolve_precision(bundle, "tensorrt", precision)
     graph = bundle.graph(precision)
-    _make_folder(bundle)
+    _check_writable(bundle)
     gpu = Gpu()
     try:
         plan_path = bundle.engines / f"{gpu.platform.engine_name(precision)}.plan"
@@ -73,25 +73,31 @@ def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console
         gpu.close(error)
         raise
     gpu.close()
-    sidecar = plan_path.with_suffix(".json")
-    with replacing(plan_path) as file:
-        file.write(plan)
-        file.flush()
-        sidecar.unlink(missing_ok=True)  # the older plan's; a plan without one does not count
-    with replacing(sidecar) as file:
-        file.write(engine.to_json().encode())
-    with replacing(timing_cache) as file:
-        file.write(timings)
+    _write(plan_path, plan, engine, timing_cache, timings)
     return plan_path
 
 
-def _make_folder(bundle: Bundle) -> None:
+def _check_writable(bundle: Bundle) -> None:
+    place = bundle.engines if bundle.engines.exists() else bundle.path
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UsageError(f"an engine goes into its bundle; {place} is not a folder to write to: copy the bundle first")
+
+
+def _write(plan_path: Path, plan: memoryview, engine: Engine, timing_cache: Path, timings: memoryview) -> None:
+    """The plan, then its sidecar, without which it does not count."""
+    sidecar = plan_path.with_suffix(".json")
     try:
-        bundle.engines.mkdir(exist_ok=True)
-        if not os.access(bundle.engines, os.W_OK):
-            raise PermissionError("not writable")
+        plan_path.parent.mkdir(exist_ok=True)
+        with replacing(plan_path) as file:
+            file.write(plan)
+            file.flush()
+            sidecar.unlink(missing_ok=True)  # the older plan's
+        with replacing(sidecar) as file:
+            file.write(engine.to_json().encode())
+        with replacing(timing_cache) as file:
+            file.write(timings)
     except OSError as error:
-        raise UsageError(f"an engine goes into its bundle; {bundle.engines}: {error}; copy the bundle first") from error
+        raise FBClipError(f"the engine is built but could not be written to {plan_path}: {error}") from error
 
 
 def _check_memory(gpu: Gpu, graph: Path, workspace_mib: int | None) -> str:
