@@ -2,13 +2,16 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
 
-.PHONY: demo test lint nano clean
+.PHONY: demo test test-gpu lint nano clean
 
 demo: $(DEMO)/.installed ## install the torch-free runtime and find the defects in the sample images
 	$(DEMO)/bin/fbclip infer
 
 test: $(DEV)/.installed ## everything that runs without a GPU
 	$(DEV)/bin/python -m pytest
+
+test-gpu: $(DEV)/.installed ## the tests of engines and of the TensorRT backend on this machine's GPU (see docs/tensorrt.md)
+	$(DEV)/bin/python -m pytest -m gpu -rs
 
 lint: $(DEV)/.installed
 	$(DEV)/bin/ruff check .

@@ -14,6 +14,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fbclip.engines import EngineOptions
+
 app = typer.Typer(
     name="fbclip",
     help="Find defects on objects never seen before: FB-CLIP, deployed.",
@@ -38,6 +40,7 @@ class MapSize(str, Enum):
 BundleOption = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded default model if left out.")]
 ClipOption = Annotated[str | None, typer.Option(help="open_clip model name, or a model configuration (.json).")]
 WeightsOption = Annotated[str | None, typer.Option(help="Pretrained tag of that name, or a weights file.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, tensorrt (an engine) or ort-tensorrt.")]
 LayersOption = Annotated[str | None, typer.Option(help="Blocks whose tokens are used, like 1,6,12,18,24.")]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the model's square input in pixels.")]
 
@@ -49,6 +52,10 @@ def options(
 ) -> None:
     global debug
     debug = debug_
+    if debug:
+        import logging
+
+        logging.basicConfig(level=logging.INFO)  # TensorRT's messages, among others
     if version:
         import fbclip
 
@@ -62,7 +69,7 @@ def infer(
         list[str] | None, typer.Argument(help="Images, folders or globs; the sample images if left out.")
     ] = None,
     bundle: BundleOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
     threshold: Annotated[str, typer.Option(help="auto (the bundle's), or a probability 0 to 1.")] = "auto",
     save: Annotated[bool, typer.Option(help="Write overlay pictures.")] = True,
@@ -122,24 +129,48 @@ def export(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle folder to write; NAME.fbclip if left out.")] = None,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Build a TensorRT engine for the GPU here; with --triton as its model.")
+    ] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="With --engine or --triton: use this bundle, which needs no torch; exports none."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the engine or the Triton model: auto, fp32 or fp16.")] = "auto",
+    batch: Annotated[str, typer.Option(help="Images at once the engine takes: MIN,OPT,MAX.")] = "1,1,1",
+    workspace: Annotated[int | None, typer.Option(min=1, help="Limit of the engine's scratch memory in MiB.")] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="0 builds the engine quickly, 5 makes it quick.")
+    ] = None,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="An engine for any GPU from Ampere on; not on Jetson.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="An engine for later TensorRT of the same major version, too.")
+    ] = False,
     triton: Annotated[
         Path | None, typer.Option(help="Also write the model into this NVIDIA Triton model repository.")
     ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="With --triton: from this bundle, which needs no torch; exports none.")
-    ] = None,
-    precision: Annotated[str, typer.Option(help="Of the Triton model: auto, fp32 or fp16.")] = "auto",
 ) -> None:
-    """Write a bundle from a checkpoint and prove that it agrees with the model; write a Triton model repository."""
-    from fbclip.errors import UsageError
+    """Write a bundle from a checkpoint and prove that it agrees with the model; build engines, write Triton models."""
+    from importlib.util import find_spec
 
+    from fbclip.engines import EngineOptions
+    from fbclip.errors import UsageError
+    from fbclip.export.engine import parse_batch
+
+    options = EngineOptions(parse_batch(batch), workspace, optimization_level, hardware_compatible, version_compatible)
     if bundle:
-        if not triton or checkpoint or clip or out or fp16:
-            raise UsageError("--bundle goes with --triton alone: it takes a bundle that is there")
-        _write_triton(bundle, triton, precision)
+        if not (engine or triton) or checkpoint or clip or out or fp16:
+            raise UsageError("--bundle goes with --engine or --triton alone: it takes a bundle that is there")
+        _deploy(bundle, triton, precision, options if engine else None)
         return
-    if not triton and precision != "auto":
-        raise UsageError(f"--precision is the Triton model's and needs --triton; got --precision {precision}")
+    if not engine and options != EngineOptions():
+        raise UsageError("options of the engine need --engine")
+    if not (engine or triton) and precision != "auto":
+        raise UsageError(f"--precision is an engine's or a Triton model's: pass --engine or --triton; got {precision}")
+    if (engine or triton) and find_spec("torch") is None:
+        raise UsageError("without --bundle a bundle is exported first, which needs torch: pass --bundle to use yours")
     _needs_train_extra()
     from fbclip.bundle import EMBEDDED, Bundle
     from fbclip.checkpoint import load
@@ -175,8 +206,8 @@ def export(
     exported, parities = export_bundle(model, out or Path(f"{path.stem}.fbclip"), proof, deployment, say)
     print_parity(parities, console)
     console.print(f"wrote {exported.path}", soft_wrap=True, highlight=False)
-    if triton:
-        _write_triton(exported.path, triton, precision)
+    if engine or triton:
+        _deploy(exported.path, triton, precision, options if engine else None)
 
 
 @app.command()
@@ -277,7 +308,7 @@ def eval_(
     image_size: SizeOption = None,
     feature_layers: LayersOption = None,
     bundle: BundleOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or fp16; of a bundle.")] = "auto",
     layout: Annotated[str | None, typer.Option(help="Layout of the data sets; detected if left out.")] = None,
     classes: Annotated[str | None, typer.Option(help="Only these classes, like bottle,cable.")] = None,
@@ -315,7 +346,7 @@ def eval_(
 
         subject = checkpoint_subject(checkpoint, clip, clip_weights, image_size, _layers(feature_layers), device)
     else:
-        subject = bundle_subject(bundle, device, precision)
+        subject = bundle_subject(bundle, device, precision, batch_size)
     folder = new_run(project, name, exist_ok)
     console = _console()
     evaluation = evaluate(subject, tests, batch_size, console)
@@ -349,12 +380,24 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _write_triton(bundle: Path, repository: Path, precision: str) -> None:
-    from fbclip.bundle import Bundle
-    from fbclip.export.triton import write_model
+def _deploy(bundle: Path, triton: Path | None, precision: str, options: EngineOptions | None) -> None:
+    """From a bundle: a Triton model, whose plan is built with `options`, or else an engine in the bundle."""
+    from functools import partial
 
-    folder = write_model(Bundle.load(bundle), repository, precision)
-    _console().print(f"wrote {folder}; its README.md says how to serve it", soft_wrap=True, highlight=False)
+    from fbclip.bundle import Bundle
+    from fbclip.export.engine import build_engine, build_plan
+
+    console = _console()
+    if triton:
+        from fbclip.export.triton import MAX_BATCH, write_model  # needs onnx, which an engine does not
+
+        max_batch = options.batch[2] if options and options.batch[2] > 1 else MAX_BATCH
+        build = partial(build_plan, options=options, max_batch=max_batch, console=console) if options else None
+        folder = write_model(Bundle.load(bundle), triton, precision, build, max_batch)
+        console.print(f"wrote {folder}; its README.md says how to serve it", soft_wrap=True, highlight=False)
+    elif options:
+        plan = build_engine(Bundle.load(bundle), precision, options, console)
+        console.print(f"wrote {plan}; use it with --device tensorrt", soft_wrap=True, highlight=False)
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.errors import BundleError
+from fbclip.engines import Engine, Platform
+from fbclip.errors import BundleError, DeviceError
 
 FORMAT = 2
 ADDED = {1: {"frame_size": None}}  # fields that an older format lacks, and what its bundles mean
@@ -147,16 +148,64 @@ class Bundle:
         Raises:
             BundleError: not in this bundle, or damaged.
         """
+        for name in self._graph_files(precision):
+            _checked(self.path, self.manifest, name)
+        return self.path / GRAPHS[precision]
+
+    def graph_sha256(self, precision: str) -> str:
+        """The hash of a graph; of the hashes of its files where its weights lie beside it."""
+        hashes = [self.manifest.files.get(name, "") for name in self._graph_files(precision)]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    @property
+    def engines(self) -> Path:
+        """The folder of what devices make of the graphs: plans, their sidecars, caches."""
+        return self.path / "engines"
+
+    def engine(self, precision: str, here: Platform, batch: int = 1) -> tuple[Path, Engine]:
+        """A TensorRT plan that runs here and its sidecar; the plan is not opened, only its hash is checked.
+
+        Args:
+            precision: of the graph it was built from.
+            here: the device and TensorRT.
+            batch: images at once that it must take.
+
+        Raises:
+            DeviceError: no plan for this device; names the command that builds one.
+            BundleError: the plan or a sidecar is damaged, or leads out of the bundle.
+        """
+        graph_sha256 = self.graph_sha256(precision)
+        rebuild = f"fbclip export --engine --bundle {self.path} --precision {precision}"
+        sidecars = sorted(self.engines.glob("*.json"), key=lambda s: (s.stem != here.engine_name(precision), s.name))
+        found = [(sidecar.with_suffix(".plan"), Engine.load(_inside(self.path, sidecar))) for sidecar in sidecars]
+        others = sorted({engine.precision for _, engine in found} - {precision})
+        candidates = [(plan, engine) for plan, engine in found if engine.precision == precision]
+        if not candidates:
+            there = f" (it has {', '.join(others)}: pass --precision)" if others else ""
+            raise DeviceError(f"{self.path} has no {precision} TensorRT engine{there}; build it here with {rebuild}")
+        refusals = [engine.mismatch(here, graph_sha256) for _, engine in candidates]
+        if None not in refusals:
+            raise DeviceError(f"{candidates[0][0].name} {refusals[0]}: run {rebuild}")
+        plan, engine = candidates[refusals.index(None)]
+        low, usual, high = engine.options.batch
+        if not low <= batch <= high:
+            wider = f"{min(low, batch)},{usual},{max(high, batch)}"
+            raise DeviceError(
+                f"{plan.name} takes {low} to {high} images at once, not {batch}: run {rebuild} --batch {wider}"
+            )
+        if not _inside(self.path, plan).is_file() or sha256(plan) != engine.plan_sha256:
+            raise BundleError(f"{plan} is missing or damaged: run {rebuild}")
+        return plan, engine
+
+    def _graph_files(self, precision: str) -> list[str]:
+        """The graph's file and, beside it, its external data."""
         if precision not in self.manifest.precisions:
             raise BundleError(
                 f"{self.path} has no {precision} graph (it has {', '.join(self.manifest.precisions)}); "
                 f"export it with fbclip export{' --fp16' if precision == 'fp16' else ''}"
             )
         graph = GRAPHS[precision]
-        for name in self.manifest.files:  # external data lies beside its graph
-            if name.startswith(graph):
-                _checked(self.path, self.manifest, name)
-        return _checked(self.path, self.manifest, graph)
+        return [graph, *sorted(name for name in self.manifest.files if name.startswith(f"{graph}."))]
 
 
 def save(path: Path, text: NDArray[np.float32], write_files: Callable[[Path], Manifest]) -> Bundle:
@@ -206,9 +255,7 @@ def _checked(folder: Path, manifest: Manifest, name: str) -> Path:
     inside = PurePosixPath(name)
     if inside.is_absolute() or ".." in inside.parts or "\\" in name:
         raise BundleError(f"paths in a bundle stay inside it; {folder} lists {name!r}")
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"paths in a bundle stay inside it; {path} leads to {path.resolve()}")
+    path = _inside(folder, folder / name)
     if not path.is_file() or name not in manifest.files:
         raise BundleError(f"{folder} lacks {name}; copy the whole folder, or export it again")
     if (found := sha256(path)) != manifest.files[name]:
@@ -216,4 +263,11 @@ def _checked(folder: Path, manifest: Manifest, name: str) -> Path:
             f"{path} is damaged (SHA-256 {found[:12]}…, the manifest says {manifest.files[name][:12]}…); "
             f"copy or export the bundle again"
         )
+    return path
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """A path, if no link leads out of the bundle."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"paths in a bundle stay inside it; {path} leads to {path.resolve()}")
     return path

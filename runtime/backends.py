@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import DeviceError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+# What ONNX Runtime runs; "tensorrt" is a plan in TensorRT itself.
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "ort-tensorrt": "TensorrtExecutionProvider",
+}
+DEVICES = ("cpu", "cuda", "tensorrt", "ort-tensorrt")
 
 
 class Backend(Protocol):
@@ -21,17 +27,19 @@ class Backend(Protocol):
     device: str
 
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H, W), both 0..1."""
+        """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H', W'), both 0..1."""
         ...
 
 
 class OnnxRuntimeBackend:
-    """A graph in ONNX Runtime.
+    """A graph in ONNX Runtime. The precision is the graph's; providers are given none of their own.
 
     Args:
         graph: the ONNX file.
         text: text features float32 (2, E).
-        device: "cpu", "cuda" or "tensorrt" (ONNX Runtime's providers of those names).
+        device: "cpu", "cuda" or "ort-tensorrt" (ONNX Runtime's providers of those names).
+        cache: folder where the TensorRT provider keeps what it builds; for this graph only, since the names that it
+            gives its files say nothing of the weights.
 
     Attributes:
         device: where the session really runs.
@@ -40,48 +48,100 @@ class OnnxRuntimeBackend:
         DeviceError: the device is not there, or ONNX Runtime fell back to another.
     """
 
-    def __init__(self, graph: Path, text: NDArray[np.float32], device: str = "cpu") -> None:
+    def __init__(self, graph: Path, text: NDArray[np.float32], device: str = "cpu", cache: Path | None = None) -> None:
         provider = PROVIDERS[device]
-        if provider not in ort.get_available_providers():
+        if device not in available():
             raise DeviceError(
-                f"--device {device} needs ONNX Runtime's {provider}; this one has {', '.join(available())}: "
+                f"--device {device} needs ONNX Runtime's {provider}; this one has {', '.join(available()) or 'none'}: "
                 f"pip install 'fbclip[gpu]' on a machine with an NVIDIA GPU"
             )
+        import onnxruntime as ort
+
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors; warnings about nodes left on the CPU are checked below
-        self.session = ort.InferenceSession(graph, options, providers=[provider])
+        self.session = ort.InferenceSession(graph, options, providers=provider_options(device, cache))
         if self.session.get_providers()[0] != provider:
             raise DeviceError(
                 f"ONNX Runtime could not start {provider} and fell back to {self.session.get_providers()[0]}; "
                 f"check the driver and CUDA's libraries, or pass --device cpu"
             )
         self.device = device
-        self.text = text
+        self._binding = self.session.io_binding()
+        place = "cpu" if device == "cpu" else "cuda"
+        self._text = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(text), place, 0)  # uploaded once
+        self._binding.bind_ortvalue_input(TEXT, self._text)
 
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H, W), both 0..1."""
-        scores, maps = self.session.run([SCORE, ANOMALY_MAP], {IMAGE: images, TEXT: self.text})
+        """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H', W'), both 0..1."""
+        self._binding.bind_cpu_input(IMAGE, np.ascontiguousarray(images))
+        for name in (SCORE, ANOMALY_MAP):  # anew, as their shapes follow the batch
+            self._binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(self._binding)
+        scores, maps = self._binding.copy_outputs_to_cpu()
         return scores, maps
 
 
+def provider_options(device: str, cache: Path | None) -> list[tuple[str, dict[str, str]]]:
+    """ONNX Runtime's providers for a device, the wanted one first, with their options.
+
+    Options: https://onnxruntime.ai/docs/execution-providers
+    """
+    cuda = (PROVIDERS["cuda"], {"use_tf32": "0"})  # its 10 bits are what the float32 islands are there to avoid
+    if device == "cuda":
+        return [cuda]
+    if device == "cpu":
+        return [(PROVIDERS["cpu"], {})]
+    caching = {}
+    if cache is not None:
+        caching = {
+            "trt_engine_cache_enable": "True",
+            "trt_engine_cache_path": str(cache),
+            "trt_timing_cache_enable": "True",
+            "trt_timing_cache_path": str(cache),
+        }
+    return [(PROVIDERS["ort-tensorrt"], caching), cuda]
+
+
 def available() -> list[str]:
-    """Devices that this ONNX Runtime was built for."""
+    """Devices that the ONNX Runtime here was built for."""
+    if find_spec("onnxruntime") is None:
+        return []
+    import onnxruntime as ort
+
     providers: list[Any] = ort.get_available_providers()
     return [device for device, provider in PROVIDERS.items() if provider in providers]
 
 
-def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") -> tuple[OnnxRuntimeBackend, str]:
-    """A backend and the precision it runs: "auto" is CUDA where it is there, and half precision on it where the bundle has it.
+def resolve_precision(bundle: Bundle, device: str, precision: str) -> str:
+    """ "auto" is half precision where the bundle has it, except on a CPU.
+
+    Raises:
+        DeviceError: no precision of ours.
+    """
+    if precision not in ("auto", "fp32", "fp16"):
+        raise DeviceError(f"--precision is auto, fp32 or fp16; got {precision!r}")
+    if precision != "auto":
+        return precision
+    return "fp16" if device != "cpu" and "fp16" in bundle.manifest.precisions else "fp32"
+
+
+def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", batch: int = 1) -> tuple[Backend, str]:
+    """A backend and the precision it runs; "auto" is CUDA where ONNX Runtime has it, and the CPU otherwise.
+
+    Args:
+        batch: images at once that it will be given.
 
     Raises:
         DeviceError, BundleError: what was asked for is not there.
     """
-    if device not in ("auto", *PROVIDERS):
-        raise DeviceError(f"--device is auto, {', '.join(PROVIDERS)}; got {device!r}")
-    if precision not in ("auto", "fp32", "fp16"):
-        raise DeviceError(f"--precision is auto, fp32 or fp16; got {precision!r}")
+    if device not in ("auto", *DEVICES):
+        raise DeviceError(f"--device is auto, {', '.join(DEVICES)}; got {device!r}")
     if device == "auto":
         device = "cuda" if "cuda" in available() else "cpu"
-    if precision == "auto":
-        precision = "fp16" if device != "cpu" and "fp16" in bundle.manifest.precisions else "fp32"
-    return OnnxRuntimeBackend(bundle.graph(precision), bundle.text, device), precision
+    precision = resolve_precision(bundle, device, precision)
+    if device == "tensorrt":
+        from fbclip.runtime.tensorrt import TensorRTBackend
+
+        return TensorRTBackend(bundle, precision, batch), precision
+    cache = bundle.engines / f"ort-{bundle.graph_sha256(precision)[:16]}" if device == "ort-tensorrt" else None
+    return OnnxRuntimeBackend(bundle.graph(precision), bundle.text, device, cache), precision

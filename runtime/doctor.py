@@ -129,7 +129,7 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
         words = f"{found['name']}, {found['image_size']} px, opset {found['opset']}; every hash holds"
         yield Check(topic, "bundle", "ok", words)
         yield Check(topic, "precisions", "ok", ", ".join(f"{p} ({size} MB)" for p, size in sizes.items()))
-        yield from _plans(Path(found["path"]))
+        yield from _plans(machine, Path(found["path"]))
     try:
         run = machine.probe(INFERENCE, path)
     except ProbeFailed as error:
@@ -146,20 +146,19 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
         yield from _memory_need(machine, measured, largest)
 
 
-def _plans(bundle: Path) -> Iterator[Check]:
-    """TensorRT plans and what their sidecars say they were built for."""
-    for plan in sorted(bundle.glob("engines/*.plan")):
-        try:
-            built_for = json.loads(plan.with_suffix(".json").read_text())
-            words = ", ".join(
-                f"{key} {value}" for key, value in built_for.items() if isinstance(value, str) and len(value) < 40
-            )
-            yield Check("Bundle", plan.name, "info", f"built for {words}")
-        except (OSError, ValueError, AttributeError) as error:
-            cure = f"rm {plan} && fbclip export --engine --bundle {bundle}"
-            yield Check(
-                "Bundle", plan.name, "broken", f"no sidecar that says what it was built for: {reason(error)}", cure
-            )
+def _plans(machine: Machine, bundle: Path) -> Iterator[Check]:
+    """TensorRT plans, and whether they run here."""
+    if not list(bundle.glob("engines/*.plan")):
+        return
+    found = machine.probe("plans", str(bundle))
+    for name, plan in found["plans"].items():
+        if plan["refusal"]:
+            cure = f"fbclip export --engine --bundle {bundle} --precision {plan.get('precision', 'auto')}"
+            yield Check("Bundle", name, "broken", plan["refusal"], cure)
+        elif found["here"]:
+            yield Check("Bundle", name, "ok", f"built for {plan['built_for']}, as here")
+        else:
+            yield Check("Bundle", name, "info", f"built for {plan['built_for']}; no TensorRT and GPU here to compare")
 
 
 def _memory_need(machine: Machine, measured: int | None, largest_mb: int) -> Iterator[Check]:

@@ -49,7 +49,7 @@ class Subject:
         mean, std: of its normalisation.
         threshold: scores from here on count as anomalous.
         description: plain values for the stamp: kind, name, sha256, device, precision and what shapes the figures.
-        package: the one that runs it: "onnxruntime" or "torch".
+        package: the one that runs it: "onnxruntime", "tensorrt" or "torch".
         channel_order: of the backend's images, "rgb" or "bgr".
     """
 
@@ -63,8 +63,8 @@ class Subject:
     channel_order: str = "rgb"
 
 
-def bundle_subject(path: Path | None, device: str, precision: str) -> Subject:
-    """A deployed bundle, the embedded one without a path.
+def bundle_subject(path: Path | None, device: str, precision: str, batch_size: int = 1) -> Subject:
+    """A deployed bundle, the embedded one without a path, for that many images at once.
 
     Raises:
         BundleError, DeviceError: as `make_backend`; a bundle of whole frames, since data sets have images of any size.
@@ -76,7 +76,7 @@ def bundle_subject(path: Path | None, device: str, precision: str) -> Subject:
             f"evaluation takes images of any size; {bundle.path} takes {manifest.frame_size[0]}x{manifest.frame_size[1]} "
             f"only: evaluate the same checkpoint exported without --frame-size"
         )
-    backend, precision = make_backend(bundle, device, precision)
+    backend, precision = make_backend(bundle, device, precision, batch_size)
     description = {
         "kind": "bundle",
         "name": manifest.name,
@@ -93,7 +93,7 @@ def bundle_subject(path: Path | None, device: str, precision: str) -> Subject:
         manifest.std,
         manifest.threshold,
         description,
-        "onnxruntime",
+        "tensorrt" if device == "tensorrt" else "onnxruntime",
         manifest.channel_order,
     )
 

@@ -110,6 +110,32 @@ def bundle(path: str) -> Values:
     }
 
 
+def plans(path: str) -> Values:
+    """TensorRT plans of a bundle by name: what each was built for, and why it does not run here, if so.
+
+    `here` is None where TensorRT or the GPU can't be used.
+    """
+    from fbclip.bundle import Bundle
+    from fbclip.engines import Engine
+    from fbclip.errors import FBClipError
+    from fbclip.runtime.gpu import Gpu
+
+    loaded = Bundle.load(path or None)
+    try:
+        here = Gpu().platform
+    except FBClipError:
+        here = None
+    found: Values = {}
+    for plan in sorted(loaded.engines.glob("*.plan")):
+        try:
+            engine = Engine.load(plan.with_suffix(".json"))
+            refusal = here and engine.mismatch(here, loaded.graph_sha256(engine.precision))
+            found[plan.name] = {"built_for": str(engine.platform), "precision": engine.precision, "refusal": refusal}
+        except FBClipError as error:
+            found[plan.name] = {"refusal": str(error)}
+    return {"here": here and str(here), "plans": found}
+
+
 def inference(path: str) -> Values:
     """Score a sample image with the default device and precision, and measure the memory that it took."""
     from fbclip.runtime.images import list_images
@@ -143,7 +169,8 @@ def reason(error: BaseException) -> str:
 
 
 PROBES: dict[str, Callable[..., Values]] = {
-    probe.__name__: probe for probe in (package, onnxruntime, provider, tensorrt, pycuda, opencv, bundle, inference)
+    probe.__name__: probe
+    for probe in (package, onnxruntime, provider, tensorrt, pycuda, opencv, bundle, plans, inference)
 }
 
 

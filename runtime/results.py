@@ -8,6 +8,7 @@ import json
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def stamp(evaluation: Evaluation) -> dict[str, Any]:
         "versions": {
             "fbclip": fbclip.__version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in ("numpy", "pillow", subject.package)},
+            **{package: version(package) for package in ("numpy", "pillow")},
+            subject.package: import_module(subject.package).__version__,  # TensorRT is not always a Python package
         },
     }
 

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import golden
 import pytest
 from PIL import Image
 
+STANDIN = Path(__file__).parent / "standin"
+RELEASES = ("10.3.0", "10.16.1", "11.4.0")  # of TensorRT, whose interfaces are recorded
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -59,3 +62,44 @@ def real_images() -> Path:
         if place and (folder := Path(place) / "magnetic_tile").is_dir():
             return folder
     pytest.skip("no real photographs: set FBCLIP_DATA to a folder with magnetic_tile/")
+
+
+@pytest.fixture(params=RELEASES)
+def standin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Stand-ins of tensorrt, pycuda and cuda-bindings, here and in commands; the TensorRT release they are of."""
+    with standins(request.param, monkeypatch):
+        yield request.param
+
+
+@pytest.fixture(params=[*RELEASES, pytest.param("real", marks=pytest.mark.gpu)])
+def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The stand-ins of each release in turn, and the real packages on a machine that has them and a GPU."""
+    if request.param == "real":
+        from fbclip.errors import DeviceError
+        from fbclip.runtime.gpu import Gpu
+
+        try:
+            Gpu().close()
+        except DeviceError as error:
+            pytest.skip(str(error))
+        yield "real"
+    else:
+        with standins(request.param, monkeypatch):
+            yield request.param
+
+
+@contextmanager
+def standins(release: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def belongs(module: str) -> bool:
+        return module.split(".")[0] in ("tensorrt", "pycuda", "cuda", "gpu_model", "trt_model")
+
+    monkeypatch.setenv("STANDIN_TENSORRT", release)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(STANDIN), os.environ.get("PYTHONPATH")))))
+    monkeypatch.syspath_prepend(STANDIN)
+    real = {name: sys.modules.pop(name) for name in list(sys.modules) if belongs(name)}
+    yield
+    for name in filter(belongs, list(sys.modules)):
+        if name == "gpu_model":
+            assert not sys.modules[name].living, "a CUDA context was not closed"
+        del sys.modules[name]
+    sys.modules.update(real)

@@ -14,6 +14,7 @@ import pytest
 from conftest import Run
 
 from fbclip.bundle import Bundle
+from fbclip.engines import Engine, EngineOptions, Platform
 from fbclip.runtime.doctor import _cameras, check_bundle, check_machine, check_python, check_video, examine
 from fbclip.runtime.doctor_gpu import _power, check_nvidia, check_onnxruntime
 from fbclip.runtime.machine import Check, Machine
@@ -155,13 +156,16 @@ def test_a_damaged_bundle(fbclip: Run, tmp_path: Path) -> None:
 
 def test_plans(tmp_path: Path) -> None:
     path = shutil.copytree(Bundle.load().path, tmp_path / "copy.fbclip")
-    write(path, "engines/orin-trt10.3.0-fp16.plan", "")
-    write(path, "engines/other-trt10.3.0-fp16.plan", "")
-    write(path, "engines/other-trt10.3.0-fp16.json", '{"gpu": "Other", "tensorrt": "10.3.0"}')
+    platform = Platform("Orin", "8.7", "10.3.0")
+    engine = Engine(platform, "fp32", EngineOptions(), Bundle.load().graph_sha256("fp32"), "0" * 64)
+    write(path, "engines/orin-trt10.3.0-fp32.plan", "")
+    write(path, "engines/orin-trt10.3.0-fp32.json", engine.to_json())
+    write(path, "engines/other-trt10.3.0-fp32.plan", "")
     checks = by_name(check_bundle(Machine(), path))
-    assert "no sidecar" in checks["orin-trt10.3.0-fp16.plan"].found
-    assert "fbclip export --engine" in checks["orin-trt10.3.0-fp16.plan"].cure
-    assert checks["other-trt10.3.0-fp16.plan"].found == "built for gpu Other, tensorrt 10.3.0"
+    assert "is no sidecar" in checks["other-trt10.3.0-fp32.plan"].found
+    assert "fbclip export --engine" in checks["other-trt10.3.0-fp32.plan"].cure
+    assert checks["orin-trt10.3.0-fp32.plan"].status == "info"
+    assert str(platform) in checks["orin-trt10.3.0-fp32.plan"].found
 
 
 def write(root: Path, path: str, text: str) -> None:

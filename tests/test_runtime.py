@@ -27,9 +27,10 @@ def test_the_runtime_needs_neither_torch_nor_open_clip() -> None:
 import sys
 for name in ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safetensors"):
     sys.modules[name] = None
-import fbclip.cli, fbclip.bundle, fbclip.image, fbclip.metrics
+import fbclip.cli, fbclip.bundle, fbclip.engines, fbclip.export.engine, fbclip.image, fbclip.metrics
 from fbclip.data import dataset, inspect, layouts, procedural, trees
-from fbclip.runtime import backends, draw, evaluate, images, infer, predictor, report, results
+from fbclip.runtime import backends, cuda_graph, draw, evaluate, gpu, images, infer, predictor, report, results
+from fbclip.runtime import tensorrt
 prediction = fbclip.Predictor()(sys.argv[1])
 print(prediction.score, prediction.overlay().shape)
 """
@@ -161,6 +162,7 @@ def test_samples_json_on_stdout_and_numbered_runs(fbclip: Run, tmp_path: Path) -
         (["infer", "nowhere.png"], "matches none"),
         (["infer", "--threshold", "high"], "--threshold is auto or a probability"),
         (["infer", "--device", "gpu"], "--device is auto, cpu, cuda, tensorrt"),
+        (["infer", "--device", "ort-tensorrt"], "needs ONNX Runtime's TensorrtExecutionProvider"),
         (["infer", "--bundle", "nowhere.fbclip"], "fbclip export"),
         (["export", "--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         (["export", "--feature-layers", "1;2"], "--feature-layers takes numbers"),

@@ -1,0 +1,257 @@
+"""Graph to TensorRT plan, on the device that will run it. Needs tensorrt and PyCUDA; neither torch nor onnx."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from fbclip.bundle import Bundle
+from fbclip.engines import Engine, EngineOptions
+from fbclip.errors import DeviceError, FBClipError, UsageError
+from fbclip.runtime.backends import resolve_precision
+from fbclip.runtime.gpu import Gpu
+from fbclip.runtime.infer import replacing
+
+MIB = 2**20
+MEMINFO = Path("/proc/meminfo")
+
+
+def parse_batch(text: str) -> tuple[int, int, int]:
+    """MIN,OPT,MAX, or one number for all three.
+
+    Raises:
+        UsageError: anything else.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+        low, usual, high = numbers * 3 if len(numbers) == 1 else numbers
+        if not 1 <= low <= usual <= high:
+            raise ValueError("not in order")
+    except ValueError as error:
+        raise UsageError(f"--batch is MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, like 1,1,4; got {text!r}") from error
+    return low, usual, high
+
+
+def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console: Console) -> Path:
+    """Build a plan from a bundle's graph for the GPU here and put it into the bundle, with its sidecar.
+
+    The network is strongly typed: its precision is the graph's, with every release of TensorRT from 10 on. Stopped or
+    failed, the build leaves nothing behind, and an older plan stays as it is.
+
+    Args:
+        precision: "auto" (half where the bundle has it), or of one of the bundle's graphs.
+
+    Returns:
+        The plan's path.
+
+    Raises:
+        DeviceError: no GPU, or less memory than the build needs at least.
+        UsageError: a bundle that can't be written to, or that lacks the graph.
+        FBClipError: TensorRT could not build it; names the layer.
+    """
+    precision = resolve_precision(bundle, "tensorrt", precision)
+    graph = bundle.graph(precision)
+    _check_writable(bundle)
+    with _open_gpu() as gpu:
+        plan_path = bundle.engines / f"{gpu.platform.engine_name(precision)}.plan"
+        timing_cache = bundle.engines / gpu.platform.timing_cache_name()
+        plan, timings = _build(gpu, graph, options, timing_cache, plan_path.name, console)
+        plan_sha256 = hashlib.sha256(plan).hexdigest()
+        engine = Engine(gpu.platform, precision, options, bundle.graph_sha256(precision), plan_sha256)
+    _write(plan_path, plan, engine, timing_cache, timings)
+    return plan_path
+
+
+def build_plan(graph: Path, plan_path: Path, options: EngineOptions, max_batch: int, console: Console) -> None:
+    """Build a bare plan, without sidecar, from any typed graph for the GPU here and batches of up to `max_batch`.
+
+    Raises:
+        DeviceError, FBClipError: as `build_engine`.
+    """
+    low, usual, _ = options.batch
+    batched = replace(options, batch=(low, usual, max_batch))
+    with _open_gpu() as gpu:
+        plan, _ = _build(gpu, graph, batched, plan_path.with_suffix(".timing"), plan_path.name, console)
+    with replacing(plan_path) as file:
+        file.write(plan)
+
+
+@contextmanager
+def _open_gpu() -> Iterator[Gpu]:
+    gpu = Gpu()
+    try:
+        yield gpu
+    except BaseException as error:
+        gpu.close(error)
+        raise
+    gpu.close()
+
+
+def _check_writable(bundle: Bundle) -> None:
+    place = bundle.engines if bundle.engines.exists() else bundle.path
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UsageError(f"an engine goes into its bundle; {place} is not a folder to write to: copy the bundle first")
+
+
+def _write(plan_path: Path, plan: memoryview, engine: Engine, timing_cache: Path, timings: memoryview) -> None:
+    """The plan, then its sidecar, without which it does not count."""
+    sidecar = plan_path.with_suffix(".json")
+    try:
+        plan_path.parent.mkdir(exist_ok=True)
+        with replacing(plan_path) as file:
+            file.write(plan)
+            file.flush()
+            sidecar.unlink(missing_ok=True)  # the older plan's
+        with replacing(sidecar) as file:
+            file.write(engine.to_json().encode())
+        with replacing(timing_cache) as file:
+            file.write(timings)
+    except OSError as error:
+        raise FBClipError(f"the engine is built but could not be written to {plan_path}: {error}") from error
+
+
+def _check_memory(gpu: Gpu, graph: Path, workspace_mib: int | None) -> str:
+    """A line that says what the build needs at least against what is free.
+
+    At least: the weights on the GPU beside the scratch memory that was asked for; on the host the parsed graph and
+    the plan. On a Jetson both come out of the same memory.
+
+    Raises:
+        DeviceError: it can't fit.
+    """
+    weights = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
+    on_gpu, on_host = weights + (workspace_mib or 0) * MIB, 2 * weights
+    with gpu.current():
+        free_gpu, total_gpu = gpu.cuda.mem_get_info()
+    host = _host_memory()
+    free_host = host["MemAvailable"]
+    if abs(total_gpu - host["MemTotal"]) < 0.05 * total_gpu:
+        fits = on_gpu + on_host <= free_host
+        needs = f"{decimal(on_gpu + on_host)} of the {decimal(free_host)} that are free for CPU and GPU"
+    else:
+        fits = on_gpu <= free_gpu and on_host <= free_host
+        needs = f"{decimal(on_gpu)} of {decimal(free_gpu)} free on the GPU, {decimal(on_host)} of {decimal(free_host)} on the host"
+    if not fits:
+        raise DeviceError(
+            f"the build needs at least {needs}: stop other programs, add swap, pass a smaller --workspace, "
+            f"or export with --fp16"
+        )
+    return f"memory: at least {needs}"
+
+
+def _host_memory() -> dict[str, int]:
+    """Linux's memory figures in bytes."""
+    lines = (line.split() for line in MEMINFO.read_text().splitlines())
+    return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, *_ in lines}
+
+
+def _build(
+    gpu: Gpu, graph: Path, options: EngineOptions, timing_cache: Path, name: str, console: Console
+) -> tuple[memoryview, memoryview]:
+    """Plan and timing cache. TensorRT works in a thread, so that Ctrl-C is heard here and stops it at its next step."""
+    console.print(f"building {name} for {gpu.platform}", highlight=False, soft_wrap=True)
+    console.print(_check_memory(gpu, graph, options.workspace_mib), highlight=False, soft_wrap=True)
+    cancelled = Event()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        ThreadPoolExecutor(1) as thread,
+    ):
+
+        def build() -> tuple[memoryview, memoryview]:
+            with gpu.current():
+                return _serialise(gpu, graph, options, timing_cache, _monitor(gpu.trt, progress, cancelled))
+
+        work = thread.submit(build)
+        try:
+            return work.result()
+        except KeyboardInterrupt:
+            cancelled.set()
+            raise
+
+
+def _serialise(
+    gpu: Gpu, graph: Path, options: EngineOptions, timing_cache: Path, monitor: Any
+) -> tuple[memoryview, memoryview]:
+    trt = gpu.trt
+    builder = trt.Builder(gpu.log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, gpu.log)
+    if not parser.parse_from_file(str(graph)):
+        raise FBClipError(f"TensorRT can't read {graph.name}: {_parser_error(parser)}")
+    config = _configure(gpu, builder, options)
+    config.progress_monitor = monitor
+    _add_profile(builder, network, config, options.batch)
+    cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+    if not config.set_timing_cache(cache, False):  # of another driver, say
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise FBClipError(f"TensorRT could not build {graph.name}: {gpu.error()}")
+    return memoryview(plan), memoryview(config.get_timing_cache().serialize())
+
+
+def _configure(gpu: Gpu, builder: Any, options: EngineOptions) -> Any:
+    """Only what TensorRT 10.3 to 11.4 have in common; precision is the graph's."""
+    trt = gpu.trt
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits are what the float32 islands are there to avoid
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * MIB)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    return config
+
+
+def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int, int]) -> None:
+    """The batch range of every input that has one."""
+    profile = builder.create_optimization_profile()
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        shape = tuple(tensor.shape)
+        if -1 in shape:
+            profile.set_shape(tensor.name, *(tuple(n if d == -1 else d for d in shape) for n in batch))
+    config.add_optimization_profile(profile)
+
+
+def _parser_error(parser: Any) -> str:
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    lines = [f"{error.desc()} (layer {error.node_name()}, {error.node_operator()})" for error in errors]
+    return " ".join(lines[0].split()) if lines else "it gave no reason"
+
+
+def _monitor(trt: Any, progress: Progress, cancelled: Event) -> Any:
+    """TensorRT's phases as bars; called from its threads, which no exception may leave."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.tasks: dict[str, TaskID] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.tasks[phase_name] = progress.add_task(phase_name, total=num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.tasks:
+                progress.update(self.tasks[phase_name], completed=step + 1)
+            return not cancelled.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name in self.tasks:
+                progress.remove_task(self.tasks.pop(phase_name))
+
+    return Monitor()

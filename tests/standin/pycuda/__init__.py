@@ -1,0 +1,1 @@
+"""Stand-in of PyCUDA; see gpu_model."""
