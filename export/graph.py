@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
 
+import onnx
 import onnx_ir
 import torch
 from torch import Tensor, nn
@@ -111,7 +113,27 @@ def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> None:
     name_nodes(program.model.graph)
     size_after_cast(program.model.graph)
     size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    program.save(path, external_data=size_bytes > EXTERNAL_DATA_FROM)
+    if size_bytes > EXTERNAL_DATA_FROM:
+        program.save(path, external_data=True)
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        apart = Path(folder, path.name)
+        program.save(apart, external_data=True)
+        save_in_pieces(onnx.load(apart), path)
+
+
+def save_in_pieces(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model to one file; takes its weights from it.
+
+    Serialising it whole takes five times its size in memory. A protobuf message may as well be the concatenation of its
+    pieces (protobuf.dev, encoding, "last one wins"): the model without weights, then one weight at a time.
+    """
+    weights = list(model.graph.initializer)
+    del model.graph.initializer[:]
+    with path.open("wb") as file:
+        file.write(model.SerializeToString())
+        for weight in weights:
+            file.write(onnx.ModelProto(graph=onnx.GraphProto(initializer=[weight])).SerializeToString())
 
 
 def name_nodes(graph: onnx_ir.Graph) -> None:
