@@ -257,8 +257,14 @@ def rescaled(image: Picture, alpha: Field, rng: Generator, boost: float) -> Pict
     return cv2.warpAffine(image, turn, (size, size), borderMode=cv2.BORDER_REFLECT_101).astype(np.float32)
 
 
+def roughened(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    """Fine grain where the surface is smoother: corroded, fretted, frayed."""
+    fine = noise(rng, len(image), len(image) / rng.uniform(1, 3)) - 0.5
+    return (image + rng.uniform(0.3, 1) * boost * fine[..., None]).astype(np.float32)
+
+
 APPEARANCES: tuple[Callable[[Picture, Field, Generator, float], Picture], ...] = (
-    level, hole, elsewhere, foreign, dent, dirt, smeared, recontrasted, warped, rescaled,
+    level, hole, elsewhere, foreign, dent, dirt, smeared, recontrasted, warped, rescaled, roughened,
 )  # fmt: skip
 
 
@@ -274,6 +280,7 @@ def camera(image: Picture, rng: Generator) -> NDArray[np.uint8]:
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (3, 3), 0).astype(np.float32)
     if rng.random() < 0.5:
-        image = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    noisy = image ** rng.uniform(0.75, 1.3) + rng.normal(0, rng.uniform(0, 0.025), image.shape)
-    return (noisy * 255).clip(0, 255).astype(np.uint8)
+        image = image.mean(axis=2, keepdims=True)
+    grain = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(0, 0.025))
+    pixels = ((image ** np.float32(rng.uniform(0.75, 1.3)) + grain) * 255).clip(0, 255).astype(np.uint8)
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy()

@@ -145,18 +145,23 @@ def speckle(rng: Generator, size: int) -> Field:
     return (0.3 + 0.5 * (field > rng.uniform(0.4, 0.8)) + 0.2 * field).astype(np.float32)
 
 
-def grid(rng: Generator, size: int) -> Field:
-    """Lines at regular distances in one or both directions, darker or brighter: tiles, conductors, joints."""
-    field = 0.6 + 0.2 * noise(rng, size, rng.uniform(5, 30))
-    line = rng.uniform(0, 0.4) if rng.random() < 0.7 else rng.uniform(0.8, 1.1)
+def lines(rng: Generator, size: int) -> Field:
+    """1 on lines at regular distances in one or both directions, 0 elsewhere: joints, conductors, ribs."""
+    field = np.zeros((size, size), np.float32)
     for axis in range(2):
         if rng.random() < 0.3:
             continue
         step = max(6, int(rng.uniform(0.08, 0.5) * size))
-        width = max(1, int(0.012 * size * rng.uniform(1, 3)))
+        width = max(1, int(0.012 * size * rng.uniform(0.5, 3)))
         for start in range(int(rng.integers(0, step)), size, step):
-            np.moveaxis(field, axis, 0)[start : start + width] = line
-    return rotated(field.astype(np.float32), 0 if rng.random() < 0.7 else rng.uniform(0, 90))
+            np.moveaxis(field, axis, 0)[start : start + width] = 1
+    return rotated(field, 0 if rng.random() < 0.7 else rng.uniform(0, 90))
+
+
+def grid(rng: Generator, size: int) -> Field:
+    """Tiles with their joints."""
+    field = 0.6 + 0.2 * noise(rng, size, rng.uniform(5, 30))
+    return field + (rng.choice([-0.4, 0.4]) * lines(rng, size)).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def dots(rng: Generator, size: int) -> Field:
@@ -195,6 +200,8 @@ def texture(rng: Generator, size: int, variety: float) -> Picture:
     if rng.random() < 0.4 * variety:  # a second structure on top, like grain on a weave
         second = TEXTURES[int(rng.uniform(0, last))](rng, size)
         field = _standardised(field + rng.uniform(0.1, 1) * _standardised(second))
+    if rng.random() < 0.15 * variety:
+        field = field + np.float32(rng.choice([-1, 1]) * rng.uniform(1, 4)) * lines(rng, size)
     base = rng.uniform(0.15, 0.85)
     contrast = np.exp(rng.uniform(np.log(0.01), np.log(0.05 + 0.15 * variety)))
     value = base + contrast * field
