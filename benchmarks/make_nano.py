@@ -24,7 +24,7 @@ def fbclip(*arguments: str) -> None:
 
 
 def main() -> None:
-    resume = ["--resume"] if (RUN / "optimiser.pt").exists() else []
+    resume = ["--resume"] if (RUN / "checkpoint.safetensors").exists() else []
     fbclip("train", *RECIPE.split(), "--clip", str(ASSETS / "fbclip-nano.json"), "--out", str(RUN), *resume)
     shutil.copyfile(RUN / "checkpoint.safetensors", ASSETS / "fbclip-nano.safetensors")
     fbclip("export", "--image-size", IMAGE_SIZE, "--threshold", THRESHOLD, "--out", str(ASSETS / "fbclip-nano.fbclip"))

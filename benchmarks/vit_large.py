@@ -1,30 +1,39 @@
-"""ViT-L/14 at 518 px with generated weights, torch on the CPU: fbclip's forward pass against the literal reference.
+"""ViT-L/14 at 518 px with generated weights, float32 on the CPU: time, memory and export.
 
-python benchmarks/vit_large.py            # one process: interleaved times, agreement
-python benchmarks/vit_large.py model      # peak memory of one of them alone (model or reference)
+python benchmarks/vit_large.py export       # runs/vit-large.fbclip: seconds, peak memory, nodes, drift
+python benchmarks/vit_large.py time         # interleaved rounds: literal reference, model, ONNX Runtime (if exported)
+python benchmarks/vit_large.py memory RUN   # peak of one forward pass: reference, model or onnxruntime
 """
 
 from __future__ import annotations
 
 import json
-import resource
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import golden
 
 from fbclip import reference
+from fbclip.bundle import Bundle
 from fbclip.clip import build_clip, clip_config
+from fbclip.export.bundle import export_bundle
+from fbclip.image import upsampling_matrix
 from fbclip.model import FBCLIP, default_config
+from fbclip.runtime.backends import OnnxRuntimeBackend
 
-ROUNDS = 2
+ROUNDS = 3
+BUNDLE = Path("runs/vit-large.fbclip")
+Run = Callable[[], tuple[NDArray[Any], NDArray[Any]]]
 
 
 def large_model() -> FBCLIP:
@@ -41,33 +50,93 @@ def large_model() -> FBCLIP:
     return model.eval()
 
 
-@torch.no_grad()
-def main(only: str | None) -> None:
+def frame() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (1, 518, 518, 3), np.uint8)
+
+
+def run_torch(which: str) -> Run:
+    """From a uint8 frame to score and map; the text tower is gone, as it is on a device."""
     model = large_model()
-    text = model.encode_text()
-    image = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
-    runs: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-        "model": lambda: model.visual(image, text),
-        "reference": lambda: reference.forward(model.visual, image, text),
-    }
-    start_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if only:
-        runs[only]()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"run": only, "peak_mb": round(peak), "before_mb": round(start_mb)}))
-        return
+    with torch.no_grad():
+        text = model.encode_text()
+    visual, mean, std = model.visual, model.config.clip.mean, model.config.clip.std
+    upsampling = upsampling_matrix(model.config.image_size, model.config.grid)
+
+    @torch.inference_mode()
+    def run() -> tuple[NDArray[Any], NDArray[Any]]:
+        pixels = (frame() / np.float32(255) - np.float32(mean)) / np.float32(std)
+        image = torch.from_numpy(pixels.transpose(0, 3, 1, 2))
+        score, patch_map = visual(image, text) if which == "model" else reference.forward(visual, image, text)
+        return score.numpy(), upsampling @ patch_map.numpy() @ upsampling.T
+
+    return run
+
+
+def run_onnxruntime() -> Run:
+    bundle = Bundle.load(BUNDLE)
+    backend = OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text)
+    return lambda: backend.run(frame())
+
+
+def make(which: str) -> Run:
+    return run_onnxruntime() if which == "onnxruntime" else run_torch(which)
+
+
+def compare_times() -> dict[str, Any]:
+    names = ["reference", "model", *(["onnxruntime"] if BUNDLE.exists() else [])]
+    runs = {name: make(name) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    outputs = {}
+    results = {name: run() for name, run in runs.items()}  # a first round, not timed
     for _ in range(ROUNDS):
         for name, run in runs.items():
             start = time.perf_counter()
-            outputs[name] = run()
+            run()
             seconds[name].append(time.perf_counter() - start)
-    drift = max((a - b).abs().max().item() for a, b in zip(*outputs.values(), strict=True))
-    medians = {name: round(statistics.median(values), 2) for name, values in seconds.items()}
-    ratio = medians["reference"] / medians["model"]
-    print(json.dumps({"seconds": medians, "reference_over_model": round(ratio, 2), "largest_difference": drift}))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    score, anomaly_map = results["model"]
+    return {
+        "seconds": {name: round(value, 2) for name, value in medians.items()},
+        "all": {name: [round(v, 2) for v in values] for name, values in seconds.items()},
+        "model_is_faster_by": {name: round(value / medians["model"], 3) for name, value in medians.items()},
+        "largest_difference_from_model": {
+            name: float(max(np.abs(s - score).max(), np.abs(m - anomaly_map).max())) for name, (s, m) in results.items()
+        },
+    }
+
+
+def measure_memory(which: str) -> dict[str, Any]:
+    run = make(which)
+    before = memory_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (man 5 proc)
+    run()
+    peak = memory_mb("VmHWM")
+    return {"run": which, "before_mb": before, "peak_mb": peak, "forward_mb": peak - before}
+
+
+def measure_export() -> dict[str, Any]:
+    model = large_model()
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
+    _, parities = export_bundle(model, BUNDLE, [frame()[0]], "vit-large")
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_mb": memory_mb("VmHWM"),
+        "nodes": parities[0].nodes,
+        "drift": [parities[0].score_max, parities[0].map_max],
+    }
+
+
+def memory_mb(field: str) -> int:
+    """A line of /proc/self/status in MB."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) // 1024
+
+
+def main(task: str, which: str = "model") -> None:
+    tasks = {"export": measure_export, "time": compare_times, "memory": lambda: measure_memory(which)}
+    print(json.dumps(tasks[task](), indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else None)
+    main(*sys.argv[1:])

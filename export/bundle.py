@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 import fbclip
 from fbclip.bundle import GRAPHS, Bundle, Manifest, save
 from fbclip.errors import ParityError
+from fbclip.export.backend import TorchBackend
 from fbclip.export.graph import OPSET, DeployedModel, make_half, write_onnx
-from fbclip.image import BLUR_SIGMA, resize, upsampling_matrix
+from fbclip.image import BLUR_SIGMA, resize
 from fbclip.model import FBCLIP
-from fbclip.runtime.backends import OnnxRuntimeBackend
+from fbclip.runtime.backends import Backend, OnnxRuntimeBackend
 
 # Largest difference allowed: of any score, and of the map (at its 99.9th percentile for float16).
 BUDGETS = {"fp32": (1e-4, 1e-4), "fp16": (2e-3, 5e-3)}
@@ -74,10 +75,10 @@ def export_bundle(
     """
     config = model.config
     frames = np.stack([resize(image, config.image_size) for image in images])
-    with torch.no_grad():
-        text = model.encode_text()
+    trained = TorchBackend(model)
+    text = trained.text
     say(f"running the torch model on {len(frames)} images")
-    expected = torch_results(model, frames, text)
+    expected = one_by_one(trained, frames)
     parities: list[Parity] = []
 
     def write_files(folder: Path) -> Manifest:
@@ -131,17 +132,9 @@ def export_bundle(
     return save(out, text.numpy(), write_files), parities
 
 
-@torch.no_grad()
-def torch_results(model: FBCLIP, frames: NDArray[np.uint8], text: torch.Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Scores (B,) and maps (B, S, S) of the trained model itself, before anything is folded; uint8 (B, S, S, 3) in."""
-    mean, std = (np.asarray(v, np.float32) for v in (model.config.clip.mean, model.config.clip.std))
-    a = upsampling_matrix(model.config.image_size, model.config.grid)
-    scores, maps = [], []
-    for frame in frames:
-        image = torch.from_numpy(((frame / np.float32(255) - mean) / std).transpose(2, 0, 1)[None])
-        score, patch_map = model.visual(image, text)
-        scores.append(score.numpy())
-        maps.append(a @ patch_map.numpy() @ a.T)
+def one_by_one(backend: Backend, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scores (B,) and maps (B, S, S) of frames uint8 (B, S, S, 3), each run alone."""
+    scores, maps = zip(*(backend.run(frame[None]) for frame in frames), strict=True)
     return np.concatenate(scores), np.concatenate(maps)
 
 
@@ -156,8 +149,7 @@ def compare(
 ) -> Parity:
     """Run a written graph on the CPU, one image at a time and two at once, against expected scores and maps."""
     backend = OnnxRuntimeBackend(path, text, "cpu")
-    single = [backend.run(frame[None]) for frame in frames]
-    scores, maps = (np.concatenate(parts) for parts in zip(*single, strict=True))
+    scores, maps = one_by_one(backend, frames)
     if len(frames) > 1:  # a dynamic batch that only works for one is none
         pair = backend.run(frames[:2])
         if (drift := np.abs(pair[0] - scores[:2]).max()) > BUDGETS[precision][0]:

@@ -21,7 +21,7 @@ EXTERNAL_DATA_FROM = 2**31 - 2**20  # bytes; protobuf ends at 2 GB
 class DeployedModel(nn.Module):
     """The model between its constant pre- and postprocessing (spec 9.4): the same `Visual`, not a rewrite.
 
-    Folds the normalisation into `visual`'s patch embedding, in place.
+    Changes `visual` in place: folds the normalisation into its patch embedding, puts all feature layers in one batch.
     """
 
     upsampling: Tensor  # A (S, g); map = A @ patch map @ A.T is bilinear upsampling and blur at once
@@ -29,6 +29,7 @@ class DeployedModel(nn.Module):
     def __init__(self, model: FBCLIP) -> None:
         super().__init__()
         self.visual: Visual = model.visual
+        self.visual.layers_at_once = len(model.config.feature_layers)
         self.visual.tower.fold_normalisation(model.config.clip.mean, model.config.clip.std)
         self.register_buffer(
             "upsampling", torch.from_numpy(upsampling_matrix(model.config.image_size, model.config.grid))

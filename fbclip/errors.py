@@ -31,5 +31,13 @@ class ImageError(UsageError):
     """An image that cannot be read."""
 
 
+class Interrupted(FBClipError):
+    """Asked to stop by a signal; exit code 128 and its number, as shells have it."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 class ParityError(FBClipError):
     """An exported graph that drifts from the trained model past its budget."""

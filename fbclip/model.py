@@ -6,7 +6,7 @@ Section numbers refer to `docs/method.md`. Shapes: B images, K feature layers, N
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -144,7 +144,9 @@ def foreground_mask(tokens: Tensor) -> Tensor:
     a = (x - (padded[:, :, :-2] + x + padded[:, :, 2:]) / 3).norm(dim=-1)
     b = (x - x.mean(dim=2, keepdim=True)).norm(dim=-1)
     q = distance_to_class(tokens)
-    d = F.pad((x[:, 1:] - x[:, :-1]).norm(dim=-1), (0, 0, 1, 0))  # the first feature layer has no previous one
+    # the first feature layer has no previous one, and is 0 from itself; no slice, since one of no layers breaks runtimes
+    previous = torch.tensor([0, *range(x.shape[1] - 1)], device=x.device)
+    d = (x - x.index_select(1, previous)).norm(dim=-1)
     s = 0.3 * min_max(a) + 0.3 * min_max(b) + 0.3 * min_max(q) + 0.1 * min_max(d)
     s = torch.cat([s[..., 2:3], s[..., 1:2], s, s[..., -2:-1], s[..., -3:-2]], dim=-1)  # reflected at both ends
     length = x.shape[2]
@@ -313,7 +315,14 @@ class Scores(NamedTuple):
 
 
 class Visual(nn.Module):
-    """The part that runs per image, and that is exported as it stands."""
+    """The part that runs per image, and that is exported as it stands.
+
+    Attributes:
+        layers_at_once: feature layers that go through the steps behind the backbone together. One at a time keeps
+            the tensors small, which is faster on a CPU; all K at once make the smallest graph.
+    """
+
+    layers_at_once = 1
 
     def __init__(self, config: Config, tower: VisionTower) -> None:
         super().__init__()
@@ -324,38 +333,49 @@ class Visual(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor) -> Scores:
         """Normalised images (B, 3, S, S), float32, and text features (2, E) -> Scores."""
-        return self.scores(self.separated(self.tower(image)), text)
+        z = self.separated(self.tower(image))
+        b = background(z)
+        return self.scores(self.by_layers(lambda part: self.logits(self.suppressed(part, b), text), z))
+
+    def by_layers(self, step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`step` on inputs (B, K, ...), `layers_at_once` of the K at a time."""
+        if self.layers_at_once >= inputs[0].shape[1]:
+            return step(*inputs)
+        parts = zip(*(x.split(self.layers_at_once, dim=1) for x in inputs), strict=True)
+        return torch.cat([step(*part) for part in parts], dim=1)
 
     def separated(self, tokens: Tensor) -> Tensor:
         """Tokens (B, K, N, C) -> Z (B, K, 3, N, C): identity, semantic and spatial view after separation attention."""
-        layers = tokens.shape[1]
-        separated = self.separation(self.views(tokens).flatten(0, 2))
-        return cast(Tensor, separated.unflatten(0, (-1, layers, 3)))
 
-    def views(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, K, N, C) -> the three views (B, K, 3, N, C); the class token is the same in each."""
+        def separate(tokens: Tensor, f: Tensor) -> Tensor:
+            separated = self.separation(self.views(tokens, f).flatten(0, 2))  # one batch of 3K inputs
+            return cast(Tensor, separated.unflatten(0, (-1, tokens.shape[1], 3)))
+
+        return self.by_layers(separate, tokens, foreground_mask(tokens))
+
+    def views(self, tokens: Tensor, f: Tensor) -> Tensor:
+        """Tokens (B, K, N, C), f (B, K, L) -> three views (B, K, 3, N, C); the class token is the same in each."""
         layers = tokens.shape[1]
-        flat = tokens.flatten(0, 1)  # all layers are one batch, (B·K, N, C)
-        f = foreground_mask(tokens).flatten(0, 1)
-        patches = torch.stack([flat[:, 1:], semantic_view(flat, f), self.spatial(flat, f)], dim=1)
-        class_token = flat[:, None, :1].expand(-1, 3, -1, -1)
+        tokens, f = tokens.flatten(0, 1), f.flatten(0, 1)  # all layers are one batch, (B·K, N, C)
+        patches = torch.stack([tokens[:, 1:], semantic_view(tokens, f), self.spatial(tokens, f)], dim=1)
+        class_token = tokens[:, None, :1].expand(-1, 3, -1, -1)
         return cast(Tensor, torch.cat([class_token, patches], dim=2).unflatten(0, (-1, layers)))
 
-    def suppressed(self, z: Tensor) -> Tensor:
-        """Background suppression (section 7): Z (B, K, 3, N, C) -> projected tokens y·W_vis (B, K, 3, N, E)."""
-        b = background(z)[:, None, None, None]
-        cosine = (F.normalize(z, dim=-1) * F.normalize(b, dim=-1)).sum(dim=-1, keepdim=True)
-        y = 0.5 * z + 0.5 * (z - b) * (1 - cosine)
-        return linear(y, self.tower.proj.mT)
+    def suppressed(self, z: Tensor, b: Tensor) -> Tensor:
+        """Background suppression (section 7): Z (B, K, 3, N, C), b (B, C) -> y·W_vis (B, K, 3, N, E)."""
+        b = b[:, None, None, :, None]
+        cosine = (z @ F.normalize(b, dim=-2)) / z.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # (B, K, 3, N, 1)
+        # 0.5·z + 0.5·(z - b)·(1 - cos) is a sum of z and b with one weight each: project first, then weigh
+        z, b = linear(z, self.tower.proj.mT), linear(b.mT, self.tower.proj.mT)
+        return cast(Tensor, (1 - 0.5 * cosine) * z - (0.5 - 0.5 * cosine) * b)
 
-    def scores(self, z: Tensor, text: Tensor) -> Scores:
-        """Z (B, K, 3, N, C) and text features (2, E) -> Scores (sections 7 and 9.3)."""
-        return self.scores_of_projected(self.suppressed(z), text)
-
-    def scores_of_projected(self, projected: Tensor, text: Tensor) -> Scores:
-        """Projected tokens (B, K, 3, N, E) -> Scores. A softmax of two logits is a sigmoid of their difference."""
+    def logits(self, projected: Tensor, text: Tensor) -> Tensor:
+        """Projected tokens (B, K, 3, N, E), text (2, E) -> abnormal minus normal logit (B, K, 3, N) (section 9.3)."""
         direction = (text[1] - text[0]) / TEMPERATURE
-        logits = (projected @ direction) / projected.norm(dim=-1).clamp_min(1e-12)  # (B, K, 3, N)
+        return cast(Tensor, (projected @ direction) / projected.norm(dim=-1).clamp_min(1e-12))
+
+    def scores(self, logits: Tensor) -> Scores:
+        """Logits (B, K, 3, N) -> Scores (section 7). A softmax of two logits is a sigmoid of their difference."""
         weights = self.scale_weights.softmax(dim=0)[: logits.shape[1]]
         probability = (weights[:, None] * logits.sum(dim=2)).sum(dim=1).sigmoid()  # (B, N)
         side = self.spatial.rows

@@ -1,8 +1,9 @@
-"""Image files to frames, uint8 (H, W, 3) RGB."""
+"""Image files to frames, uint8 (H, W, 3) RGB, and mask files to 0 and 1."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fbclip.errors import ImageError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+CLASS_LEVELS = 5  # grey levels of a mask drawn in flat greys, black included; soft edges make more
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -22,18 +24,25 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     Raises:
         ImageError: missing, empty, damaged, no image, or more pixels than Pillow takes for honest (179 million).
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow refuses twice that size
-            with Image.open(path) as file:
-                return to_rgb(ImageOps.exif_transpose(file))
-    except FileNotFoundError as error:
-        raise ImageError(f"no file at {path}") from error
-    except UnidentifiedImageError as error:
-        empty = path.is_file() and path.stat().st_size == 0
-        raise ImageError(f"{path} is {'empty' if empty else 'no image that Pillow can read'}") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} can't be read: {error}") from error
+    return _read(path, to_rgb)
+
+
+def read_mask(path: Path) -> NDArray[np.uint8]:
+    """Read a defect mask as uint8 (H, W) of 0 and 1, upright (EXIF).
+
+    What counts as defective depends on how the mask was written:
+
+    - class numbers (no value above 127) and flat greys or colours (at most 5 levels): whatever is not 0;
+    - soft edges (more levels): above half of the largest value;
+    - JPEG: above 127, because compression leaves faint specks beside every edge.
+
+    Colours, palettes and transparency count by the brightest channel of what `read_image` sees; 16-bit values are
+    compared as they are.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    return _read(path, _to_mask)
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -48,11 +57,29 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.convert("RGB"))
 
 
-def read_mask(path: Path) -> NDArray[np.uint8]:
-    """Read a defect mask as uint8 (H, W) of 0 and 1: whatever is not black is defective.
-
-    Raises:
-        ImageError: as `read_image`.
-    """
-    mask: NDArray[np.uint8] = (read_image(path).max(axis=2) > 0).astype(np.uint8)
+def _to_mask(image: Image.Image) -> NDArray[np.uint8]:
+    single = len(image.getbands()) == 1 and image.mode != "P" and "transparency" not in image.info
+    values = np.asarray(image) if single else to_rgb(image).max(axis=2)
+    if image.format in ("JPEG", "MPO"):
+        level = 127.0
+    else:
+        levels = np.unique(values)
+        level = 0.0 if len(levels) <= CLASS_LEVELS or levels[-1] <= 127 else float(levels[-1]) / 2
+    mask: NDArray[np.uint8] = (values > level).astype(np.uint8)
     return mask
+
+
+def _read(path: Path, convert: Callable[[Image.Image], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow refuses twice that size
+            with Image.open(path) as file:
+                ImageOps.exif_transpose(file, in_place=True)  # a copy would forget its format
+                return convert(file)
+    except FileNotFoundError as error:
+        raise ImageError(f"no file at {path}") from error
+    except UnidentifiedImageError as error:
+        empty = path.is_file() and path.stat().st_size == 0
+        raise ImageError(f"{path} is {'empty' if empty else 'no image that Pillow can read'}") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path} can't be read: {error}") from error

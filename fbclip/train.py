@@ -3,52 +3,49 @@
 from __future__ import annotations
 
 import math
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from fbclip import checkpoint
-from fbclip.data.dataset import Sample, SampleSet
-from fbclip.errors import CheckpointError, FBClipError
-from fbclip.losses import Losses, fbclip_losses
+from fbclip.data.dataset import SampleSet
+from fbclip.errors import DeviceError, Interrupted, UsageError
+from fbclip.loading import Batch, ReadableSamples, load
 from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS
+from fbclip.token_cache import TokenCache
+from fbclip.training_report import StepLog, Throughput, draw_epoch, samples_to_show
+from fbclip.training_step import Recipe, Trainer
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train; the defaults are the published ones (spec, section 8).
+class Execution:
+    """How it is computed and recorded; the result stays the same but for rounding.
 
     Attributes:
-        epochs: passes over the data.
-        batch_size: images per step.
-        lr: Adam's learning rate, betas (0.5, 0.999).
-        cosine: warm up over the first 5 % of the steps, then decay to 0 along a cosine.
-        seed: of the order of the samples.
+        accumulate: forward passes that make up a step on each process.
+        workers: processes that load images, per training process.
         save_every: steps between checkpoints.
+        cache_tokens: folder for the frozen backbone's tokens.
+        tensorboard: write event files.
+        progress: show bars.
     """
 
-    epochs: int = 3
-    batch_size: int = 4
-    lr: float = 5e-5
-    cosine: bool = False
-    seed: int = 0
+    accumulate: int = 1
+    workers: int = 0
     save_every: int = 500
-
-    def lr_at(self, step: int, steps: int) -> float:
-        if not self.cosine:
-            return self.lr
-        warm = max(1, steps // 20)
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    cache_tokens: Path | None = None
+    tensorboard: bool = False
+    progress: bool = True
 
 
 def train(
@@ -56,59 +53,161 @@ def train(
     data: SampleSet,
     recipe: Recipe,
     out: Path,
+    execution: Execution | None = None,
     resume: bool = False,
-    progress: bool = True,
-    workers: int = 0,
-) -> list[float]:
-    """Train in place and write `out/checkpoint.safetensors` with `out/optimiser.pt` beside it.
+    accelerator: Accelerator | None = None,
+) -> Throughput:
+    """Train in place and write `out/checkpoint.safetensors`, with the optimiser's state and a report beside it.
 
     Args:
         model: what requires a gradient is trained.
         data: samples at the model's input size.
         resume: go on from what `out` holds.
-
-    Returns:
-        Total loss of each step taken.
+        accelerator: as `accelerator_for` makes it; float32 on one process if left out.
 
     Raises:
-        FBClipError: the loss is no finite number; the last checkpoint stands.
+        UsageError: a sample without a mask, or a batch of which no image can be read.
+        FBClipError: the loss or its gradient is no finite number, or the loss exploded.
         CheckpointError: nothing to resume, or made by another recipe.
+        Interrupted: Ctrl-C or SIGTERM came; the last step is saved.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=recipe.lr, betas=(0.5, 0.999))
-    batches = list(batch_order(len(data), recipe))
-    done = _resume(model, optimiser, recipe, out) if resume else 0
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.config.clip.mean, model.config.clip.std))
-    dataset = cast("Dataset[Sample]", data)
-    loader = DataLoader(dataset, batch_sampler=batches[done:], collate_fn=collate, num_workers=workers)
-    history = []
-    columns = (
-        TextColumn("training"),
+    accelerator, execution = accelerator or accelerator_for("no"), execution or Execution()
+    main = accelerator.is_main_process
+    trainer = Trainer(model, data, recipe, out, accelerator)
+    done = trainer.resume() if resume else 0
+    out.mkdir(parents=True, exist_ok=True)
+    log = StepLog(out, done, execution.tensorboard) if main else None
+    try:
+        with StopRequest(announce=main) as stop, _progress(execution.progress and main) as bar:
+            dataset: TokenCache | ReadableSamples = ReadableSamples(data)
+            if execution.cache_tokens:
+                dataset = TokenCache(execution.cache_tokens, model, data, accelerator)
+                _fill(dataset, trainer, execution, stop, bar)
+            parts = trainer.parts_of_batches(done, execution.accumulate)
+            with closing(load(dataset, parts, execution.workers, pin=accelerator.device.type == "cuda")) as stream:
+                return _steps(trainer, stream, execution, done, log, stop, bar)
+    except Interrupted as interrupted:
+        if not main:  # one process speaks for all
+            sys.exit(interrupted.exit_code)
+        raise
+    finally:
+        if log:
+            log.close()
+
+
+def _fill(cache: TokenCache, trainer: Trainer, execution: Execution, stop: StopRequest, bar: Progress) -> None:
+    """Compute the tokens that are missing, each process its share of them."""
+    accelerator, missing = trainer.accelerator, cache.missing
+    accelerator.wait_for_everyone()  # all have read the same list
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    task = bar.add_task("caching tokens", total=len(mine), note="", visible=bool(mine))
+    with torch.no_grad():
+        for count, unreadable in cache.fill(trainer.tokens, mine, trainer.recipe.batch_size, execution.workers):
+            for message in unreadable:
+                bar.console.print(f"left out: {message}", soft_wrap=True, highlight=False)
+            bar.update(task, advance=count)
+            if stop.signal:
+                raise Interrupted(
+                    f"stopped while caching tokens; the same command goes on in {cache.folder}", stop.signal
+                )
+    accelerator.wait_for_everyone()
+
+
+def _steps(
+    trainer: Trainer,
+    stream: Iterator[Batch],
+    execution: Execution,
+    done: int,
+    log: StepLog | None,
+    stop: StopRequest,
+    bar: Progress,
+) -> Throughput:
+    """Take the steps that are left; `log` belongs to the main process."""
+    recipe, steps, took = trainer.recipe, len(trainer.batches), Throughput()
+    per_epoch = math.ceil(len(trainer.data) / recipe.batch_size)
+    shown = samples_to_show(trainer.data, recipe.seed) if log else []
+    left_out: set[str] = set()
+    if log:
+        bar.console.print(f"training, step {done} of {steps}", highlight=False)
+    task = bar.add_task("training", total=steps, completed=done, note="")
+    for number in range(done + 1, steps + 1):
+        start = time.perf_counter()
+        parts = [next(stream) for _ in range(execution.accumulate)]
+        loaded = time.perf_counter()
+        row, images, stopping = trainer.step(number, parts, stop.signal is not None)
+        took.add(images, waiting=loaded - start, computing=time.perf_counter() - loaded)
+        for message in {m for part in parts for m in part.unreadable} - left_out:
+            left_out.add(message)
+            bar.console.print(f"left out: {message}", soft_wrap=True, highlight=False)
+        epoch, speed = math.ceil(number / per_epoch), images / (time.perf_counter() - start)
+        bar.update(task, completed=number, note=f"loss {trainer.usual_loss:.4f}")
+        if (
+            log
+        ):  # before the checkpoint: lines that no checkpoint holds are dropped when resuming, missing ones stay missing
+            rate = recipe.lr_at(number - 1, steps)
+            log.write({"step": number, "epoch": epoch, **row, "lr": rate, "images_per_s": round(speed, 2)})
+        if number % execution.save_every == 0 or number == steps or stopping:
+            trainer.save(number)
+        if log and number % per_epoch == 0:
+            draw_epoch(trainer.out / f"epoch-{epoch:03d}.png", log.rows, epoch, trainer.model, shown)
+        if stopping and number < steps:
+            raise Interrupted(
+                f"stopped after step {number} of {steps}; {trainer.out} holds everything up to it: "
+                f"the same command with --resume goes on",
+                stop.signal or signal.SIGTERM,
+            )
+    return took
+
+
+def _progress(shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
+        disable=not shown,
     )
-    model.eval()  # CLIP is frozen in eval mode, and nothing here has dropout
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("training", total=len(batches), completed=done, loss=math.nan)
-        for step, (images, masks) in enumerate(loader, start=done):
-            losses = loss_of_batch(model, (images.permute(0, 3, 1, 2) / 255 - mean) / std, masks)
-            if not math.isfinite(total := losses.total.item()):
-                raise FBClipError(
-                    f"the loss of step {step} is {total}; lower --lr (now {recipe.lr}). "
-                    f"The last checkpoint in {out} stands"
-                )
-            for group in optimiser.param_groups:
-                group["lr"] = recipe.lr_at(step, len(batches))
-            optimiser.zero_grad()
-            losses.total.backward()
-            optimiser.step()
-            history.append(total)
-            bar.update(task, completed=step + 1, loss=float(np.mean(history[-50:])))
-            if (step + 1) % recipe.save_every == 0 or step + 1 == len(batches):
-                _save(model, optimiser, recipe, step + 1, out)
-    return history
+
+
+class StopRequest:
+    """Inside, Ctrl-C and SIGTERM only leave a note, so that a step is finished and saved before the run ends."""
+
+    def __init__(self, announce: bool) -> None:
+        self.signal: int | None = None
+        self.announce = announce
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self.before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.announce and not self.signal:
+            print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr)
+        self.signal = number
+
+
+def accelerator_for(amp: str) -> Accelerator:
+    """Processes and device as `accelerate launch` or torchrun set them up, one process otherwise.
+
+    Args:
+        amp: precision of the tower's and the separation attention's products: "no", "bf16", "fp16", or "auto",
+            which is bf16 on a CUDA device that has it, fp16 on an older one, and no elsewhere.
+    """
+    if amp not in ("auto", "no", "bf16", "fp16"):
+        raise UsageError(f"--amp is auto, no, bf16 or fp16; got {amp!r}")
+    cuda = torch.cuda.is_available()
+    if amp == "auto":
+        amp = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
+    if amp == "fp16" and not cuda:
+        raise DeviceError("--amp fp16 needs a CUDA device and there is none; use --amp no, or bf16")
+    return Accelerator(mixed_precision=amp, cpu=not torch.accelerator.is_available())
 
 
 @torch.no_grad()
@@ -144,54 +243,3 @@ def init_from_scratch(model: FBCLIP) -> None:
         branch.to_out.bias.zero_()
     for context in (model.prompts.ctx_pos, model.prompts.ctx_neg):
         context.normal_()  # two prompts that start apart
-
-
-def loss_of_batch(model: FBCLIP, images: Tensor, masks: Tensor) -> Losses:
-    """Losses of normalised images (B, 3, S, S) with masks (B, S, S) of 0 and 1; an image is defective if its mask is."""
-    text = model.encode_text()
-    visual = model.visual
-    projected = visual.suppressed(visual.separated(visual.tower(images)))
-    score, patch_map = visual.scores_of_projected(projected, text)
-    label = masks.flatten(1).amax(dim=1).float()
-    return fbclip_losses(score, patch_map, projected[:, -1, 2], text, label, masks)
-
-
-def batch_order(samples: int, recipe: Recipe) -> Iterator[list[int]]:
-    """Indices of every batch of every epoch, shuffled per epoch from the seed: a resumed run sees the same order."""
-    for epoch in range(recipe.epochs):
-        order = np.random.Generator(np.random.PCG64([recipe.seed, epoch])).permutation(samples)
-        if recipe.cosine:  # a curriculum keeps its order: procedural samples are drawn at random anyway
-            order = np.arange(samples)
-        for start in range(0, samples, recipe.batch_size):
-            yield order[start : start + recipe.batch_size].tolist()
-
-
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor]:
-    """Samples -> images uint8 (B, S, S, 3), masks uint8 (B, S, S)."""
-
-    def stack(arrays: list[NDArray[np.uint8]]) -> Tensor:
-        return torch.from_numpy(np.stack(arrays))
-
-    return stack([s.image for s in samples]), stack([cast("NDArray[np.uint8]", s.mask) for s in samples])
-
-
-def _save(model: FBCLIP, optimiser: torch.optim.Optimizer, recipe: Recipe, step: int, out: Path) -> None:
-    checkpoint.save(model, out / "checkpoint.safetensors", {"recipe": asdict(recipe), "step": step})
-    state = {"optimiser": optimiser.state_dict(), "step": step, "recipe": asdict(recipe)}
-    temporary = out / "optimiser.pt.tmp"
-    torch.save(state, temporary)
-    temporary.replace(out / "optimiser.pt")
-
-
-def _resume(model: FBCLIP, optimiser: torch.optim.Optimizer, recipe: Recipe, out: Path) -> int:
-    """Load what an interrupted run left; returns the steps already taken."""
-    path = out / "optimiser.pt"
-    if not path.is_file():
-        raise CheckpointError(f"--resume needs the optimiser.pt of an interrupted run; {out} has none")
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    header = checkpoint.read_header(out / "checkpoint.safetensors")
-    if state["recipe"] != asdict(recipe) or header["provenance"]["step"] != state["step"]:
-        raise CheckpointError(f"--resume goes on with the same recipe; {out} holds {state['recipe']}")
-    checkpoint.restore(model, out / "checkpoint.safetensors")
-    optimiser.load_state_dict(state["optimiser"])
-    return int(state["step"])

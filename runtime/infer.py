@@ -119,10 +119,10 @@ def _write(prediction: Prediction, source: Path, name: str, outputs: Outputs) ->
     if outputs.folder and outputs.save_map:
         map_path = outputs.folder / f"{name}.npy"
         array = prediction.anomaly_map if outputs.map_size == "frame" else prediction.model_map
-        with _replacing(map_path) as temporary:
+        with replacing(map_path) as temporary:
             np.save(temporary, array)
     if outputs.folder and outputs.save:
-        with _replacing(outputs.folder / f"{name}.jpg") as temporary:
+        with replacing(outputs.folder / f"{name}.jpg") as temporary:
             Image.fromarray(prediction.overlay()).save(temporary, "JPEG", quality=92)
     values = prediction.to_dict()
     timings = values.pop("timings_ms")
@@ -130,7 +130,7 @@ def _write(prediction: Prediction, source: Path, name: str, outputs: Outputs) ->
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes its name only when it is whole."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

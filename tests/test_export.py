@@ -10,8 +10,9 @@ import pytest
 from conftest import Run
 
 from fbclip.bundle import ANOMALY_MAP, EMBEDDED, IMAGE, SCORE, TEXT, Bundle
-from fbclip.errors import ParityError
+from fbclip.errors import BundleError, ParityError
 from fbclip.export import bundle as exporter
+from fbclip.export import graph as graphs
 
 EXPECTED = golden.arrays()
 OPERATORS = json.loads((golden.DATA / "onnx_operators.json").read_text())
@@ -76,6 +77,11 @@ def check_graphs(bundle: Bundle) -> None:
 def test_no_options_export_the_embedded_model_anew(fbclip: Run, tmp_path: Path) -> None:
     fbclip("export")
     new, embedded = Bundle.load(tmp_path / "fbclip-nano.fbclip"), Bundle.load()
+    values = onnx.load(new.graph("fp32")).graph.value_info
+    empty = [
+        v.name for v in values for d in v.type.tensor_type.shape.dim if d.HasField("dim_value") and not d.dim_value
+    ]
+    assert not empty  # with one feature layer; ONNX Runtime 1.23 and TensorRT don't take tensors of no size
     assert np.allclose(new.text, embedded.text, atol=1e-6)
     assert new.manifest.prompts == embedded.manifest.prompts
     assert new.manifest.image_size == embedded.manifest.image_size
@@ -100,3 +106,15 @@ def test_a_graph_that_drifts_is_refused(golden_files: Path, tmp_path: Path, monk
     with pytest.raises(ParityError, match="was not written"):
         exporter.export_bundle(model, tmp_path / "b.fbclip", [EXPECTED["raw_image"]], "b")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_beside_a_graph_that_is_too_large(
+    golden_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "EXTERNAL_DATA_FROM", 0)
+    bundle, _ = exporter.export_bundle(golden.model(golden_files), tmp_path / "b.fbclip", [EXPECTED["raw_image"]], "b")
+    data = bundle.path / "model.onnx.data"
+    assert data.stat().st_size > bundle.graph("fp32").stat().st_size
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    with pytest.raises(BundleError, match="is damaged"):
+        bundle.graph("fp32")

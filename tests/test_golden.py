@@ -33,7 +33,8 @@ def stages(model: FBCLIP) -> dict[str, Tensor]:
         hidden = model.text(embeddings)
         eot, mean, attention = model.prompts.strategies(hidden, model.text.projection)
         tokens = visual.tower(image)
-        views, z, f = visual.views(tokens), visual.separated(tokens), foreground_mask(tokens)
+        f = foreground_mask(tokens)
+        views, z = visual.views(tokens, f), visual.separated(tokens)
     per_layer = {
         f"{name}_{k}": value
         for k in range(5)
@@ -56,7 +57,7 @@ def stages(model: FBCLIP) -> dict[str, Tensor]:
         "separated_1_semantic": z[:, 1, 1],
         "separated_last_spatial": z[:, -1, 2],
         "background": background(z),
-        "suppressed_projected_last": visual.suppressed(z)[:, -1, 2],
+        "suppressed_projected_last": visual.suppressed(z, background(z))[:, -1, 2],
     }
 
 
@@ -113,8 +114,9 @@ def test_three_training_steps(golden_files: Path) -> None:
     optimiser = torch.optim.Adam(trained, lr=5e-5, betas=(0.5, 0.999))
     for step, expected in enumerate(EXPECTED["train_losses"]):
         text = model.encode_text()
-        projected = model.visual.suppressed(model.visual.separated(model.visual.tower(image)))
-        score, patch_map = model.visual.scores_of_projected(projected, text)
+        z = model.visual.separated(model.visual.tower(image))
+        projected = model.visual.suppressed(z, background(z))
+        score, patch_map = model.visual.scores(model.visual.logits(projected, text))
         losses = fbclip_losses(score, patch_map, projected[:, -1, 2], text, label, mask[:, 0])
         got = [losses.total.item(), *(loss.item() for loss in losses)]
         np.testing.assert_allclose(got, expected, rtol=RELATIVE)

@@ -27,8 +27,9 @@ def test_the_runtime_needs_neither_torch_nor_open_clip() -> None:
 import sys
 for name in ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safetensors"):
     sys.modules[name] = None
-import fbclip.cli, fbclip.bundle, fbclip.image
-from fbclip.runtime import backends, draw, images, infer, predictor
+import fbclip.cli, fbclip.bundle, fbclip.image, fbclip.metrics
+from fbclip.data import dataset, inspect, layouts, procedural, trees
+from fbclip.runtime import backends, draw, evaluate, images, infer, predictor, report, results
 prediction = fbclip.Predictor()(sys.argv[1])
 print(prediction.score, prediction.overlay().shape)
 """

@@ -1,18 +1,35 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fbclip import checkpoint
+from fbclip import train as training
+from fbclip.clip import ClipConfig, build_clip
+from fbclip.data.dataset import Sample
 from fbclip.data.procedural import ProceduralDefects
+from fbclip.errors import FBClipError, ImageError, UsageError
+from fbclip.model import FBCLIP, default_config
+from fbclip.training_report import samples_to_show
+from fbclip.training_step import Recipe, Trainer, batch_order
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = {
     "embed_dim": 16,
@@ -21,59 +38,65 @@ TINY = {
 }
 
 
-def arguments(tmp_path: Path, out: str, samples: int) -> list[object]:
+def arguments(tmp_path: Path, out: str, samples: int, *more: object) -> list[object]:
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    return [
-        "train",
-        "procedural",
-        "--clip",
-        "tiny.json",
-        "--train-tower",
-        "--epochs",
-        1,
-        "--samples",
-        samples,
-        "--batch-size",
-        2,
-        "--lr",
-        1e-3,
-        "--save-every",
-        2,
-        "--workers",
-        0,
-        "--out",
-        out,
-    ]
+    options = "--clip tiny.json --train-tower --epochs 1 --batch-size 2 --lr 1e-3 --save-every 2 --workers 0"
+    return ["train", "procedural", *options.split(), "--samples", samples, "--out", out, *more]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tiny_model(train_tower: bool = True) -> FBCLIP:
+    torch.manual_seed(0)
+    config = ClipConfig("tiny", TINY)
+    model = FBCLIP(default_config(config), build_clip(config, None), train_tower)
+    training.init_from_scratch(model)
+    return model
+
+
+class Spoilt(ProceduralDefects):
+    """Procedural samples of which some do what `spoil` says."""
+
+    def __init__(self, length: int, spoil: Callable[[int, Sample], Sample]) -> None:
+        super().__init__(32, length)
+        self.spoil = spoil
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.spoil(index, super().__getitem__(index))
 
 
 def test_resume_goes_on_as_if_never_stopped(fbclip: Run, tmp_path: Path) -> None:
     fbclip(*arguments(tmp_path, "whole", 12))
     whole = checkpoint.load(tmp_path / "whole/checkpoint.safetensors").state_dict()
-    # the run that stops: the same recipe, its loader dying in the middle
-    from fbclip import train as training
-    from fbclip.clip import load_clip
-    from fbclip.model import FBCLIP, default_config
+    served, shown = 0, 0
 
-    class Dies(ProceduralDefects):
-        served = 0
+    def count(index: int, sample: Sample) -> Sample:
+        nonlocal shown
+        shown += 1
+        return sample
 
-        def __getitem__(self, index: int):  # type: ignore[no-untyped-def]
-            self.served += 1
-            if self.served > 9:  # in the fifth of six steps
-                raise KeyboardInterrupt
-            return super().__getitem__(index)
+    samples_to_show(Spoilt(12, count), seed=0)  # read before the first step
 
-    recipe = training.Recipe(epochs=1, batch_size=2, lr=1e-3, seed=0, save_every=2)
-    torch.manual_seed(0)
-    clip, config = load_clip(str(tmp_path / "tiny.json"), None)
-    model = FBCLIP(default_config(config), clip, train_tower=True)
-    training.init_from_scratch(model)
-    data = Dies(32, 12)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(model, data, recipe, tmp_path / "cut", progress=False)
+    def die(index: int, sample: Sample) -> Sample:
+        nonlocal served
+        served += 1
+        if served > shown + 11:  # in the sixth of six steps
+            raise RuntimeError("as if the power went")
+        return sample
+
+    recipe = Recipe(epochs=1, batch_size=2, lr=1e-3, seed=0)
+    with pytest.raises(RuntimeError, match="power"):
+        training.train(tiny_model(), Spoilt(12, die), recipe, tmp_path / "cut", training.Execution(save_every=2))
+    assert len(metrics(tmp_path / "cut")) > 4  # a step that no checkpoint holds is taken and noted again
     fbclip(*arguments(tmp_path, "cut", 12), "--resume")
     cut = checkpoint.load(tmp_path / "cut/checkpoint.safetensors").state_dict()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert [row["step"] for row in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
+    assert [row["total"] for row in metrics(tmp_path / "cut")] == [row["total"] for row in metrics(tmp_path / "whole")]
+    assert Image.open(tmp_path / "cut/epoch-001.png").size[0] > 800
+    assert "12" in fbclip(*arguments(tmp_path, "cut", 14), "--resume", code=2).stderr
 
 
 def test_a_second_run_does_not_overwrite_the_first(fbclip: Run, tmp_path: Path) -> None:
@@ -81,7 +104,7 @@ def test_a_second_run_does_not_overwrite_the_first(fbclip: Run, tmp_path: Path) 
     assert "--resume" in fbclip(*arguments(tmp_path, "run", 2), code=2).stderr
 
 
-def test_a_folder_like_mvtec(fbclip: Run, tmp_path: Path) -> None:
+def test_a_data_set_with_masks(fbclip: Run, tmp_path: Path) -> None:
     for kind in ("good", "hole"):
         folder = tmp_path / "data/part/test" / kind
         folder.mkdir(parents=True)
@@ -90,7 +113,7 @@ def test_a_folder_like_mvtec(fbclip: Run, tmp_path: Path) -> None:
     masks.mkdir(parents=True)
     command = arguments(tmp_path, "run", 1)
     command[1] = "data"
-    assert "has none at" in fbclip(*command, code=2).stderr
+    assert "has none" in fbclip(*command, code=2).stderr
     cv2.imwrite(str(masks / "000_mask.png"), np.pad(np.full((10, 10), 255, np.uint8), ((0, 30), (0, 40))))
     fbclip(*command)
     assert checkpoint.read_header(tmp_path / "run/checkpoint.safetensors")["provenance"]["step"] == 1
@@ -99,6 +122,133 @@ def test_a_folder_like_mvtec(fbclip: Run, tmp_path: Path) -> None:
 def test_a_frozen_clip_needs_weights(fbclip: Run, tmp_path: Path) -> None:
     command = [a for a in arguments(tmp_path, "run", 1) if a != "--train-tower"]
     assert "--clip-weights" in fbclip(*command, code=2).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    command = [Path(sys.executable).with_name("fbclip"), *map(str, arguments(tmp_path, "run", 10_000))]
+    command[command.index("--save-every") + 1] = "1000000"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    while "training" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "--resume" in errors and "Traceback" not in errors
+    taken = metrics(tmp_path / "run")[-1]["step"]
+    assert checkpoint.read_header(tmp_path / "run/checkpoint.safetensors")["provenance"]["step"] == taken
+    assert f"step {taken} of 5000" in errors
+
+
+def test_two_processes_take_the_steps_of_one_with_the_doubled_batch(tmp_path: Path) -> None:
+    # 10 samples in batches of 4: the last batch is a single image on each process
+    recipe = Recipe(epochs=1, batch_size=4, lr=1e-3)
+    training.train(tiny_model(), ProceduralDefects(32, 10), recipe, tmp_path / "one")
+    command = arguments(tmp_path, "two", 10)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*launcher, "-m", "fbclip.cli", *map(str, command)],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [row["step"] for row in two] == [1, 2, 3]
+    for name in ("total", "score_focal", "map_focal", "map_dice", "scr", "gradient_norm"):
+        np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("accumulate", "samples"), [(2, 8), (2, 5), (4, 3)])
+def test_accumulation_takes_the_same_steps(tmp_path: Path, accumulate: int, samples: int) -> None:
+    data, recipe = ProceduralDefects(32, samples), Recipe(epochs=1, batch_size=4, lr=1e-3)
+    rows = []
+    for passes in (1, accumulate):
+        out = tmp_path / str(passes)
+        training.train(tiny_model(), data, recipe, out, training.Execution(accumulate=passes))
+        rows.append([row["total"] for row in metrics(out)])
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4)
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_the_parts_of_all_processes_are_the_batch(samples: int, batch: int, processes: int, accumulate: int) -> None:
+    recipe = Recipe(epochs=2, batch_size=batch * processes * accumulate)
+    parts = []
+    for index in range(processes):
+        trainer = object.__new__(Trainer)  # the order needs no model
+        trainer.accelerator = SimpleNamespace(process_index=index, num_processes=processes)
+        trainer.batches = list(batch_order(samples, recipe))
+        parts.append(trainer.parts_of_batches(1, accumulate))
+    for step, whole in enumerate(trainer.batches[1:]):
+        taken = [i for mine in parts for part in mine[step * accumulate : (step + 1) * accumulate] for i in part]
+        assert taken == whole
+
+
+def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
+    data, recipe = ProceduralDefects(32, 8), Recipe(epochs=1, lr=1e-4)
+    totals = []
+    for amp in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process is accelerate's rule
+        training.train(tiny_model(), data, recipe, tmp_path / amp, accelerator=training.accelerator_for(amp))
+        totals.append([row["total"] for row in metrics(tmp_path / amp)])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert totals[0] != totals[1]
+    np.testing.assert_allclose(totals[0], totals[1], rtol=0.02)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step(fbclip: Run, tmp_path: Path) -> None:
+    command = arguments(tmp_path, "run", 12)
+    command[command.index("--lr") + 1] = "1e30"
+    done = fbclip(*command, code=1)
+    assert "step 2 gave loss" in done.stderr and "--lr" in done.stderr and "no checkpoint" in done.stderr
+    data, order = ProceduralDefects(32, 12), list(batch_order(12, Recipe(epochs=1, batch_size=2)))[1]
+    with np.load(tmp_path / "run/bad_batch.npz") as bad:
+        assert bad["indices"].tolist() == order
+        assert all((bad["images"][k] == data[i].image).all() for k, i in enumerate(order))
+        assert all((bad["masks"][k] == data[i].mask).all() for k, i in enumerate(order))
+
+
+def test_an_exploding_loss_stops(tmp_path: Path) -> None:
+    model = tiny_model()
+    trainer = Trainer(model, ProceduralDefects(32, 4), Recipe(), tmp_path, training.accelerator_for("no"))
+    for total in (0.3, 0.4, 11.0, 0.3):
+        trainer._require_sound(1, {"total": total, "gradient_norm": 1.0})
+    with pytest.raises(FBClipError, match="loss 13"):
+        trainer._require_sound(1, {"total": 13.0, "gradient_norm": 1.0})
+    with pytest.raises(FBClipError, match="gradient norm nan"):
+        trainer._require_sound(1, {"total": 0.3, "gradient_norm": float("nan")})
+
+
+def test_an_unreadable_image_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = list(batch_order(12, Recipe(epochs=1)))
+
+    def spoil(index: int, sample: Sample) -> Sample:
+        if index in (order[1][0], *order[2][1:]):
+            raise ImageError(f"part-{index}.png can't be read")
+        return sample
+
+    recipe = Recipe(epochs=1)
+    execution = training.Execution(progress=False, workers=1)
+    took = training.train(tiny_model(), Spoilt(12, spoil), recipe, tmp_path / "run", execution)
+    assert took.images == 8
+    assert not multiprocessing.active_children()
+    assert capsys.readouterr().out.count("left out: part-") == 4
+
+    def spoil_all(index: int, sample: Sample) -> Sample:
+        raise ImageError("gone")
+
+    with pytest.raises(UsageError, match="none of the images"):
+        training.train(tiny_model(), Spoilt(12, spoil_all), recipe, tmp_path / "none")
+
+
+def test_tensorboard_events(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    training.train(tiny_model(), ProceduralDefects(32, 4), Recipe(1, 2), tmp_path, training.Execution(tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    noted = [event.value for event in events.Scalars("total")]
+    np.testing.assert_allclose(noted, [row["total"] for row in metrics(tmp_path)], rtol=1e-6)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([32, 48, 96]))

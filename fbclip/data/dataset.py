@@ -6,21 +6,29 @@ with the data set.
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fbclip.errors import UsageError
 from fbclip.image import resize
 from fbclip.reading import read_image, read_mask
 
 GOOD = "good"
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image of a data set.
 
@@ -93,6 +101,50 @@ class Dataset:
         )
         return replace(self, items=tuple(chosen))
 
+    def for_training(self, image_size: int) -> Samples:
+        """The test split at the model's input size: what the published recipe trains on (spec, section 8).
+
+        Raises:
+            UsageError: nothing in the test split, or a defective image without a mask file.
+        """
+        items = self.select("test").items
+        if not items:
+            raise UsageError(f"training takes the test split; {self.root} has none")
+        for item in items:
+            if item.label and (item.mask is None or not item.mask.is_file()):
+                raise UsageError(
+                    f"training needs a mask for every defective image; {item.image} has none: "
+                    f"fbclip data {self.root} lists what is missing"
+                )
+        return Samples(items, image_size)
+
+    def relative(self, path: Path) -> str:
+        """The path below the root with forward slashes; the bare name of a file that lies elsewhere."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
+
+    def fingerprint(self, digests: Mapping[Path, str] | None = None) -> str:
+        """What the data set is, as 64 hexadecimal digits to stamp results with.
+
+        SHA-256 over every item's class, split, label, relative file names and whole file contents; neither the order
+        of the items nor the place of the root matters. It reads every file once, which takes a small part of the time
+        that decoding them does.
+
+        Args:
+            digests: of files that were hashed already, from `file_digest`.
+        """
+        files = {file for item in self.items for file in (item.image, item.mask) if file is not None}
+        known = dict(digests or {})
+        left = [file for file in files if file not in known]
+        known.update(zip(left, parallel_map(file_digest, left), strict=True))
+        lines = sorted(
+            "\t".join(
+                [item.class_name, item.split, str(item.label)]
+                + [f"{self.relative(file)}\t{known[file]}" for file in (item.image, item.mask) if file is not None]
+            )
+            for item in self.items
+        )
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -122,3 +174,35 @@ class Samples:
         elif not item.label:
             mask = np.zeros((size, size), np.uint8)
         return Sample(image, mask, item.label)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content in hexadecimal; "missing" where it can't be opened."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError:
+        return "missing"
+    return digest.hexdigest()
+
+
+def parallel_map(function: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
+    """Results in order, computed by threads a few items ahead: memory holds two results per thread, never all.
+
+    Reading, decoding and hashing files release Python's lock, so threads are enough. An exception of `function` is
+    raised where its result would come.
+
+    Args:
+        workers: threads; one per core, at most 16, if left out.
+    """
+    workers = workers or min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[R]] = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) >= 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

@@ -1,0 +1,241 @@
+"""`fbclip data`: reads a whole data set once and says whether training and evaluation on it would be right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fbclip.data.dataset import Dataset, Item, file_digest, parallel_map
+from fbclip.errors import ImageError, UsageError
+from fbclip.reading import read_image, read_mask
+
+SHAPE_TOLERANCE = 0.02  # relative difference of aspect ratios that rounding to whole pixels explains
+SHOWN = 3  # files named on screen per finding; the JSON has all
+
+# What can be found, in the order it is told.
+IMAGE_FAULTS = {
+    "unreadable": "images can't be read",
+    "contradictory": "images are labelled good and defective",
+}
+LEAKS = {
+    "train_in_test": "images of the test split are in the train split too",
+}
+MASK_FAULTS = {
+    "mask_missing": "defective images have no mask",
+    "mask_unreadable": "masks can't be read",
+    "mask_empty": "masks of defective images mark nothing",
+    "mask_of_good": "masks of good images mark a defect",
+    "mask_misshapen": "masks have other proportions than their image",
+}
+HARMLESS = {
+    "mask_resized": "masks have another size than their image, in its proportions; they are resized",
+}
+FINDINGS = IMAGE_FAULTS | LEAKS | MASK_FAULTS | HARMLESS
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What reading one item's files showed. Sizes are (height, width); None where there is nothing to measure."""
+
+    size_hw: tuple[int, int] | None
+    digests: dict[Path, str]
+    findings: dict[str, str]  # finding to detail
+
+
+@dataclass
+class Report:
+    """What a data set is and what is wrong with it.
+
+    Attributes:
+        name, layout, root: as `Dataset`.
+        fingerprint: of `Dataset.fingerprint`.
+        counts: class to {"train good", "train defective", "test good", "test defective"} to images.
+        smallest_hw, largest_hw: (height, width) of the readable images with the fewest and the most pixels.
+        masks: defective images with a mask.
+        findings: of FINDINGS, to the files concerned, relative to the root, with details.
+        trainable, image_level, pixel_level: "yes", or why not.
+    """
+
+    name: str
+    layout: str
+    root: str
+    fingerprint: str = ""
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    smallest_hw: tuple[int, int] | None = None
+    largest_hw: tuple[int, int] | None = None
+    masks: int = 0
+    findings: dict[str, list[str]] = field(default_factory=dict)
+    trainable: str = ""
+    image_level: str = ""
+    pixel_level: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether a use would give wrong figures, or none is possible; not that a data set lacks masks by nature."""
+        useless = "yes" not in (self.trainable, self.image_level, self.pixel_level)
+        return useless or any(finding not in HARMLESS for finding in self.findings)
+
+
+def inspect(dataset: Dataset, console: Console | None = None) -> Report:
+    """Read every file of a data set, in parallel, and report. A file that can't be read is a finding, no exception.
+
+    Args:
+        console: shows a progress bar if it is a terminal.
+    """
+    report = Report(dataset.name, dataset.layout, str(dataset.root), counts=_counts(dataset.items))
+    report.masks = sum(item.label == 1 and item.mask is not None for item in dataset.items)
+    quiet = console is None or not console.is_terminal
+    facts = parallel_map(look_at, dataset.items)
+    digests: dict[Path, str] = {}
+    for item, seen in zip(
+        dataset.items, track(facts, "reading", len(dataset.items), console=console, disable=quiet), strict=True
+    ):
+        digests.update(seen.digests)
+        if seen.size_hw is not None:
+            sizes = [size for size in (seen.size_hw, report.smallest_hw, report.largest_hw) if size is not None]
+            report.smallest_hw, report.largest_hw = min(sizes, key=_pixels), max(sizes, key=_pixels)
+        for finding, detail in seen.findings.items():
+            report.findings.setdefault(finding, []).append(f"{dataset.relative(item.image)}{detail}")
+    if not report.masks:
+        report.findings.pop("mask_missing", None)  # by nature
+    _find_duplicates(dataset, digests, report)
+    report.findings = {finding: report.findings[finding] for finding in FINDINGS if finding in report.findings}
+    report.fingerprint = dataset.fingerprint(digests)
+    _judge(dataset, report)
+    return report
+
+
+def look_at(item: Item) -> Facts:
+    """Read an item's image and mask."""
+    findings: dict[str, str] = {}
+    digests = {file: file_digest(file) for file in (item.image, item.mask) if file is not None}
+    size: tuple[int, int] | None = None
+    try:
+        height, width = read_image(item.image).shape[:2]
+        size = (height, width)
+    except ImageError as error:
+        findings["unreadable"] = f": {error}"
+    if item.mask is None or not item.mask.is_file():
+        if item.label:
+            findings["mask_missing"] = ""
+        return Facts(size, digests, findings)
+    try:
+        mask = read_mask(item.mask)
+    except ImageError as error:
+        findings["mask_unreadable"] = f": {error}"
+        return Facts(size, digests, findings)
+    if mask.any() != bool(item.label):
+        findings["mask_empty" if item.label else "mask_of_good"] = ""
+    if size is not None and mask.shape != size:
+        ratio = (mask.shape[0] * size[1]) / (mask.shape[1] * size[0])
+        alike = abs(ratio - 1) <= SHAPE_TOLERANCE
+        findings["mask_resized" if alike else "mask_misshapen"] = f": mask {_size(mask.shape)}, image {_size(size)}"
+    return Facts(size, digests, findings)
+
+
+def _counts(items: Iterable[Item]) -> dict[str, dict[str, int]]:
+    columns = [f"{split} {label}" for split in ("train", "test") for label in ("good", "defective")]
+    counted = Counter((item.class_name, f"{item.split} {'defective' if item.label else 'good'}") for item in items)
+    classes = sorted({class_name for class_name, _ in counted})
+    return {name: {column: counted[name, column] for column in columns} for name in classes}
+
+
+def _find_duplicates(dataset: Dataset, digests: dict[Path, str], report: Report) -> None:
+    """Images with the same bytes: across the splits, or with both labels."""
+    first: dict[str, Item] = {}
+    trained = {digests[item.image]: item for item in dataset.items if item.split == "train"}
+    for item in dataset.items:
+        digest = digests[item.image]
+        if digest == "missing":
+            continue
+        twins = {"contradictory": first.setdefault(digest, item), "train_in_test": trained.get(digest, item)}
+        for finding, twin in twins.items():
+            if twin is not item and (item.label != twin.label if finding == "contradictory" else item.split == "test"):
+                line = f"{dataset.relative(item.image)} is {dataset.relative(twin.image)}"
+                report.findings.setdefault(finding, []).append(line)
+
+
+def _judge(dataset: Dataset, report: Report) -> None:
+    """Fill in what the test split is good for: it is what both training and evaluation take."""
+    test = dataset.select("test").items
+    labels = {item.label for item in test}
+    lacking = " and ".join(name for label, name in enumerate(("good", "defective")) if label not in labels)
+    needs_both = f"no: there are no {lacking} images in the test split" if lacking else ""
+    needs_masks = "" if any(item.mask for item in test if item.label) else "no: no defective image has a mask"
+
+    def verdict(reason: str, faults: dict[str, str]) -> str:
+        found = [text for name, text in faults.items() if name in report.findings]
+        return reason or (f"wrong: {'; '.join(found)}" if found else "yes")
+
+    report.trainable = verdict(needs_both or needs_masks, IMAGE_FAULTS | MASK_FAULTS)
+    report.image_level = verdict(needs_both, IMAGE_FAULTS | LEAKS)
+    report.pixel_level = verdict(needs_masks, IMAGE_FAULTS | LEAKS | MASK_FAULTS)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """A table of the classes, what was found with a few of the files, and what the data set is good for."""
+    console.print(
+        f"{report.name} (layout {report.layout}) in {report.root}", soft_wrap=True, highlight=False, markup=False
+    )
+    table = Table(box=None, pad_edge=False)
+    columns = list(next(iter(report.counts.values())))
+    table.add_column("class", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in report.counts.items():
+        table.add_row(name, *(str(row[column]) for column in columns))
+    if len(report.counts) > 1:
+        table.add_section()
+        totals = (str(sum(row[column] for row in report.counts.values())) for column in columns)
+        table.add_row(f"{len(report.counts)} classes", *totals)
+    console.print(table, highlight=False)
+    if report.smallest_hw and report.largest_hw:
+        sizes = dict.fromkeys(_size(size) for size in (report.smallest_hw, report.largest_hw))
+        console.print(f"images {' to '.join(sizes)}; {report.masks} masks", highlight=False)
+    for finding, files in report.findings.items():
+        style = "yellow" if finding in HARMLESS else "red"
+        console.print(f"{FINDINGS[finding]}: {len(files)}", style=style, highlight=False)
+        more = [f"… and {len(files) - SHOWN} more"] if len(files) > SHOWN else []
+        for line in files[:SHOWN] + more:
+            console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
+    uses = (
+        ("training", report.trainable),
+        ("image-level evaluation", report.image_level),
+        ("pixel-level evaluation", report.pixel_level),
+    )
+    for use, verdict in uses:
+        style = {"yes": "green", "no": ""}.get(verdict.split(":")[0], "red")
+        console.print(f"{use}: {verdict}", style=style, highlight=False, soft_wrap=True)
+    console.print(f"fingerprint {report.fingerprint[:16]}", highlight=False)
+
+
+def write_report(report: Report, target: str) -> None:
+    """The report as JSON to a file, which takes its name when it is whole, or to standard output for "-"."""
+    text = json.dumps({**asdict(report), "wrong": report.wrong}, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    path = Path(target)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"can't write {path}: {error}") from error
+
+
+def _pixels(size_hw: tuple[int, ...]) -> int:
+    return size_hw[0] * size_hw[1]
+
+
+def _size(size_hw: tuple[int, ...]) -> str:
+    return f"{size_hw[1]}×{size_hw[0]}"

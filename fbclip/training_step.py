@@ -1,0 +1,244 @@
+"""One step of training: what is computed, on how many processes and in which precision."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fbclip import checkpoint
+from fbclip.data.dataset import SampleSet
+from fbclip.errors import CheckpointError, FBClipError, UsageError
+from fbclip.loading import Batch, ReadableSamples, collate
+from fbclip.losses import Losses, fbclip_losses
+from fbclip.model import FBCLIP, background, foreground_mask
+
+# One focal term can't pass 11.5 (-log of FOCAL_SMOOTH): above this, score and map are sure and wrong in a whole batch.
+EXPLODED = 12.0
+EXPLODED_RATIO = 10.0  # and so many times the median of the last steps
+MEDIAN_OF = 50
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained; the defaults are the published ones (spec, section 8). The result depends on nothing else.
+
+    Attributes:
+        epochs: passes over the data.
+        batch_size: images per step, over all processes and accumulated passes.
+        lr: Adam's learning rate, betas (0.5, 0.999).
+        cosine: warm up over the first 5 % of the steps, then decay to 0 along a cosine.
+        seed: of the order of the samples.
+    """
+
+    epochs: int = 3
+    batch_size: int = 4
+    lr: float = 5e-5
+    cosine: bool = False
+    seed: int = 0
+
+    def lr_at(self, step: int, steps: int) -> float:
+        if not self.cosine:
+            return self.lr
+        warm = max(1, steps // 20)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def loss_of_batch(model: FBCLIP, images: Tensor, masks: Tensor) -> Losses:
+    """Losses of normalised images (B, 3, S, S) with masks (B, S, S) of 0 and 1; an image is defective if its mask is."""
+    return loss_of_tokens(model, model.visual.tower(images), masks)
+
+
+def loss_of_tokens(
+    model: FBCLIP, tokens: Tensor, masks: Tensor, mixed: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Losses:
+    """Losses of the tower's tokens float32 (B, K, N, C); `mixed` wraps what may run in half precision (spec, section 10)."""
+    text, visual = model.encode_text(), model.visual
+    views = visual.views(tokens, foreground_mask(tokens))
+    with mixed():
+        z = visual.separation(views.flatten(0, 2))
+    z = z.float().unflatten(0, views.shape[:3])
+    projected = visual.suppressed(z, background(z))
+    score, patch_map = visual.scores(visual.logits(projected, text))
+    label = masks.flatten(1).amax(dim=1).float()
+    return fbclip_losses(score, patch_map, projected[:, -1, 2], text, label, masks)
+
+
+def batch_order(samples: int, recipe: Recipe) -> Iterator[list[int]]:
+    """Indices of every batch of every epoch, shuffled per epoch from the seed: a resumed run sees the same order."""
+    for epoch in range(recipe.epochs):
+        order = np.random.Generator(np.random.PCG64([recipe.seed, epoch])).permutation(samples)
+        if recipe.cosine:  # a curriculum keeps its order: procedural samples are drawn at random anyway
+            order = np.arange(samples)
+        for start in range(0, samples, recipe.batch_size):
+            yield order[start : start + recipe.batch_size].tolist()
+
+
+class Trainer:
+    """A model with its optimiser, on one of several processes that take the same steps.
+
+    The gradient of a step is the mean over its images wherever they are: each process adds up its parts, weighted by
+    their images, and one sum over the processes joins them. That stays exact for a last batch that does not divide
+    evenly, and for parts with unreadable images, where averaging the processes' means (as DistributedDataParallel
+    does) would not. What is trained is small, so overlapping that sum with the backward pass would gain little.
+    """
+
+    def __init__(self, model: FBCLIP, data: SampleSet, recipe: Recipe, out: Path, accelerator: Accelerator) -> None:
+        # CLIP is frozen in eval mode, and nothing here has dropout: no step draws random numbers
+        self.model = model.eval().to(accelerator.device)
+        self.data, self.recipe, self.out, self.accelerator = data, recipe, out, accelerator
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        adam = torch.optim.Adam(self.parameters, lr=recipe.lr, betas=(0.5, 0.999))
+        self.optimiser = accelerator.prepare(adam)
+        self.batches = list(batch_order(len(data), recipe))
+        clip, device = model.config.clip, accelerator.device
+        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
+        self.recent: list[float] = []  # losses of the last steps
+
+    def parts_of_batches(self, done: int, accumulate: int) -> list[list[int]]:
+        """Indices of each forward pass of this process from a step on, `accumulate` to a step."""
+        mine, count = self.accelerator.process_index, self.accelerator.num_processes
+        return [
+            part.tolist()
+            for batch in self.batches[done:]
+            for part in np.array_split(np.array(batch), count * accumulate)[mine * accumulate : (mine + 1) * accumulate]
+        ]
+
+    def tokens(self, batch: Batch) -> Tensor:
+        """Tokens float32 (B, K, N, C) of a batch of images, or the cached ones of a batch of tokens."""
+        inputs = batch.inputs.to(self.accelerator.device, non_blocking=True)
+        if inputs.dtype == torch.float16:
+            return inputs.float()
+        with self.accelerator.autocast():
+            tokens = self.model.visual.tower((inputs.permute(0, 3, 1, 2) / 255 - self.mean) / self.std)
+        return cast(Tensor, tokens.float())
+
+    @property
+    def usual_loss(self) -> float:
+        """Median of the last steps' losses, infinite before the first."""
+        return statistics.median(self.recent) if self.recent else math.inf
+
+    def step(self, number: int, parts: list[Batch], stop: bool) -> tuple[dict[str, float], int, bool]:
+        """Take step `number`; returns losses and gradient norm, images used, and whether any process wants to stop."""
+        self.optimiser.zero_grad()
+        sums = torch.zeros(len(Losses._fields) + 2, dtype=torch.float64)  # losses, images, wishes to stop
+        for batch in parts:
+            if images := len(batch.indices):
+                masks = batch.masks.to(self.accelerator.device, non_blocking=True)
+                losses = loss_of_tokens(self.model, self.tokens(batch), masks, self.accelerator.autocast)
+                self.accelerator.backward(losses.total * (images / self.recipe.batch_size))
+                sums[:-2] += images * torch.stack(losses).detach().cpu().double()
+                sums[-2] += images
+        sums[-1] = float(stop)
+        *losses_sum, used, wishes = self._joined(sums).tolist()
+        if not used:
+            raise UsageError(f"none of the images of step {number} can be read; check the data set")
+        row = {name: value / used for name, value in zip(Losses._fields, losses_sum, strict=True)}
+        row = {"total": sum(row.values()), **row, "gradient_norm": self._average_gradient(used)}
+        self._require_sound(number, row)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.lr_at(number - 1, len(self.batches))
+        self.optimiser.step()
+        return row, int(used), wishes > 0
+
+    def _joined(self, sums: Tensor) -> Tensor:
+        """Sum gradients and `sums` over the processes."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        for p in self.parameters:
+            if p.grad is None:  # this process had no image
+                p.grad = torch.zeros_like(p)
+        gradients = [cast(Tensor, p.grad) for p in self.parameters]
+        flat = cast(Tensor, self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum"))
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+        return cast(Tensor, self.accelerator.reduce(sums.to(flat.device), "sum"))
+
+    def _average_gradient(self, images: float) -> float:
+        """From the sum over parts, each weighted by the full batch, to the mean over images; returns its norm."""
+        self.accelerator.unscale_gradients(self.optimiser)  # of float16's loss scale
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if images != self.recipe.batch_size:
+            for gradient in gradients:
+                gradient.mul_(self.recipe.batch_size / images)
+        return torch.nn.utils.get_total_norm(gradients).item()
+
+    def _require_sound(self, number: int, row: dict[str, float]) -> None:
+        """Raise before a bad step is taken, the images that caused it saved."""
+        total, limit = row["total"], max(EXPLODED, EXPLODED_RATIO * self.usual_loss)
+        # float16 skips steps whose scaled gradient overflows and lowers its scale: no failure
+        gradient_sound = math.isfinite(row["gradient_norm"]) or self.accelerator.scaler is not None
+        if math.isfinite(total) and gradient_sound and total <= limit:
+            self.recent = [*self.recent[1 - MEDIAN_OF :], total]
+            return
+        what = f"loss {total:g}" + ("" if gradient_sound else f", gradient norm {row['gradient_norm']}")
+        saved = self._save_bad_batch(number)
+        whole = (self.out / "checkpoint.safetensors").exists()
+        raise FBClipError(
+            f"step {number} gave {what} on samples {', '.join(map(str, self.batches[number - 1]))}, which are in {saved}: "
+            f"look at them, then lower --lr (now {self.recipe.lr:g}); "
+            + (f"the last checkpoint in {self.out} stands" if whole else "no checkpoint was written yet")
+        )
+
+    def _save_bad_batch(self, number: int) -> Path:
+        """indices int64 (B,), images uint8 (B, S, S, 3) and masks uint8 (B, S, S) of all processes' share of a step."""
+        path, readable = self.out / "bad_batch.npz", ReadableSamples(self.data)
+        batch = collate([readable[index] for index in self.batches[number - 1]])
+        if self.accelerator.is_main_process:
+            np.savez_compressed(
+                path, indices=np.array(batch.indices), images=batch.inputs.numpy(), masks=batch.masks.numpy()
+            )
+        return path
+
+    def save(self, step: int) -> None:
+        """Checkpoint and optimiser state. Each names its step, so a run killed between the two files can be resumed."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {"optimiser": self.optimiser.state_dict()}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        temporary = self.out / "optimiser.tmp"
+        torch.save(state, temporary)
+        temporary.replace(self._state_path(step))
+        provenance = {"recipe": asdict(self.recipe), "samples": len(self.data), "step": step}
+        checkpoint.save(self.model, self.out / "checkpoint.safetensors", provenance)
+        for old in set(self.out.glob("optimiser-*.pt")) - {self._state_path(step)}:
+            old.unlink()
+
+    def resume(self) -> int:
+        """Load what an interrupted run left; returns the steps already taken."""
+        path = self.out / "checkpoint.safetensors"
+        if not path.is_file():
+            raise CheckpointError(f"--resume needs the checkpoint of an interrupted run; {self.out} has none")
+        found = checkpoint.read_header(path)["provenance"]
+        here = {"recipe": asdict(self.recipe), "samples": len(self.data)}
+        if {k: found.get(k) for k in here} != here:
+            raise CheckpointError(
+                f"--resume goes on with the same recipe and data ({here}); {self.out} holds {found}: "
+                f"pass the options of that run, or another --out"
+            )
+        step = int(found["step"])
+        if not self._state_path(step).is_file():
+            raise CheckpointError(f"--resume needs {self._state_path(step)} beside the checkpoint; it is missing")
+        state: dict[str, Any] = torch.load(
+            self._state_path(step), weights_only=True, map_location=self.accelerator.device
+        )
+        checkpoint.restore(self.model, path)
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return step
+
+    def _state_path(self, step: int) -> Path:
+        return self.out / f"optimiser-{step:06d}.pt"

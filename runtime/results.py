@@ -1,0 +1,206 @@
+"""An evaluation on screen and as JSON, CSV, Markdown and LaTeX; the HTML report has its own file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import fbclip
+from fbclip.runtime.evaluate import VALUES, DataResult, Evaluation
+from fbclip.runtime.infer import replacing
+
+HEADINGS = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1_max": "image F1-max",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1_max": "pixel F1-max",
+    "aupro_0.3": "AUPRO",
+    "aupro_0.05": "AUPRO 5 %",
+}
+UNDEFINED = "–"
+Row = tuple[str, str, int, int, dict[str, float | None]]  # data set, class, images, defective, values
+
+
+def stamp(evaluation: Evaluation) -> dict[str, Any]:
+    """What the figures must be read with: date, model and its hash, data and fingerprint, preprocessing, versions."""
+    subject = evaluation.subject
+    tests = [result.data for result in evaluation.results]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "complete": evaluation.complete,
+        "model": dict(subject.description),
+        "threshold": subject.threshold,
+        "data": [
+            {
+                "name": test.name,
+                "layout": test.layout,
+                "root": str(test.root),
+                "images": len(test.items),
+                "fingerprint": test.fingerprint(),
+            }
+            for test in tests
+        ],
+        "preprocessing": {
+            "image_size": subject.image_size,
+            "resize": "bicubic, aspect ratio not kept; masks bilinear, binarised at 0.5",
+            "mean": list(subject.mean),
+            "std": list(subject.std),
+        },
+        "versions": {
+            "fbclip": fbclip.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("numpy", "pillow", subject.package)},
+        },
+    }
+
+
+def rows(result: DataResult) -> list[Row]:
+    """A row for each class, and the mean over the classes where there are several."""
+    found: list[Row] = [
+        (result.data.name, c.name, len(c.scores), sum(s.item.label for s in c.scores), c.values) for c in result.classes
+    ]
+    if len(found) > 1:
+        found.append((result.data.name, "mean", sum(r[2] for r in found), sum(r[3] for r in found), result.mean))
+    return found
+
+
+def show(evaluation: Evaluation, console: Console) -> None:
+    """One table per data set in percent, then why something is undefined."""
+    for result in evaluation.results:
+        table = Table(
+            box=None, pad_edge=False, padding=(0, 1, 0, 0), title=escape(result.data.name), title_justify="left"
+        )
+        table.add_column("class", overflow="fold")
+        for heading in ("images", "defects", *(text.replace(" ", "\n", 1) for text in HEADINGS.values())):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for _, name, images, defective, values in rows(result):
+            style = "bold" if name == "mean" and len(result.classes) > 1 else None
+            table.add_row(
+                escape(name), str(images), str(defective), *(_percent(values[v]) for v in VALUES), style=style
+            )
+        console.print(table)
+        for reason in reasons(result):
+            console.print(f"{UNDEFINED} {reason}", markup=False, highlight=False, soft_wrap=True)
+    if evaluation.skipped:
+        console.print(f"{len(evaluation.skipped)} images could not be read and are not in the figures", style="yellow")
+
+
+def reasons(result: DataResult) -> list[str]:
+    return [reason for c in result.classes for reason in c.undefined]
+
+
+def write_results(evaluation: Evaluation, stamped: Mapping[str, Any], folder: Path) -> None:
+    """results.json, results.csv, results.md, results.tex and scores.csv in a folder."""
+    table = [row for result in evaluation.results for row in rows(result)]
+    texts = {
+        "results.json": json.dumps({**stamped, **to_dict(evaluation)}, indent=1, allow_nan=False) + "\n",
+        "results.csv": _csv(
+            ("data", "class", "images", "defective", *VALUES),
+            [(data, name, images, defective, *values.values()) for data, name, images, defective, values in table],
+        ),
+        "results.md": _markdown(evaluation, stamped, table),
+        "results.tex": _latex(table),
+        "scores.csv": _csv(
+            ("data", "class", "defect", "label", "score", "image"),
+            [
+                (result.data.name, c.name, s.item.defect, s.item.label, s.score, s.item.image)
+                for result in evaluation.results
+                for c in result.classes
+                for s in c.scores
+            ],
+        ),
+    }
+    for name, text in texts.items():
+        with replacing(folder / name) as file:
+            file.write(text.encode())
+
+
+def to_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """Plain values; undefined ones are null, and `undefined` says why."""
+    return {
+        "results": [
+            {
+                "data": result.data.name,
+                "classes": {
+                    c.name: {
+                        **c.values,
+                        "images": len(c.scores),
+                        "defective": sum(s.item.label for s in c.scores),
+                        "found": sum(s.item.label and s.score >= evaluation.subject.threshold for s in c.scores),
+                        "false_alarms": sum(
+                            not s.item.label and s.score >= evaluation.subject.threshold for s in c.scores
+                        ),
+                        "image_f1_threshold": c.image.f1_threshold,
+                        "pixel_f1_threshold": c.pixel.f1_threshold,
+                        "pixel_error_bound": c.pixel.error_bound,
+                        "undefined": list(c.undefined),
+                    }
+                    for c in result.classes
+                },
+                "mean": result.mean,
+            }
+            for result in evaluation.results
+        ],
+        "skipped": [{"image": str(item.image), "reason": reason} for item, reason in evaluation.skipped],
+    }
+
+
+def _percent(value: float | None) -> str:
+    return UNDEFINED if value is None else f"{100 * value:.1f}"
+
+
+def _csv(header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([header, *lines])
+    return text.getvalue()
+
+
+def _markdown(evaluation: Evaluation, stamped: Mapping[str, Any], table: list[Row]) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+    lines = [
+        line(["data", "class", "images", "defective", *HEADINGS.values()]),
+        "| --- | --- |" + " ---: |" * (2 + len(VALUES)),
+        *(
+            line([data, name, str(images), str(defective), *(_percent(values[v]) for v in VALUES)])
+            for data, name, images, defective, values in table
+        ),
+    ]
+    notes = [f"- {UNDEFINED} {reason}" for result in evaluation.results for reason in reasons(result)]
+    model = stamped["model"]
+    source = (
+        f"In percent. {model['name']} ({model['precision']}, SHA-256 {model['sha256'][:12]}), "
+        f"fbclip {stamped['versions']['fbclip']}, {stamped['date']}."
+    )
+    return "\n".join([*lines, "", *notes, *([""] if notes else []), source, ""])
+
+
+def _latex(table: list[Row]) -> str:
+    """Rows for a table of ten columns: data set, class, then the figures in percent."""
+
+    def escaped(text: str) -> str:
+        special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+        return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+
+    head = " & ".join(["data", "class", *HEADINGS.values()]).replace("%", r"\%")
+    lines = [
+        " & ".join([escaped(data), escaped(name), *(_percent(values[v]).replace(UNDEFINED, "--") for v in VALUES)])
+        + r" \\"
+        for data, name, _, _, values in table
+    ]
+    return "\n".join([f"% {head}", *lines, ""])

@@ -1,0 +1,461 @@
+from __future__ import annotations
+
+import json
+import shutil
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Run
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from fbclip.data.dataset import Dataset, Item, Samples, parallel_map
+from fbclip.data.inspect import inspect
+from fbclip.data.layouts import LAYOUTS, NAMES, open_dataset
+from fbclip.errors import ImageError, UsageError
+from fbclip.reading import read_mask
+
+BOX = np.zeros((40, 60), np.uint8)  # a mask
+BOX[10:20, 30:50] = 255
+drawn = iter(range(1, 1_000_000))  # no two images are the same
+
+
+def put(root: Path, *names: str) -> None:
+    """Write an image of 40 by 60 pixels under each name; a mask where the name says so."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        masks = ("mask", "ground", "/label/", "_label.")
+        seed = next(drawn)
+        pixels = BOX if any(m in f"/{name.lower()}" for m in masks) else np.random.default_rng(seed).integers(
+            0, 255, (40, 60, 3), np.uint8
+        )  # fmt: skip
+        Image.fromarray(pixels).save(path)
+
+
+def text(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def mvtec(root: Path, name: str = "bottle", good: str = "good", bad: str = "crack", mask: str = "001_mask.png") -> None:
+    put(root, f"{name}/train/{good}/000.png", f"{name}/test/{good}/000.png", f"{name}/test/{bad}/001.png")
+    put(root, f"{name}/ground_truth/{bad}/{mask}")
+
+
+def visa(root: Path) -> None:
+    put(root, *(f"candle/Data/Images/Normal/{n}.JPG" for n in range(2)), "candle/Data/Images/Anomaly/000.JPG")
+    put(root, "candle/Data/Masks/Anomaly/000.png")
+    text(
+        root / "split_csv/1cls.csv",
+        "object,split,label,image,mask\n"
+        "candle,train,normal,candle/Data/Images/Normal/0.JPG,\n"
+        "candle,test,normal,candle/Data/Images/Normal/1.JPG,\n"
+        "candle,test,anomaly,candle/Data/Images/Anomaly/000.JPG,candle/Data/Masks/Anomaly/000.png\n",
+    )
+
+
+def real_iad(root: Path) -> None:
+    put(root, "realiad_256/mint/OK/S1/a.jpg", *(f"realiad_1024/mint/OK/S1/{n}.jpg" for n in "abc"))
+    put(root, "realiad_1024/mint/NG/AK/S2/d.jpg", "realiad_1024/mint/NG/AK/S2/d_mask.png")
+
+    def entry(image: str, kind: str = "OK", mask: str | None = None) -> dict[str, str | None]:
+        return {"category": "mint", "anomaly_class": kind, "image_path": image, "mask_path": mask}
+
+    test = [
+        entry("OK/S1/b.jpg"),
+        entry("OK/S1/c.jpg", "AK"),  # the defect is not visible from this side
+        entry("NG/AK/S2/d.jpg", "AK", "NG/AK/S2/d_mask.png"),
+    ]
+    meta = {"normal_class": "OK", "prefix": "mint/"}
+    content = {"meta": meta, "train": [entry("OK/S1/a.jpg")], "test": test}
+    text(root / "realiad_jsons/realiad_jsons/mint.json", json.dumps(content))
+    text(root / "realiad_jsons/realiad_jsons_sv/mint.json", json.dumps({**content, "test": test[:1]}))
+
+
+def dagm(root: Path) -> None:
+    put(root, "Class1/Train/0001.PNG", "Class1/Test/0001.PNG", "Class1/Test/0002.PNG", "Class1/Train/0003.PNG")
+    put(root, "Class1/Test/Label/0002_label.PNG", "Class1/Train/Label/0003_label.PNG")
+    text(root / "Class1/Test/Label/Labels.txt", "1\n")
+
+
+def kolektor(root: Path) -> None:
+    put(root, "kos01/Part0.jpg", "kos01/Part1.jpg", "kos01/Part1_label.bmp")
+    Image.fromarray(BOX * 0).save(root / "kos01/Part0_label.bmp")
+
+
+def headct(root: Path) -> None:
+    put(root, "head_ct/head_ct/000.png", "head_ct/head_ct/001.png")
+    text(root / "labels.csv", "id, hemorrhage\n0,1\n1,0\n")
+
+
+def meta(root: Path) -> None:
+    mvtec(root, "part")
+    crack = {"img_path": "part/test/crack/001.png", "mask_path": "part/ground_truth/crack/001_mask.png"}
+    good = {"img_path": "part/test/good/000.png", "mask_path": "", "specie_name": "good", "anomaly": 0}
+    records = [good, {**crack, "cls_name": "part", "specie_name": "crack", "anomaly": 1}]
+    text(root / "meta.json", json.dumps({"Train": {"part": [good]}, "Test": {"part": records}}))
+
+
+def table(root: Path) -> None:
+    put(root, "x/a.png", "x/b.png", "masks/b.png")
+    text(root / "parts.csv", "Image,Label,Mask,Class\nx/a.png,good,,nut\nx/b.png,1,masks/b.png,nut\n")
+
+
+def images_masks(root: Path) -> None:
+    put(root, "images/1.png", "images/2.png", "masks/1.png", "masks/2.png")
+
+
+def isic(root: Path) -> None:
+    put(root, "ISBI2016_ISIC_Part1_Test_Data/ISIC_0000003.jpg")
+    put(root, "ISBI2016_ISIC_Part1_Test_GroundTruth/ISIC_0000003_Segmentation.png")
+
+
+def brainmri(root: Path) -> None:
+    put(root, *(f"{top}{name}" for top in ("", "brain_tumor_dataset/") for name in ("yes/Y1.jpg", "no/1 no.jpeg")))
+
+
+# name of the folder, how it is made, the layout and title it must get, its classes,
+# (split, label) to images and to masks
+GOOD, BAD = ("test", 0), ("test", 1)
+USUAL = {("train", 0): 1, GOOD: 1, BAD: 1}
+TREES = [
+    ("x", mvtec, "mvtec", "MVTec AD", "bottle", USUAL, 1),
+    ("tiles", lambda r: mvtec(r, "."), "mvtec", "tiles", "tiles", USUAL, 1),
+    ("x", lambda r: mvtec(r, "download/bottle"), "mvtec", "MVTec AD", "bottle", USUAL, 1),
+    ("x", lambda r: mvtec(r, "tubes"), "mpdd", "MPDD", "tubes", USUAL, 1),
+    ("x", lambda r: mvtec(r, "Woven_001"), "dtd-synthetic", "DTD-Synthetic", "Woven_001", USUAL, 1),
+    ("x", lambda r: mvtec(r, "01", "ok", "ko", "001.bmp"), "btad", "BTAD", "01", USUAL, 1),
+    ("VisA_pytorch", lambda r: mvtec(r, "1cls/pcb1", bad="bad", mask="001.png"), "visa", "VisA", "pcb1", USUAL, 1),
+    ("x", visa, "visa", "VisA", "candle", USUAL, 1),
+    ("x", real_iad, "real-iad", "Real-IAD", "mint", {("train", 0): 1, GOOD: 2, BAD: 1}, 1),
+    ("x", dagm, "dagm", "DAGM 2007", "Class1", {**USUAL, ("train", 1): 1}, 2),
+    ("x", lambda r: dagm(r / "Class1"), "dagm", "DAGM 2007", "Class1", {**USUAL, ("train", 1): 1}, 2),
+    ("x", kolektor, "kolektorsdd", "KolektorSDD", "commutator", {GOOD: 1, BAD: 1}, 1),
+    ("x", headct, "headct", "HeadCT", "brain", {GOOD: 1, BAD: 1}, 0),
+    ("HeadCT", lambda r: put(r, "h/test/good/1.png", "h/test/bad/2.png"), "headct", "HeadCT", "h", {GOOD: 1, BAD: 1}, 0),
+    ("x", brainmri, "brainmri", "BrainMRI", "brain", {GOOD: 1, BAD: 1}, 0),
+    ("x", lambda r: put(r, "yes/y1.jpg", "no/no1.jpg", "pred/p.jpg"), "br35h", "Br35H", "brain", {GOOD: 1, BAD: 1}, 0),
+    ("x", isic, "isic", "ISIC 2016", "skin", {BAD: 1}, 1),
+    ("x", lambda r: put(r, "test-image/0.jpg", "test-mask/0.jpg"), "tn3k", "TN3K", "thyroid", {BAD: 1}, 1),
+    ("x", lambda r: put(r, "Original/1.tif", "Ground Truth/1.tif"), "clinicdb", "CVC-ClinicDB", "colon", {BAD: 1}, 1),
+    ("CVC-ClinicDB", images_masks, "clinicdb", "CVC-ClinicDB", "colon", {BAD: 2}, 2),
+    ("CVC-ColonDB", images_masks, "colondb", "CVC-ColonDB", "colon", {BAD: 2}, 2),
+    ("Kvasir-SEG", images_masks, "kvasir", "Kvasir", "colon", {BAD: 2}, 2),
+    ("EndoTect_2020", images_masks, "endo", "Endo", "colon", {BAD: 2}, 2),
+    ("scans", images_masks, "images-masks", "scans", "scans", {BAD: 2}, 2),
+    ("x", meta, "meta", "x", "part", USUAL, 1),
+    ("parts", lambda r: put(r, "good/1.png", "defective/2.png"), "folder", "parts", "parts", {GOOD: 1, BAD: 1}, 0),
+    ("x", lambda r: put(r, "nut/good/1.png", "nut/defective/dent/2.png", "nut/masks/dent/2_mask.png"),
+     "folder", "x", "nut", {GOOD: 1, BAD: 1}, 1),
+    ("x", table, "csv", "x", "nut", {GOOD: 1, BAD: 1}, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("folder", "make", "layout", "title", "class_name", "counts", "masks"), TREES)
+def test_layouts_are_recognised(tmp_path, folder, make, layout, title, class_name, counts, masks) -> None:  # type: ignore[no-untyped-def]
+    root = tmp_path / folder
+    make(root)
+    for dataset in (open_dataset(root), open_dataset(root, layout)):
+        assert (dataset.layout, dataset.name, dataset.classes) == (layout, title, (class_name,))
+        assert Counter((item.split, item.label) for item in dataset.items) == counts
+        assert all(item.image.is_file() for item in dataset.items)
+        assert all((item.defect == "good") != bool(item.label) for item in dataset.items)
+        marked = [item for item in dataset.items if item.mask is not None]
+        assert len(marked) == masks
+        for item in marked:
+            assert item.label == 1
+            assert item.mask is not None
+            assert read_mask(item.mask).any()
+
+
+def test_every_layout_is_tried() -> None:
+    assert {tree[2] for tree in TREES} == set(NAMES)
+    assert len(LAYOUTS) > len(NAMES)
+
+
+def test_an_index_is_more_specific_than_the_tree_around_it(tmp_path: Path) -> None:
+    meta(tmp_path)
+    assert open_dataset(tmp_path).layout == "meta"
+    assert open_dataset(tmp_path / "meta.json").items == open_dataset(tmp_path).items
+    assert open_dataset(tmp_path, "mvtec").layout == "mvtec"
+
+
+def test_another_split_of_real_iad(tmp_path: Path) -> None:
+    real_iad(tmp_path)
+    assert len(open_dataset(tmp_path).items) == 4
+    single_view = open_dataset(tmp_path / "realiad_jsons/realiad_jsons_sv")
+    assert len(single_view.items) == 2
+    assert all(item.image.is_file() for item in single_view.items)
+
+
+def test_masks_go_with_their_images(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "good/1.png",
+        "defective/a.b_1.jpg",
+        "defective/a.b_10.jpg",
+        "masks/a.b_10_mask.png",
+        "masks/A.B_1.PNG",
+    )
+    put(tmp_path, "masks/._a.b_1.png", "defective/._x.jpg")  # left by macOS
+    masks = {item.image.name: item.mask and item.mask.name for item in open_dataset(tmp_path).items}
+    assert masks == {"1.png": None, "a.b_1.jpg": "A.B_1.PNG", "a.b_10.jpg": "a.b_10_mask.png"}
+
+
+@pytest.mark.parametrize(
+    ("make", "layout", "message"),
+    [
+        (lambda r: put(r, "a/b/1.png", "c.png"), None, "pass --layout NAME"),
+        (mvtec, "tn3k", "expected test-image/"),
+        (mvtec, "imagenet", "--layout is one of meta, visa"),
+        (lambda r: put(r, "train/images/1.png", "test/images/1.png", "test/masks/1.png"), None, "like none of"),
+        (lambda r: text(r / "t.csv", "image,label\n1.png,perhaps\n"), None, "line 2 of"),
+        (lambda r: text(r / "t.csv", "image,label,split\n1.png,0,val\n"), None, "a split is train or test; line 2 of"),
+        (lambda r: text(r / "meta.json", '{"val": {"a": []}}'), None, "a split is train or test"),
+        (lambda r: text(r / "meta.json", "{"), None, "is no JSON"),
+        (lambda r: text(r / "meta.json", '{"test": {"a": [{"img": 1}]}}'), None, "has img_path and anomaly"),
+        (lambda r: None, None, "there is none at"),
+    ],
+)
+def test_what_is_not_understood_is_said(tmp_path, make, layout, message) -> None:  # type: ignore[no-untyped-def]
+    make(tmp_path / "x")
+    with pytest.raises(UsageError, match=message):
+        open_dataset(tmp_path / "x", layout)
+
+
+# --- masks ---
+
+
+def save(path: Path, pixels: NDArray[np.generic], mode: str | None = None, **options: object) -> Path:
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+def test_mask_files_of_every_kind(tmp_path: Path) -> None:
+    truth = BOX > 0
+    palette = Image.fromarray(truth.astype(np.uint8)).convert("P")
+    palette.putpalette([0, 0, 0, 128, 0, 0])
+    palette.save(tmp_path / "palette.png")
+    transparent = np.dstack([np.full((*BOX.shape, 3), 200, np.uint8), BOX])
+    files = [
+        tmp_path / "palette.png",
+        save(tmp_path / "grey.png", BOX),
+        save(tmp_path / "class-numbers.png", truth.astype(np.uint8) * 7),
+        save(tmp_path / "bits.png", BOX, "1"),
+        save(tmp_path / "rgb.bmp", BOX, "RGB"),
+        save(tmp_path / "dark-blue.png", np.dstack([BOX * 0, BOX * 0, truth.astype(np.uint8)])),
+        save(tmp_path / "rgba.png", transparent),
+        save(tmp_path / "deep.png", truth.astype(np.uint16)),
+        save(tmp_path / "deep.tiff", truth.astype(np.uint16) * 65535),
+        save(tmp_path / "lossy.jpg", BOX, quality=30),
+    ]
+    faint = Image.open(tmp_path / "lossy.jpg")
+    assert len(faint.getcolors() or ()) > 2  # compression did leave specks
+    for file in files:
+        mask = read_mask(file)
+        assert (mask.dtype, set(np.unique(mask))) == (np.uint8, {0, 1}), file.name
+        wrong = (mask > 0) != truth
+        assert wrong.mean() < (0.01 if file.suffix == ".jpg" else 1e-9), file.name
+
+
+def test_flat_greys_are_classes_and_soft_edges_are_halved(tmp_path: Path) -> None:
+    flat = np.repeat(np.array([[0, 60, 120, 180, 240]], np.uint8), 5, axis=0)
+    assert read_mask(save(tmp_path / "flat.png", flat))[0].tolist() == [0, 1, 1, 1, 1]
+    ramp = np.repeat(np.array([[0, 1, 9, 100, 140, 200, 240]], np.uint8), 5, axis=0)
+    assert read_mask(save(tmp_path / "ramp.png", ramp))[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+    specks = np.random.default_rng(0).integers(0, 9, (40, 60), np.uint8)
+    assert not read_mask(save(tmp_path / "specks.jpg", specks)).any()
+    assert read_mask(save(tmp_path / "numbers.png", specks)).any()
+
+
+@given(st.lists(st.integers(0, 127), min_size=1, max_size=300))
+def test_class_numbers_are_all_defective(tmp_path_factory: pytest.TempPathFactory, numbers: list[int]) -> None:
+    file = save(tmp_path_factory.getbasetemp() / "numbers.png", np.array([numbers], np.uint8))
+    assert read_mask(file)[0].tolist() == [int(number > 0) for number in numbers]
+
+
+# --- samples ---
+
+
+def test_samples(tmp_path: Path) -> None:
+    mvtec(tmp_path)
+    samples = open_dataset(tmp_path).for_training(20)
+    good, defective = samples[1], samples[0]
+    assert (len(samples), good.label, defective.label) == (2, 0, 1)
+    assert good.mask is not None
+    assert not good.mask.any()
+    assert defective.image.shape == (20, 20, 3)
+    assert defective.mask is not None
+    # rows 10 to 20 of 40 and columns 30 to 50 of 60, at 20 by 20; the ends fall between pixels
+    expected = np.zeros((20, 20), bool)
+    expected[5:10, 10:17] = True
+    assert (defective.mask.astype(bool) != expected).sum() <= 5
+    mask = tmp_path / "bottle/ground_truth/crack/001_mask.png"
+    Image.open(mask).resize((180, 120)).save(mask)  # of another size
+    larger = samples[0].mask
+    assert larger is not None
+    assert (larger != defective.mask).sum() <= 5
+    mask.unlink()
+    with pytest.raises(ImageError, match="no file"):
+        samples[0]
+    with pytest.raises(UsageError, match="mask for every defective image"):
+        open_dataset(tmp_path).for_training(20)
+
+
+def test_a_defect_that_nobody_marked_has_no_mask(tmp_path: Path) -> None:
+    headct(tmp_path)
+    marked, good = (Samples(open_dataset(tmp_path).items, 8)[i] for i in (0, 1))
+    assert (marked.label, marked.mask) == (1, None)
+    assert good.mask is not None
+
+
+def test_memory_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((300, 300, 3), np.uint8)).save(tmp_path / "image.png")
+    item = Item(tmp_path / "image.png", 0, None, "part", "good", "test")
+
+    def peak(images: int) -> int:
+        samples = Samples((item,) * images, 200)
+        tracemalloc.start()
+        for sample in parallel_map(samples.__getitem__, range(images), workers=2):
+            assert sample.image.shape == (200, 200, 3)
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    peak(4)  # imports
+    one = 200 * 200 * 4
+    assert peak(160) < peak(16) + 4 * one
+    assert one * 16 > peak(16) - one * 16  # the bound could fail: 160 kept samples would take 160 * one
+
+
+def test_threads_keep_the_order_and_pass_errors_on() -> None:
+    assert list(parallel_map(lambda n: n * n, range(50), workers=4)) == [n * n for n in range(50)]
+    results = parallel_map(lambda n: 1 // (3 - n), range(10), workers=2)
+    assert [next(results) for _ in range(3)] == [0, 0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+# --- the fingerprint ---
+
+
+def test_fingerprint_is_of_what_the_data_set_is(tmp_path: Path) -> None:
+    mvtec(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = open_dataset(tmp_path / "a"), open_dataset(tmp_path / "b")
+    prints = [first.fingerprint(), Dataset("", "", first.root, first.items[::-1]).fingerprint()]
+    assert second.fingerprint() == prints[0] == prints[1]
+    assert len(prints[0]) == 64
+    seen = {prints[0], first.select("test").fingerprint()}
+    image = tmp_path / "b/bottle/test/crack/001.png"
+    pixels = np.asarray(Image.open(image)).copy()
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(image)
+    seen.add(second.fingerprint())
+    (tmp_path / "b/bottle/ground_truth/crack/001_mask.png").unlink()
+    seen.add(open_dataset(tmp_path / "b").fingerprint())
+    image.rename(image.with_name("2.png"))
+    seen.add(open_dataset(tmp_path / "b").fingerprint())
+    assert len(seen) == 5
+
+
+# --- the command ---
+
+
+def test_data_says_what_it_recognised(fbclip: Run, tmp_path: Path) -> None:
+    mvtec(tmp_path / "set")
+    mvtec(tmp_path / "set", "carpet")
+    done = fbclip("data", "set", "--json", "out/report.json")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("MVTec AD (layout mvtec)")
+    assert lines[2].split() == ["bottle", "1", "0", "1", "1"]
+    assert next(line for line in lines if line.startswith("2 classes")).split()[2:] == ["2", "0", "2", "2"]
+    assert "images 60×40; 2 masks" in lines
+    assert lines[-4:-1] == ["training: yes", "image-level evaluation: yes", "pixel-level evaluation: yes"]
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["fingerprint"] == open_dataset(tmp_path / "set").fingerprint()
+    assert (report["wrong"], report["findings"], report["layout"]) == (False, {}, "mvtec")
+    assert json.loads(fbclip("data", "set", "--layout", "mpdd", "--json", "-").stdout)["layout"] == "mpdd"
+    assert "--layout is one of" in fbclip("data", "set", "--layout", "x", code=2).stderr
+
+
+def test_data_finds_what_is_wrong(fbclip: Run, tmp_path: Path) -> None:
+    root = tmp_path / "bottle"
+    mvtec(tmp_path)
+    test, masks = root / "test", root / "ground_truth/crack"
+    put(root, *(f"test/crack/{n}.png" for n in ("missing", "empty", "damaged", "tall", "large")))
+    put(root, "ground_truth/crack/large_mask.png")
+    save(masks / "empty_mask.png", BOX * 0)
+    (masks / "damaged_mask.png").write_bytes(b"no image")
+    save(masks / "tall_mask.png", BOX.T)
+    save(masks / "large_mask.png", BOX.repeat(2, 0).repeat(2, 1))
+    shutil.copy(root / "train/good/000.png", test / "good/copy.png")
+    shutil.copy(test / "good/000.png", test / "crack/good_after_all.png")
+    shutil.copy(masks / "001_mask.png", masks / "good_after_all_mask.png")
+    (test / "good/broken.png").write_bytes((test / "good/000.png").read_bytes()[:3000])
+    done = fbclip("data", "bottle", "--json", "-", code=2)
+    report = json.loads(done.stdout)
+    assert {name: [line.split(":")[0] for line in files] for name, files in report["findings"].items()} == {
+        "unreadable": ["test/good/broken.png"],
+        "contradictory": ["test/good/000.png is test/crack/good_after_all.png"],
+        "train_in_test": ["test/good/copy.png is train/good/000.png"],
+        "mask_missing": ["test/crack/missing.png"],
+        "mask_unreadable": ["test/crack/damaged.png"],
+        "mask_empty": ["test/crack/empty.png"],
+        "mask_misshapen": ["test/crack/tall.png"],
+        "mask_resized": ["test/crack/large.png"],
+    }
+    for use in ("trainable", "image_level", "pixel_level"):
+        assert report[use].startswith("wrong: ")
+    assert "test/crack/tall.png: mask 40×60, image 60×40" in done.stderr
+
+
+def test_masks_of_good_images_must_be_black(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "b.png", "masks/1.png")
+    text(tmp_path / "t.csv", "image,label,mask\na.png,0,masks/1.png\nb.png,1,masks/1.png\n")
+    report = inspect(open_dataset(tmp_path))
+    assert report.findings == {"mask_of_good": ["a.png"]}
+    assert report.wrong
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "verdicts"),
+    [
+        (headct, 0, ["no: no defective image has a mask", "yes", "no: no defective image has a mask"]),
+        (isic, 0, ["no: there are no good images in the test split"] * 2 + ["yes"]),
+        (lambda r: put(r, "bottle/train/good/1.png", "bottle/test/good/1.png"), 2, ["no", "no", "no"]),
+    ],
+)
+def test_what_a_data_set_is_good_for(fbclip, tmp_path, make, code, verdicts) -> None:  # type: ignore[no-untyped-def]
+    make(tmp_path / "set")
+    lines = fbclip("data", "set", code=code).stdout.splitlines()[-4:-1]
+    for line, verdict in zip(lines, verdicts, strict=True):
+        assert line.split(": ", 1)[1].startswith(verdict)
+
+
+def test_listed_files_that_are_not_there(fbclip: Run, tmp_path: Path) -> None:
+    table(tmp_path / "set")
+    (tmp_path / "set/masks/b.png").unlink()
+    done = fbclip("data", "set", code=2)
+    assert "defective images have no mask: 1" in done.stdout
+    assert "image-level evaluation: yes" in done.stdout
+    (tmp_path / "set/x/a.png").unlink()
+    done = fbclip("data", "set", code=2)
+    assert "images can't be read: 1" in done.stdout
+    assert "training: wrong" in done.stdout
+
+
+@pytest.mark.realdata
+def test_magnetic_tiles(real_images: Path) -> None:
+    dataset = open_dataset(real_images)
+    report = inspect(dataset)
+    assert report.layout == "mvtec"
+    assert sum(report.counts["magnetic_tile"].values()) == len(dataset.items)
+    assert set(report.findings) <= {"mask_empty"}  # four masks of "uneven" are black as published
