@@ -65,7 +65,7 @@ def walk(rng: Generator, size: int, length: float, bend: float, start: NDArray[n
     angle = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, bend, steps))
     path = np.cumsum(np.stack([np.cos(angle), np.sin(angle)], 1) * length / steps, axis=0)
     origin = rng.uniform(0.15, 0.85, 2) * size - path.mean(0) if start is None else start
-    return (path + origin).astype(np.float32)  # type: ignore[no-any-return]
+    return (path + origin).astype(np.float32)
 
 
 SUBPIXEL = 4  # bits of cv2's fixed-point coordinates
@@ -141,7 +141,7 @@ def band(rng: Generator, size: int, variety: float) -> Field:
     alpha = rotated(alpha.astype(np.float32), direction(rng))
     if rng.random() < 0.4:  # ends across, too
         alpha = alpha * (rotated(x, rng.uniform(0, 180)) > rng.uniform(-0.3, 0.3))
-    return alpha.astype(np.float32)  # type: ignore[no-any-return]
+    return alpha.astype(np.float32)
 
 
 def patch(rng: Generator, size: int, variety: float) -> Field:
@@ -215,13 +215,10 @@ def foreign(image: Picture, alpha: Field, rng: Generator, boost: float) -> Pictu
 def dent(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
     """Light on one side, dark on the other."""
     smooth = cv2.GaussianBlur(alpha, (0, 0), max(1.0, 0.02 * len(image)))
-    slope = rotated_gradient(smooth, rng.uniform(0, 2 * np.pi))
-    return (image + 0.4 * boost * slope[..., None] / (np.abs(slope).max() + 1e-6)).astype(np.float32)  # type: ignore[no-any-return]
-
-
-def rotated_gradient(field: Field, angle: float) -> Field:
-    gx, gy = cv2.Sobel(field, cv2.CV_32F, 1, 0), cv2.Sobel(field, cv2.CV_32F, 0, 1)
-    return (np.cos(angle) * gx + np.sin(angle) * gy).astype(np.float32)
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = np.cos(angle) * cv2.Sobel(smooth, cv2.CV_32F, 1, 0) + np.sin(angle) * cv2.Sobel(smooth, cv2.CV_32F, 0, 1)
+    lit: Picture = (image + 0.4 * boost * slope[..., None] / (np.abs(slope).max() + 1e-6)).astype(np.float32)
+    return lit
 
 
 def dirt(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:

@@ -238,7 +238,7 @@ def light(rng: Generator, size: int, variety: float) -> Field:
         falloff = 1 - rng.uniform(0, 0.8) * np.abs(x - rng.uniform(-0.5, 0.5)) ** rng.uniform(1, 8)
         gloss = rng.uniform(0, 0.5) * np.exp(-(((x - rng.uniform(-1, 1)) / rng.uniform(0.1, 0.5)) ** 2))
         total = total * rotated((falloff + gloss).astype(np.float32), direction(rng))
-    return total.clip(0, None).astype(np.float32)  # type: ignore[no-any-return]
+    return total.clip(0, None).astype(np.float32)
 
 
 def framed(rng: Generator, size: int) -> Mask:
