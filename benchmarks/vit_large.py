@@ -33,7 +33,7 @@ from fbclip.image import upsampling_matrix
 from fbclip.model import FBCLIP, default_config
 from fbclip.runtime.backends import OnnxRuntimeBackend
 
-ROUNDS = 3
+ROUNDS = 5
 BUNDLE = Path("runs/vit-large.fbclip")
 Run = Callable[[], tuple[NDArray[Any], NDArray[Any]]]
 
