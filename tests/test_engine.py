@@ -14,6 +14,7 @@ import onnx
 import pytest
 from conftest import RELEASES, Run, standins
 from rich.console import Console
+from rich.filesize import decimal
 
 from fbclip.bundle import EMBEDDED, Bundle, sha256
 from fbclip.engines import Engine, EngineOptions, Platform
@@ -164,17 +165,19 @@ def test_an_operator_that_the_parser_does_not_take(standin: str, bundle: Bundle)
 def test_a_build_that_can_not_fit_is_refused_before_it_starts(
     standin: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    meminfo = tmp_path / "meminfo"
+    weights, meminfo = bundle.graph("fp32").stat().st_size, tmp_path / "meminfo"
     monkeypatch.setattr(builder, "MEMINFO", meminfo)
     meminfo.write_text("MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n")
     monkeypatch.setenv("STANDIN_FREE_MIB", "100")
-    with pytest.raises(DeviceError, match=r"110\.\d MB of 104\.9 MB free on the GPU.*--workspace"):
+    with pytest.raises(
+        DeviceError, match=f"{decimal(weights + 100 * builder.MIB)} of 104.9 MB free on the GPU.*--workspace"
+    ):
         build(bundle, workspace_mib=100)
     meminfo.write_text("MemTotal: 16000000 kB\nMemAvailable: 8000 kB\n")
-    with pytest.raises(DeviceError, match=r"11\.\d MB of 8\.2 MB on the host"):
+    with pytest.raises(DeviceError, match=f"{decimal(2 * weights)} of 8.2 MB on the host"):
         build(bundle)
     meminfo.write_text("MemTotal: 4194304 kB\nMemAvailable: 12000 kB\n")  # as much as the GPU has: it is the same
-    with pytest.raises(DeviceError, match=r"17\.\d MB of the 12\.3 MB that are free for CPU and GPU"):
+    with pytest.raises(DeviceError, match=f"{decimal(3 * weights)} of the 12.3 MB that are free for CPU and GPU"):
         build(bundle)
     assert not bundle.engines.exists()
 
