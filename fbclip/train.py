@@ -237,7 +237,8 @@ def init_from_scratch(model: FBCLIP) -> None:
         for h in range(HEADS):
             rows = slice(h * HEAD_WIDTH, (h + 1) * HEAD_WIDTH)
             alike, through = (torch.linalg.qr(torch.randn(branch.to_q.in_features, HEAD_WIDTH))[0].T for _ in range(2))
-            branch.to_q.weight[rows] = branch.to_k.weight[rows] = 1.2 * alike  # each token attends to its like
+            branch.to_q.weight[rows] = 2.4 * alike  # each token attends to its like, sharply
+            branch.to_k.weight[rows] = 1.2 * alike
             branch.to_v.weight[rows] = through
             branch.to_out.weight[:, rows] = through.T / 4
         branch.to_out.bias.zero_()

@@ -1,7 +1,6 @@
-"""Procedural surfaces and defects, drawn by numpy and OpenCV: training data without a data set.
+"""Procedural defects on procedural surfaces: training data without a data set.
 
-Lengths scale with the image side. Images are uint8 RGB, masks are 1 where defective. Normal surfaces carry
-lawful structure (weave, brushing, holes, edges, light), so that an edge alone is no defect.
+A defect is a shape and what the surface looks like inside it. Images are uint8 RGB, masks are 1 where defective.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.data.dataset import Sample
-
-Field = NDArray[np.float32]  # (S, S), about 0..1
-Generator = np.random.Generator
+from fbclip.data.surfaces import Field, Generator, Mask, Picture, direction, displaced, noise, rotated, surface, texture
 
 
 class ProceduralDefects:
@@ -50,249 +47,237 @@ class ProceduralDefects:
         image = camera(defective, rng)
         return Sample(image, mask, int(mask.any()))
 
-    def render(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8], Generator]:
+    def render(self, index: int) -> tuple[Picture, Picture, Mask, Generator]:
         """The surface before and after the defects, float32 (S, S, 3) in 0..1, the mask, and the generator's state."""
         rng = np.random.Generator(np.random.PCG64([self.seed, index]))
         variety = 1.0 if index >= self.ramp else index / self.ramp
-        clean, support = surface(rng, self.image_size, variety)
+        clean, support, behind = surface(rng, self.image_size, variety)
         image, mask = clean.copy(), np.zeros(support.shape, np.uint8)
         if rng.random() < self.defective_share:
             for _ in range(1 + int(rng.random() < 0.3 * variety)):
-                image, mask = add_defect(image, mask, support, rng, variety)
+                image, mask = add_defect(image, mask, support, behind, rng, variety)
         return clean, image, mask, rng
 
 
-def noise(rng: Generator, size: int, cells: float, stretch: float = 1.0) -> Field:
-    """Smooth noise in 0..1 with about `cells` blobs along a side, stretched along x."""
-    rows = max(2, min(size, round(cells)))
-    cols = max(2, min(size, round(cells / stretch)))
-    small = rng.random((rows, cols), dtype=np.float32)
-    return cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1).astype(np.float32)
-
-
-def rotated(field: Field, degrees: float) -> Field:
-    size = field.shape[0]
-    turn = cv2.getRotationMatrix2D((size / 2, size / 2), degrees, 1.0)
-    return cv2.warpAffine(field, turn, (size, size), borderMode=cv2.BORDER_REFLECT_101).astype(np.float32)
-
-
-def plain(rng: Generator, size: int) -> Field:
-    return np.full((size, size), 0.5, np.float32)
-
-
-def clouds(rng: Generator, size: int) -> Field:
-    cells = rng.uniform(2, 10)
-    octaves = [noise(rng, size, cells * 2**k) / 2 ** (k + 1) for k in range(int(rng.integers(1, 5)))]
-    total: Field = np.sum(octaves, axis=0, dtype=np.float32)
-    return total
-
-
-def grain(rng: Generator, size: int) -> Field:
-    return noise(rng, size, size / rng.uniform(1, 5))
-
-
-def brushed(rng: Generator, size: int) -> Field:
-    field = noise(rng, size, size / rng.uniform(1, 2.5), stretch=rng.uniform(8, 60))
-    return rotated(field, rng.choice([0, 90]) if rng.random() < 0.5 else rng.uniform(0, 180))
-
-
-def weave(rng: Generator, size: int) -> Field:
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    period = rng.uniform(0.03, 0.14) * size
-    u, v = np.sin(2 * np.pi * x / period), np.sin(2 * np.pi * y / period * rng.uniform(0.7, 1.4))
-    field = np.maximum(u, v) if rng.random() < 0.5 else u * v
-    field = 0.5 + 0.5 * field * rng.uniform(0.4, 1) + 0.2 * (noise(rng, size, size / 2) - 0.5)
-    return rotated(field.astype(np.float32), rng.uniform(0, 90))
-
-
-def stripes(rng: Generator, size: int) -> Field:
-    x = np.arange(size, dtype=np.float32)[None].repeat(size, 0)
-    wave = np.sin(2 * np.pi * x / (rng.uniform(0.04, 0.4) * size) + 2 * noise(rng, size, 4))
-    return rotated((0.5 + 0.5 * np.tanh(wave * rng.uniform(0.5, 6))).astype(np.float32), rng.uniform(0, 180))
-
-
-def wood(rng: Generator, size: int) -> Field:
-    rings = noise(rng, size, rng.uniform(3, 7), stretch=rng.uniform(2, 5)) * rng.uniform(3, 9)
-    field = 0.7 * (rings % 1) + 0.3 * noise(rng, size, size, stretch=20)
-    return rotated(field.astype(np.float32), rng.choice([0, 90]))
-
-
-def cells(rng: Generator, size: int) -> Field:
-    seeds = np.ones((size, size), np.uint8)
-    count = int(rng.uniform(20, 300))
-    seeds[rng.integers(0, size, count), rng.integers(0, size, count)] = 0
-    far: Field = cv2.distanceTransform(seeds, cv2.DIST_L2, 3).astype(np.float32)
-    field: Field = far / np.float32(max(far.max(), 1e-6))
-    return field
-
-
-def speckle(rng: Generator, size: int) -> Field:
-    field = noise(rng, size, size / rng.uniform(2, 6))
-    return (0.3 + 0.5 * (field > rng.uniform(0.4, 0.7)) + 0.2 * field).astype(np.float32)
-
-
-def tiles(rng: Generator, size: int) -> Field:
-    field = 0.6 + 0.2 * noise(rng, size, rng.uniform(5, 30))
-    step, width = max(6, int(rng.uniform(0.12, 0.5) * size)), max(1, int(0.012 * size * rng.uniform(1, 3)))
-    dark = rng.uniform(0, 0.4)
-    for start in range(int(rng.integers(0, step)), size, step):
-        field[start : start + width] = dark
-        field[:, start : start + width] = dark
-    return field.astype(np.float32)
-
-
-TEXTURES: tuple[Callable[[Generator, int], Field], ...] = (
-    plain,
-    grain,
-    clouds,
-    brushed,
-    weave,
-    stripes,
-    wood,
-    cells,
-    speckle,
-    tiles,
-)
-SIMPLE = 4  # how many of them a plain curriculum starts with
-
-
-def texture(rng: Generator, size: int, variety: float) -> NDArray[np.float32]:
-    """One surface, float32 (S, S, 3) in 0..1."""
-    last = SIMPLE + variety * (len(TEXTURES) - SIMPLE)
-    field = TEXTURES[int(rng.uniform(0, last))](rng, size)
-    base = rng.uniform(0.2, 0.8)
-    tint = np.ones(3) if rng.random() < 0.5 else rng.uniform(0.6, 1.3, 3)
-    contrast = rng.uniform(0.03, 0.12 + 0.4 * variety)
-    value = base + contrast * (field - field.mean())
-    coloured: NDArray[np.float32] = (value[..., None] * tint).astype(np.float32)
-    return coloured
-
-
-def surface(rng: Generator, size: int, variety: float) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """A surface that fills the frame, or a part with lawful holes before a background; and where the part is."""
-    image = texture(rng, size, variety)
-    support = np.ones((size, size), np.uint8)
-    if rng.random() < 0.35 * variety:
-        support = silhouette(rng, size)
-        behind = texture(rng, size, 0) * rng.choice([0.15, 0.5, 1.4])
-        edge = cv2.GaussianBlur(support.astype(np.float32), (3, 3), 0)[..., None]
-        image = image * edge + behind * (1 - edge)
-    light = 1 + rng.uniform(0, 0.5 * variety) * (noise(rng, size, 2) - 0.5)
-    return (image * light[..., None]).clip(0, 1).astype(np.float32), support
-
-
-def silhouette(rng: Generator, size: int) -> NDArray[np.uint8]:
-    """A disc, ring, plate or capsule, perhaps with holes, not always centred: uint8 (S, S) of 0 and 1."""
-    mask = np.zeros((size, size), np.uint8)
-    x, y = (int(v) for v in rng.uniform(0.42, 0.58, 2) * size)
-    radius = int(rng.uniform(0.28, 0.46) * size)
-    kind = rng.integers(4)
-    if kind < 2:
-        cv2.circle(mask, (x, y), radius, 1, -1)
-        if kind == 1:
-            cv2.circle(mask, (x, y), int(radius * rng.uniform(0.2, 0.6)), 0, -1)
-    else:
-        box = ((float(x), float(y)), (2.0 * radius, radius * rng.uniform(0.6, 2)), rng.uniform(0, 180))
-        cv2.fillPoly(mask, [cv2.boxPoints(box).astype(np.int32)], 1)
-    for _ in range(int(rng.integers(0, 4))):
-        angle, far = rng.uniform(0, 2 * np.pi), radius * 0.7
-        centre = (int(x + far * np.cos(angle)), int(y + far * np.sin(angle)))
-        cv2.circle(mask, centre, max(2, int(rng.uniform(0.02, 0.06) * size)), 0, -1)
-    return mask
-
-
-def walk(rng: Generator, size: int, length: float, bend: float) -> NDArray[np.int32]:
-    """A wandering line: int32 (n, 1, 2) points."""
+def walk(rng: Generator, size: int, length: float, bend: float, start: NDArray[np.float64] | None = None) -> Field:
+    """A wandering line, float32 (n, 2) points: around a random middle, or from `start` on."""
     steps = 24
     angle = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, bend, steps))
     path = np.cumsum(np.stack([np.cos(angle), np.sin(angle)], 1) * length / steps, axis=0)
-    middle = rng.uniform(0.15, 0.85, 2) * size
-    points: NDArray[np.int32] = (path - path.mean(0) + middle).round().astype(np.int32)
-    return points[:, None]
+    origin = rng.uniform(0.15, 0.85, 2) * size - path.mean(0) if start is None else start
+    return (path + origin).astype(np.float32)
 
 
-def line_alpha(rng: Generator, size: int, bend: float, variety: float) -> Field:
-    alpha = np.zeros((size, size), np.float32)
-    width = max(1, round(rng.uniform(0.006, 0.03) * size))
-    for _ in range(1 + int(rng.integers(0, 3)) * int(rng.random() < 0.3)):
-        cv2.polylines(alpha, [walk(rng, size, rng.uniform(0.2, 0.9) * size, bend)], False, 1.0, width, cv2.LINE_AA)
-    return alpha
+SUBPIXEL = 4  # bits of cv2's fixed-point coordinates
+
+
+def draw_line(alpha: Field, points: Field, width: int, strength: float = 1.0) -> None:
+    fixed = (points * 2**SUBPIXEL).round().astype(np.int32)[:, None]
+    cv2.polylines(alpha, [fixed], False, strength, width, cv2.LINE_AA, SUBPIXEL)
 
 
 def scratch(rng: Generator, size: int, variety: float) -> Field:
-    return line_alpha(rng, size, rng.choice([0.01, 0.08]), variety)
+    alpha = np.zeros((size, size), np.float32)
+    width = max(1, round(rng.uniform(0.004, 0.03) * size))
+    bend = rng.choice([0.01, 0.08])
+    for _ in range(1 + int(rng.integers(0, 3)) * int(rng.random() < 0.3)):
+        draw_line(alpha, walk(rng, size, rng.uniform(0.2, 0.9) * size, bend), width)
+    return alpha
 
 
 def crack(rng: Generator, size: int, variety: float) -> Field:
-    return line_alpha(rng, size, 0.5, variety)
+    """Jagged, thin, sometimes branching."""
+    alpha = np.zeros((size, size), np.float32)
+    width = max(1, round(rng.uniform(0.002, 0.02) * size))
+    trunk = walk(rng, size, rng.uniform(0.2, 1.2) * size, rng.uniform(0.1, 0.5))
+    draw_line(alpha, trunk, width)
+    for _ in range(int(rng.integers(0, 4)) * int(rng.random() < 0.4)):
+        start = trunk[rng.integers(len(trunk))].astype(np.float64)
+        draw_line(alpha, walk(rng, size, rng.uniform(0.1, 0.5) * size, 0.3, start), 1)
+    return alpha
+
+
+def thread(rng: Generator, size: int, variety: float) -> Field:
+    """One or two straight lines right across, as long as the frame: a missing or thick yarn, a dead conductor."""
+    alpha = np.zeros((size, size), np.float32)
+    for _ in range(int(rng.integers(1, 3))):
+        at, width = int(rng.uniform(0.1, 0.9) * size), max(1, round(rng.uniform(0.005, 0.04) * size))
+        end = size if rng.random() < 0.5 else int(rng.uniform(0.3, 0.9) * size)
+        alpha[at : at + width, :end] = 1
+    return rotated(alpha, direction(rng))
 
 
 def spot(rng: Generator, size: int, variety: float) -> Field:
+    """Pits and inclusions, one to a cluster."""
     alpha = np.zeros((size, size), np.float32)
-    for _ in range(int(rng.integers(1, 4))):
-        centre = tuple(int(v) for v in rng.uniform(0.1, 0.9, 2) * size)
-        axes = tuple(max(1, int(v)) for v in rng.uniform(0.012, 0.06 + 0.04 * (1 - variety), 2) * size)
+    count = int(rng.integers(1, 4)) if rng.random() < 0.8 else int(rng.integers(4, 15))
+    middle, spread = rng.uniform(0.1, 0.9, 2), rng.uniform(0.02, 0.3)
+    for _ in range(count):
+        centre = tuple(int(v) for v in (middle + rng.normal(0, spread, 2)) * size)
+        axes = tuple(max(1, int(v)) for v in rng.uniform(0.01, 0.05 + 0.04 * (1 - variety), 2) * size)
         cv2.ellipse(alpha, centre, axes, rng.uniform(0, 180), 0, 360, 1.0, -1, cv2.LINE_AA)
     return alpha
 
 
 def blob(rng: Generator, size: int, variety: float) -> Field:
-    """An irregular patch with soft edges: stain, wear, dent."""
+    """An irregular patch with soft or hard edges: stain, wear, dent; sometimes only its rim."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
-    cx, cy = rng.uniform(0.15, 0.85, 2)
-    radius = rng.uniform(0.06, 0.3)
-    far = np.hypot(x - cx, (y - cy) * rng.uniform(0.6, 1.6)) / radius
-    alpha = 1.6 - far - rng.uniform(0.3, 1) * noise(rng, size, rng.uniform(6, 20))
+    cx, cy = rng.uniform(0.1, 0.9, 2)
+    far = np.hypot(x - cx, (y - cy) * np.exp(rng.uniform(-0.8, 0.8))) / np.exp(rng.uniform(np.log(0.05), np.log(0.35)))
+    alpha = (1.4 - far - rng.uniform(0.2, 1) * noise(rng, size, rng.uniform(4, 20))) * np.exp(rng.uniform(0, 2))
+    if rng.random() < 0.15:
+        alpha = 1 - np.abs(alpha - 1)
     return alpha.clip(0, 1).astype(np.float32)  # type: ignore[no-any-return]
 
 
-SHAPES: tuple[Callable[[Generator, int, float], Field], ...] = (scratch, spot, crack, blob)
+def band(rng: Generator, size: int, variety: float) -> Field:
+    """A large part of the frame beyond a line, or between two: uneven finish, shading, an inactive area."""
+    x = np.linspace(-0.5, 0.5, size, dtype=np.float32)[None].repeat(size, 0)
+    x = x + rng.uniform(0, 0.15) * (noise(rng, size, rng.uniform(2, 6)) - 0.5)
+    soft = np.exp(rng.uniform(np.log(0.005), np.log(0.1)))
+    alpha = 1 / (1 + np.exp(((x - rng.uniform(-0.35, 0.35)) / soft).clip(-30, 30)))
+    if rng.random() < 0.5:
+        alpha = alpha * (1 - 1 / (1 + np.exp(((x - rng.uniform(-0.6, 0.2)) / soft).clip(-30, 30))))
+    alpha = rotated(alpha.astype(np.float32), direction(rng))
+    if rng.random() < 0.4:  # ends across, too
+        alpha = alpha * (rotated(x, rng.uniform(0, 180)) > rng.uniform(-0.3, 0.3))
+    return alpha.astype(np.float32)
+
+
+def patch(rng: Generator, size: int, variety: float) -> Field:
+    """A polygon with hard edges: peeled, pressed, missing."""
+    alpha = np.zeros((size, size), np.float32)
+    angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 8))))
+    reach = rng.uniform(0.04, 0.25) * size * rng.uniform(0.4, 1, len(angles))
+    corners = rng.uniform(0.1, 0.9, 2) * size + np.stack([np.cos(angles), np.sin(angles)], 1) * reach[:, None]
+    cv2.fillPoly(alpha, [corners.astype(np.int32)], 1.0, cv2.LINE_AA)
+    return alpha
+
+
+SHAPES: tuple[Callable[[Generator, int, float], Field], ...] = (
+    scratch, spot, crack, blob, spot, crack, thread, band, patch,
+)  # fmt: skip
+SIMPLE = 4  # how many of them a plain curriculum starts with
 
 
 def add_defect(
-    image: NDArray[np.float32], mask: NDArray[np.uint8], support: NDArray[np.uint8], rng: Generator, variety: float
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    image: Picture, mask: Mask, support: Mask, behind: Picture, rng: Generator, variety: float
+) -> tuple[Picture, Mask]:
     """Draw one defect on the part; drawn again where it missed the part or can hardly be seen."""
     size = mask.shape[0]
     for attempt in range(8):
-        alpha = SHAPES[rng.integers(len(SHAPES))](rng, size, variety) * support
+        shape = SHAPES[int(rng.uniform(0, SIMPLE + variety * (len(SHAPES) - SIMPLE)))]
+        alpha = shape(rng, size, variety)
+        broken = rng.random() < 0.4 and not support.all() and shape in (patch, blob)
+        if broken:
+            alpha = moved_to_edge(alpha, support, rng)
+        alpha = alpha * support
         drawn = alpha > 0.3
-        if drawn.sum() < 4:
+        if drawn.sum() < 4 or drawn.mean() > 0.6:
             continue
-        filled = appearance(image, alpha, rng, variety, boost=1 + 0.4 * attempt)
+        filled = behind if broken else appearance(image, alpha, rng, variety, 1 + 0.4 * attempt)
         result = (image + alpha[..., None] * (filled - image)).clip(0, 1).astype(np.float32)
         change = np.abs(result - image).mean(2)[drawn].mean()
-        if change > 0.05 + 0.25 * float(image[drawn].std()) + 0.06 * (1 - variety):
+        if change > 0.035 + 0.25 * float(image[drawn].std()) + 0.08 * (1 - variety):
             return result, mask | drawn.astype(np.uint8)
     return image, mask
 
 
-def appearance(
-    image: NDArray[np.float32], alpha: Field, rng: Generator, variety: float, boost: float
-) -> NDArray[np.float32]:
-    """What a defect looks like inside: (S, S, 3)."""
-    size = alpha.shape[0]
-    kind = rng.integers(5) if rng.random() < variety else 0
-    if kind == 1:  # another place of the surface, turned
-        return np.rot90(np.roll(image, int(rng.integers(size // 4, size // 2)), axis=1)).copy()
-    if kind == 2:  # another surface
-        return texture(rng, size, 1)
-    if kind == 3:  # a dent: light on one side, dark on the other
-        slope = cv2.Sobel(cv2.GaussianBlur(alpha, (0, 0), max(1.0, 0.02 * size)), cv2.CV_32F, 1, 0)
-        slope = slope / (np.abs(slope).max() + 1e-6)
-        return (image + 0.4 * boost * slope[..., None]).astype(np.float32)  # type: ignore[no-any-return]
-    if kind == 4:  # worn or dirty: coloured and smooth
-        colour = rng.uniform(0, 1, 3)
-        return (0.5 * image + 0.5 * colour).astype(np.float32)
-    level = rng.uniform(0.15, 0.5) * boost * rng.choice([-1, 1])
-    return image + np.float32(level)
+def moved_to_edge(alpha: Field, support: Mask, rng: Generator) -> Field:
+    """The shape moved onto a point of the part's outline: a chip, a broken corner."""
+    edge = np.argwhere(cv2.morphologyEx(support, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)))
+    inside = np.argwhere(alpha > 0.3)
+    if not len(edge) or not len(inside):
+        return alpha
+    dy, dx = edge[rng.integers(len(edge))] - inside.mean(0)
+    move = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
+    return cv2.warpAffine(alpha, move, alpha.shape[::-1]).astype(np.float32)
 
 
-def camera(image: NDArray[np.float32], rng: Generator) -> NDArray[np.uint8]:
+def level(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    return image + np.float32(rng.uniform(0.08, 0.45) * boost * rng.choice([-1, 1]))
+
+
+def hole(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    """Nearly black, or nearly white, whatever the surface."""
+    return image * np.float32(0.2) + np.float32(0.8 * (rng.uniform(0, 0.15) if rng.random() < 0.7 else 1))
+
+
+def elsewhere(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    """Another place of the surface, turned."""
+    return np.rot90(np.roll(image, int(rng.integers(len(image) // 4, len(image) // 2)), axis=1)).copy()
+
+
+def foreign(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    return texture(rng, len(image), 1)
+
+
+def dent(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    """Light on one side, dark on the other."""
+    smooth = cv2.GaussianBlur(alpha, (0, 0), max(1.0, 0.02 * len(image)))
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = np.cos(angle) * cv2.Sobel(smooth, cv2.CV_32F, 1, 0) + np.sin(angle) * cv2.Sobel(smooth, cv2.CV_32F, 0, 1)
+    lit: Picture = (image + 0.4 * boost * slope[..., None] / (np.abs(slope).max() + 1e-6)).astype(np.float32)
+    return lit
+
+
+def dirt(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    share = rng.uniform(0.3, 0.8)
+    return ((1 - share) * image + share * rng.uniform(0, 1, 3)).astype(np.float32)
+
+
+def smeared(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    """The structure blurred away."""
+    return cv2.GaussianBlur(image, (0, 0), rng.uniform(0.02, 0.06) * len(image)).astype(np.float32)
+
+
+def recontrasted(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    """The structure stronger or weaker, and a little darker or brighter."""
+    mean = cv2.GaussianBlur(image, (0, 0), 0.08 * len(image))
+    gain = rng.uniform(0, 0.5) if rng.random() < 0.5 else rng.uniform(1.6, 3)
+    return (mean * rng.uniform(0.8, 1.2) + gain * (image - mean)).astype(np.float32)
+
+
+def warped(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    """The structure pulled out of place."""
+    size = len(image)
+    reach, cells = rng.uniform(0.05, 0.25) * size * boost, rng.uniform(3, 12)
+    dx, dy = (reach * (noise(rng, size, cells) - 0.5) for _ in range(2))
+    return displaced(image, dx, dy)
+
+
+def rescaled(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    """The structure coarser or finer, and turned."""
+    size = len(image)
+    zoom = np.exp(rng.choice([-1, 1]) * rng.uniform(0.3, 1.0))
+    turn = cv2.getRotationMatrix2D((size / 2, size / 2), rng.uniform(0, 180), zoom)
+    return cv2.warpAffine(image, turn, (size, size), borderMode=cv2.BORDER_REFLECT_101).astype(np.float32)
+
+
+def roughened(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+    """Fine grain where the surface is smoother: corroded, fretted, frayed."""
+    fine = noise(rng, len(image), len(image) / rng.uniform(1, 3)) - 0.5
+    return (image + rng.uniform(0.3, 1) * boost * fine[..., None]).astype(np.float32)
+
+
+APPEARANCES: tuple[Callable[[Picture, Field, Generator, float], Picture], ...] = (
+    level, hole, elsewhere, foreign, dent, dirt, smeared, recontrasted, warped, rescaled, roughened,
+)  # fmt: skip
+
+
+def appearance(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+    """What a defect looks like inside: (S, S, 3). Half of the thin and small ones are lighter or darker, no more."""
+    simple = rng.random() > (0.5 if (alpha > 0.3).mean() < 0.04 else 0.85) * variety
+    kind = APPEARANCES[int(rng.integers(2)) if simple else int(rng.integers(len(APPEARANCES)))]
+    return kind(image, alpha, rng, boost)
+
+
+def camera(image: Picture, rng: Generator) -> NDArray[np.uint8]:
     """What a camera makes of it: blur, gamma, noise, often grey; uint8."""
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (3, 3), 0).astype(np.float32)
     if rng.random() < 0.5:
-        image = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    noisy = image ** rng.uniform(0.75, 1.3) + rng.normal(0, rng.uniform(0, 0.025), image.shape)
-    return (noisy * 255).clip(0, 255).astype(np.uint8)
+        image = image.mean(axis=2, keepdims=True)
+    grain = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(0, 0.025))
+    pixels = ((image ** np.float32(rng.uniform(0.75, 1.3)) + grain) * 255).clip(0, 255).astype(np.uint8)
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy()
