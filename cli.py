@@ -251,6 +251,13 @@ def train(
     cache_tokens: Annotated[
         Path | None, typer.Option(help="Folder that keeps the frozen backbone's tokens: later epochs skip it.")
     ] = None,
+    muon_lr: Annotated[
+        float | None, typer.Option(help="Train the tower's matrices with Muon at this rate: quick from scratch.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Also teach the tower this network's features: efficientnet-lite0.")
+    ] = None,
+    teacher_weight: Annotated[float, typer.Option(help="Of that loss beside the task's.")] = 1.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files to OUT/tensorboard.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what --out holds.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, metrics.jsonl and pictures.")] = Path(
@@ -275,6 +282,8 @@ def train(
         clip, clip_weights = DEFAULT_CLIP, clip_weights or DEFAULT_WEIGHTS
     if clip_weights is None and not train_tower:
         raise UsageError(f"a frozen CLIP needs weights: pass --clip-weights TAG or FILE for {clip}, or --train-tower")
+    if teacher and (not train_tower or cache_tokens):
+        raise UsageError("--teacher teaches the tower: pass --train-tower, and no --cache-tokens")
     if not resume and (out / "checkpoint.safetensors").exists():
         raise UsageError(f"{out} holds a checkpoint already: pass --resume, or another --out")
     accelerator = accelerator_for(amp)
@@ -291,7 +300,9 @@ def train(
         else open_dataset(Path(source)).for_training(size)
     )
     console = _console()
-    recipe = Recipe(epochs, batch_size * accumulate * accelerator.num_processes, lr, cosine, seed)
+    recipe = Recipe(
+        epochs, batch_size * accumulate * accelerator.num_processes, lr, cosine, seed, muon_lr, teacher, teacher_weight
+    )
     execution = Execution(accumulate, workers, save_every, cache_tokens, tensorboard, console.is_terminal)
     throughput = train(model, data, recipe, out, execution, resume, accelerator)
     if accelerator.is_main_process:
