@@ -67,8 +67,22 @@ class Spoilt(ProceduralDefects):
         return self.spoil(index, super().__getitem__(index))
 
 
-def test_resume_goes_on_as_if_never_stopped(fbclip: Run, tmp_path: Path) -> None:
-    fbclip(*arguments(tmp_path, "whole", 12))
+@pytest.mark.parametrize(
+    ("options", "recipe", "measured"),
+    [
+        ("", Recipe(epochs=1, batch_size=2, lr=1e-3), 0),
+        (
+            "--muon-lr 0.02 --teacher efficientnet-lite0 --teacher-weight 0.5",
+            Recipe(1, 2, 1e-3, muon_lr=0.02, teacher="efficientnet-lite0", teacher_weight=0.5),
+            12,
+        ),
+    ],
+)
+def test_resume_goes_on_as_if_never_stopped(
+    fbclip: Run, tmp_path: Path, options: str, recipe: Recipe, measured: int
+) -> None:
+    """`measured` samples are read before the first step, for the teacher."""
+    fbclip(*arguments(tmp_path, "whole", 12), *options.split())
     whole = checkpoint.load(tmp_path / "whole/checkpoint.safetensors").state_dict()
     served, shown = 0, 0
 
@@ -82,21 +96,20 @@ def test_resume_goes_on_as_if_never_stopped(fbclip: Run, tmp_path: Path) -> None
     def die(index: int, sample: Sample) -> Sample:
         nonlocal served
         served += 1
-        if served > shown + 11:  # in the sixth of six steps
+        if served > shown + measured + 11:  # in the sixth of six steps
             raise RuntimeError("as if the power went")
         return sample
 
-    recipe = Recipe(epochs=1, batch_size=2, lr=1e-3, seed=0)
     with pytest.raises(RuntimeError, match="power"):
         training.train(tiny_model(), Spoilt(12, die), recipe, tmp_path / "cut", training.Execution(save_every=2))
     assert len(metrics(tmp_path / "cut")) > 4  # a step that no checkpoint holds is taken and noted again
-    fbclip(*arguments(tmp_path, "cut", 12), "--resume")
+    fbclip(*arguments(tmp_path, "cut", 12), "--resume", *options.split())
     cut = checkpoint.load(tmp_path / "cut/checkpoint.safetensors").state_dict()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert [row["step"] for row in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
     assert [row["total"] for row in metrics(tmp_path / "cut")] == [row["total"] for row in metrics(tmp_path / "whole")]
     assert Image.open(tmp_path / "cut/epoch-001.png").size[0] > 800
-    assert "12" in fbclip(*arguments(tmp_path, "cut", 14), "--resume", code=2).stderr
+    assert "12" in fbclip(*arguments(tmp_path, "cut", 14), "--resume", *options.split(), code=2).stderr
 
 
 def test_a_second_run_does_not_overwrite_the_first(fbclip: Run, tmp_path: Path) -> None:
