@@ -18,6 +18,7 @@ from fbclip.image import in_order, resize
 from fbclip.reading import read_image, to_rgb
 from fbclip.runtime.backends import make_backend
 from fbclip.runtime.draw import draw_overlay
+from fbclip.runtime.roi import Roi
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class Prediction:
     """What the model says of one image.
 
     Attributes:
-        score: abnormal probability of the image, 0..1.
+        score: abnormal probability of the image or its region of interest (see `Roi`), 0..1.
         threshold: scores and map values from here on are anomalous.
-        anomaly_map: float32 (H, W), 0..1, in the frame's own size.
+        anomaly_map: float32 (H, W), 0..1, in the frame's own size; 0 outside the region of interest.
         model_map: float32 (S, S), the map as the model gives it; (H, W) where the graph takes whole frames.
-        regions: of the map at or above the threshold, the highest peak first.
+        regions: of the map at or above the threshold and not smaller than `min_area`, the highest peak first.
         timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
         image: the frame itself, uint8 (H, W, 3) RGB.
+        min_area: pixels that a region needs, and an anomaly needs a region; 0 where it needs none.
     """
 
     score: float
@@ -56,10 +58,11 @@ class Prediction:
     regions: tuple[Region, ...]
     timings_ms: dict[str, float]
     image: NDArray[np.uint8] = field(repr=False)
+    min_area: int = 0
 
     @property
     def is_anomalous(self) -> bool:
-        return self.score >= self.threshold
+        return self.score >= self.threshold and (self.min_area == 0 or bool(self.regions))
 
     def overlay(self) -> NDArray[np.uint8]:
         """The frame with heat map, contours, score and verdict: uint8 (H', W', 3) RGB."""
@@ -85,6 +88,9 @@ class Predictor:
         device: "auto", "cpu", "cuda" or "tensorrt"; never another than the one asked for.
         precision: "auto", "fp32" or "fp16".
         threshold: 0..1, or None for the bundle's.
+        roi: where frames are inspected; None for all of them.
+        min_area: pixels of the frame: smaller regions don't count, and an anomaly needs one that does. 0 asks for
+            none.
 
     Raises:
         BundleError, DeviceError, UsageError.
@@ -96,61 +102,86 @@ class Predictor:
         device: str = "auto",
         precision: str = "auto",
         threshold: float | None = None,
+        roi: Roi | None = None,
+        min_area: int = 0,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.threshold = self.bundle.manifest.threshold if threshold is None else threshold
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold is a probability between 0 and 1; got {self.threshold}")
+        self.roi, self.min_area = roi, min_area
         self.backend, self.precision = make_backend(self.bundle, device, precision)
 
     def __call__(self, image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str = "rgb") -> Prediction:
-        """Score one image.
+        """Score one image: `prepare`, `backend.run` and `conclude`, which a pipeline may overlap.
 
         Args:
             image: a path, a Pillow image, or a frame uint8 (H, W, 3) or (H, W).
             channel_order: of a frame: "rgb", or "bgr" as OpenCV reads.
 
         Raises:
-            ImageError: unreadable file, a frame of another shape or type, or of another size than the graph was
-                exported for with --frame-size.
+            ImageError: unreadable file, a frame of another shape or type, of another size than the graph was
+                exported for with --frame-size, or that the region of interest doesn't fit.
         """
         start = time.perf_counter()
         frame = self._frame(image, channel_order)
         read = time.perf_counter()
-        batch = self._input(frame)[None]
+        batch = self.prepare(frame)
         ready = time.perf_counter()
         scores, maps = self.backend.run(batch)
         done = time.perf_counter()
-        height, width = frame.shape[:2]
-        anomaly_map = maps[0]
-        if anomaly_map.shape != (height, width):
-            anomaly_map = cv2.resize(anomaly_map, (width, height), interpolation=cv2.INTER_LINEAR)
-            anomaly_map = anomaly_map.reshape(height, width)
-        regions = find_regions(anomaly_map, self.threshold)
-        end = time.perf_counter()
-        timings = {"read": read - start, "preprocess": ready - read, "model": done - ready, "postprocess": end - done}
-        return Prediction(
-            float(scores[0]),
-            self.threshold,
-            anomaly_map,
-            maps[0],
-            regions,
-            {stage: seconds * 1e3 for stage, seconds in timings.items()},
-            frame,
-        )
+        timings = {"read": read - start, "preprocess": ready - read, "model": done - ready}
+        timings_ms = {stage: seconds * 1e3 for stage, seconds in timings.items()}
+        return self.conclude(frame, float(scores[0]), maps[0], timings_ms)
 
-    def _input(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A frame uint8 (H, W, 3) RGB as the graph takes it."""
+    def prepare(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A frame uint8 (H, W, 3) RGB, or its region of interest, as the graph takes it: (1, H', W', 3).
+
+        Raises:
+            ImageError: a frame of another size than the graph or the region of interest is for.
+        """
         manifest = self.bundle.manifest
+        if self.roi:
+            frame = self.roi.crop(frame)
         if manifest.frame_size is None:
-            return in_order(resize(frame, manifest.image_size), manifest.channel_order)
+            return in_order(resize(frame, manifest.image_size), manifest.channel_order)[None]
         if frame.shape[:2] != manifest.frame_size:
             built, here = (f"{height}x{width}" for height, width in (manifest.frame_size, frame.shape[:2]))
             raise ImageError(
                 f"{self.bundle.path} takes frames of {built} (height x width) only; got {here}: "
                 f"set the camera to that, or export with --frame-size {here}, or without for any size"
             )
-        return in_order(frame, manifest.channel_order)
+        return in_order(frame, manifest.channel_order)[None]
+
+    def conclude(
+        self, frame: NDArray[np.uint8], score: float, model_map: NDArray[np.float32], timings_ms: dict[str, float]
+    ) -> Prediction:
+        """From what the backend says of a prepared frame to a prediction.
+
+        Args:
+            frame: uint8 (H, W, 3) RGB, as `prepare` took it.
+            score: the class token's, 0..1.
+            model_map: float32 (H', W'), 0..1.
+            timings_ms: milliseconds of the stages so far; postprocess is added.
+        """
+        start = time.perf_counter()
+        threshold = self.threshold  # may be set anew from another thread
+        height, width = frame.shape[:2]
+        x0, y0, x1, y1 = self.roi.box if self.roi else (0, 0, width, height)
+        anomaly_map = model_map
+        if anomaly_map.shape != (y1 - y0, x1 - x0):
+            anomaly_map = cv2.resize(anomaly_map, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
+            anomaly_map = anomaly_map.reshape(y1 - y0, x1 - x0)
+        if self.roi:
+            if self.roi.inside is not None:
+                anomaly_map = anomaly_map * self.roi.inside
+                score = min(score, float(anomaly_map.max()))
+            whole = np.zeros((height, width), np.float32)
+            whole[y0:y1, x0:x1] = anomaly_map
+            anomaly_map = whole
+        regions = find_regions(anomaly_map, threshold, self.min_area)
+        timings_ms = {**timings_ms, "postprocess": (time.perf_counter() - start) * 1e3}
+        return Prediction(score, threshold, anomaly_map, model_map, regions, timings_ms, frame, self.min_area)
 
     @staticmethod
     def _frame(image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str) -> NDArray[np.uint8]:
@@ -167,14 +198,27 @@ class Predictor:
         return image if channel_order == "rgb" else np.ascontiguousarray(image[..., ::-1])
 
 
-def find_regions(anomaly_map: NDArray[np.float32], threshold: float) -> tuple[Region, ...]:
-    """Connected regions (8 neighbours) of a map (H, W) at or above the threshold, the highest peak first."""
-    mask = (anomaly_map >= threshold).astype(np.uint8)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    regions = []
-    for label in range(1, count):
-        x, y, w, h, area = (int(v) for v in stats[label])
-        window = (slice(y, y + h), slice(x, x + w))
-        peak = float(anomaly_map[window][labels[window] == label].max())
-        regions.append(Region((x, y, x + w, y + h), peak, area))
-    return tuple(sorted(regions, key=lambda r: r.peak, reverse=True))
+def find_regions(anomaly_map: NDArray[np.float32], threshold: float, min_area: int = 0) -> tuple[Region, ...]:
+    """Connected regions (8 neighbours) of a map (H, W) at or above the threshold, the highest peak first.
+
+    Those of less than `min_area` pixels are left out. Work grows with the regions' boxes, not with the frame: labels
+    for every pixel of a camera's frame would take many times longer than everything else after the model.
+    """
+    mask = (anomaly_map >= threshold).view(np.uint8)
+    contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    found = []
+    for index, outline in enumerate(contours):
+        _, _, hole, parent = hierarchy[0, index]
+        if parent >= 0:  # a hole's edge
+            continue
+        edges = [outline]
+        while hole >= 0:
+            edges.append(contours[hole])
+            hole = hierarchy[0, hole, 0]
+        x, y, w, h = cv2.boundingRect(outline)
+        inside = cv2.fillPoly(np.zeros((h, w), np.uint8), edges, 1, offset=(-x, -y))
+        area = cv2.countNonZero(inside)
+        if area >= min_area:
+            _, peak, _, _ = cv2.minMaxLoc(anomaly_map[y : y + h, x : x + w], inside)
+            found.append(Region((x, y, x + w, y + h), peak, area))
+    return tuple(sorted(found, key=lambda region: (-region.peak, region.box)))
