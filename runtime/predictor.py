@@ -173,12 +173,10 @@ class Predictor:
             anomaly_map = cv2.resize(anomaly_map, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
             anomaly_map = anomaly_map.reshape(y1 - y0, x1 - x0)
         if self.roi:
-            if self.roi.inside is not None:
-                anomaly_map = anomaly_map * self.roi.inside
+            part, anomaly_map = anomaly_map, np.zeros((height, width), np.float32)
+            np.multiply(part, self.roi.inside, out=anomaly_map[y0:y1, x0:x1])
+            if not self.roi.rectangle:
                 score = min(score, float(anomaly_map.max()))
-            whole = np.zeros((height, width), np.float32)
-            whole[y0:y1, x0:x1] = anomaly_map
-            anomaly_map = whole
         regions = find_regions(anomaly_map, threshold, self.min_area)
         timings_ms = {**timings_ms, "postprocess": (time.perf_counter() - start) * 1e3}
         return Prediction(score, threshold, anomaly_map, model_map, regions, timings_ms, frame, self.min_area)
