@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from fbclip.errors import UsageError
 from fbclip.runtime.predictor import Prediction
 
-FALSE_DRIFT = 0.001  # probability that a window of scores like the calibration's is called drifting
+FALSE_DRIFT = 1e-6  # probability that a window of unchanged parts is called drifting, at most
+UNLUCKY = 0.01  # share of calibrations that this isn't promised for
 STEADY = 0.05  # windows as likely as this are called steady again
-EFFECTIVE = 100.0  # independent scores that a window is worth
-CHECK_EVERY = 100  # scores
+EFFECTIVE = 200.0  # independent scores that a window is worth
+BLOCK = 500  # scores; what changes more slowly is drift, what changes faster is variety
 LONGEST = 20_000  # scores of a window: minutes at full speed, 160 kB
 FEWEST = 20  # scores that a distribution is compared by
 
@@ -87,11 +88,12 @@ class Decider:
 class Drift:
     """Compares the scores of frames judged good with those of the calibration's good parts, window by window.
 
-    Each window is tested once, with the two-sample Kolmogorov-Smirnov test, and shares no frame with the next. Frames
-    that follow each other resemble each other, which the test must not take for many witnesses: a window ends when its
-    scores are worth `EFFECTIVE` independent ones (`effective_size`) or there are `LONGEST`, and counts as that many.
-    Scores from the threshold on are left out on both sides. So windows of unchanged parts are called drifting with a
-    probability of about `FALSE_DRIFT` each.
+    The statistic is Kolmogorov's and Smirnov's of two samples. Windows share no frame and each is tested once, but all
+    with the same calibration, whose luck they share: `chance` therefore bounds the probability for a given calibration,
+    all but `UNLUCKY` of them, and windows of unchanged parts are called drifting with a probability of at most
+    `FALSE_DRIFT` each. Frames that follow each other resemble each other, which must not count as many witnesses: a
+    window is made of blocks until these are worth `EFFECTIVE` independent scores (`effective_size`) or hold `LONGEST`,
+    and counts as that many. Scores from the threshold on are left out on both sides.
 
     Args:
         reference: the calibration's scores of good parts.
@@ -99,46 +101,49 @@ class Drift:
     Attributes:
         state: "steady" or "drifting".
         windows: tested so far.
-        p_value, shift: of the last one: how likely its largest gap is by chance, and its median less the reference's.
+        p_value, shift: of the last one: `chance` of its gap, and its median less the reference's.
     """
 
     def __init__(self, reference: Sequence[float]) -> None:
-        self.reference = np.sort(np.asarray(reference, float))
+        self.reference = np.asarray(reference, float)
         self.state = "steady"
         self.windows = 0
         self.p_value, self.shift = 1.0, 0.0
-        self._scores: list[float] = []
         self._threshold = math.nan
+        self._begin()
 
     def add(self, score: float, threshold: float) -> None:
         if threshold != self._threshold:  # what counts as good changed
             self._threshold = threshold
-            self._scores = []
+            self._begin()
         if score >= threshold:
             return
         self._scores.append(score)
-        if len(self._scores) % CHECK_EVERY == 0:
-            scores = np.array(self._scores)
-            size = effective_size(scores)
-            if size >= EFFECTIVE or len(scores) >= LONGEST:
-                self._test(scores, size)
-                self._scores = []
+        if len(self._scores) % BLOCK == 0:
+            self._size += effective_size(np.array(self._scores[-BLOCK:]))
+            if self._size >= EFFECTIVE or len(self._scores) >= LONGEST:
+                self._test(np.array(self._scores), self._size)
+                self._begin()
 
     def explain(self) -> str:
         direction = "higher" if self.shift > 0 else "lower"
         if self.state == "drifting":
             return (
-                f"scores of good parts have left the calibration's (p = {self.p_value:.1e}, median {abs(self.shift):.3f} "
+                f"scores of good parts have left the calibration's (p < {self.p_value:.0e}, median {abs(self.shift):.3f} "
                 f"{direction}): look at lighting, focus and product, or calibrate again"
             )
         return f"scores of good parts are the calibration's again (p = {self.p_value:.2f})"
+
+    def _begin(self) -> None:
+        self._scores: list[float] = []
+        self._size = 0.0
 
     def _test(self, scores: NDArray[np.float64], size: float) -> None:
         reference = self.reference[self.reference < self._threshold]
         if min(len(reference), size) < FEWEST:
             return
         self.windows += 1
-        self.p_value = kolmogorov_smirnov(scores, reference, size)
+        self.p_value = chance(largest_gap(scores, reference), size, len(reference))
         self.shift = float(np.median(scores) - np.median(reference))
         if self.p_value < FALSE_DRIFT:
             self.state = "drifting"
@@ -146,27 +151,22 @@ class Drift:
             self.state = "steady"
 
 
-def kolmogorov_smirnov(sample: NDArray[np.float64], reference: NDArray[np.float64], size: float | None = None) -> float:
-    """Asymptotic p-value of the two-sample test that both come from one continuous distribution.
-
-    With Stephens' correction for finite samples (Use of the Kolmogorov-Smirnov, Cramer-Von Mises and Related Statistics
-    Without Extensive Tables, JRSS B 32, 1970; Press et al., Numerical Recipes, 3rd edition, section 14.3.3).
-
-    Args:
-        sample, reference: float64 (n,) and (m,).
-        size: what the sample is worth in independent values; n if left out.
-    """
-    sample, reference = np.sort(sample), np.sort(reference)
+def largest_gap(sample: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
+    """The two-sample Kolmogorov-Smirnov statistic: how far apart the shares of values up to x get, over all x."""
     at = np.concatenate([sample, reference])
-    shares = (np.searchsorted(values, at, side="right") / len(values) for values in (sample, reference))
-    gap = float(np.abs(next(shares) - next(shares)).max())
-    n, m = size or len(sample), len(reference)
-    root = math.sqrt(n * m / (n + m))
-    x = (root + 0.12 + 0.11 / root) * gap
-    if x < 0.2:  # the series converges too slowly; its value is 1 to 12 digits
-        return 1.0
-    terms = ((1 if k % 2 else -1) * math.exp(-2 * (k * x) ** 2) for k in range(1, 101))
-    return min(1.0, max(0.0, 2 * sum(terms)))
+    first, second = (np.searchsorted(np.sort(x), at, side="right") / len(x) for x in (sample, reference))
+    return float(np.abs(first - second).max())
+
+
+def chance(gap: float, size: float, reference: int) -> float:
+    """A bound on the probability of such a gap where nothing changed, for all but `UNLUCKY` of references.
+
+    The Dvoretzky-Kiefer-Wolfowitz inequality with Massart's constant (The Tight Constant in the
+    Dvoretzky-Kiefer-Wolfowitz Inequality, Annals of Probability 18, 1990): shares of n independent values are further
+    than t from the true ones with probability 2 exp(-2 n t^2) at most. The reference is allowed its own t first.
+    """
+    allowed = math.sqrt(math.log(2 / UNLUCKY) / (2 * reference))
+    return min(1.0, 2 * math.exp(-2 * size * max(0.0, gap - allowed) ** 2))
 
 
 def effective_size(values: NDArray[np.float64]) -> float:

@@ -68,11 +68,15 @@ class Delivery:
             self._deadline = deadline
             self._changed.notify_all()
 
-    def join(self, grace: float = 1.0) -> bool:
-        """Wait until the sink is closed, or `grace` seconds past the deadline: whether it is."""
+    def join(self, grace: float = 1.0) -> None:
+        """Wait until the sink is closed, or `grace` seconds past the deadline; what it hasn't taken then is lost."""
         if self._deadline is not None:
             self._thread.join(max(0.0, self._deadline - time.monotonic()) + grace)
-        return not self._thread.is_alive()
+        with self._changed:
+            if self._thread.is_alive():
+                self.failure = "did not close in time"
+                self.dropped += len(self._waiting)
+                self._waiting.clear()
 
     def state(self) -> dict[str, Any]:
         with self._changed:

@@ -31,6 +31,7 @@ T = TypeVar("T")
 class Source(Protocol):
     """Where frames come from; see `fbclip.runtime.sources`."""
 
+    name: str
     live: bool  # frames may be dropped
 
     @property
@@ -64,7 +65,7 @@ class LiveSummary:
     Attributes:
         frames: results handed to the sinks.
         anomalous, alarms: of these, anomalous frames and alarms raised.
-        refused: frames that could not be inspected, like one of another size than the graph takes.
+        refused, refusal: frames that could not be inspected, like one of another size than the graph takes, and why.
         seconds: from start to end.
         status: the last `Pipeline.status()`.
     """
@@ -73,6 +74,7 @@ class LiveSummary:
     anomalous: int
     alarms: int
     refused: int
+    refusal: str
     seconds: float
     status: dict[str, Any]
 
@@ -111,13 +113,13 @@ class Pipeline:
     ) -> None:
         self.source, self.predictor = source, predictor
         self.decider, self.limits = decider or Decider(), limits or Limits()
-        self._camera = {"name": "", "state": "connecting", "message": ""}
+        self._camera = {"name": source.name, "state": "connecting", "message": ""}
         self._stopping = threading.Event()
         self._began = time.monotonic()
         self._ages, self._rate = Percentiles(), Rate()
         self._stages = {stage: Percentiles() for stage in STAGES}
         self._frames = self._anomalous = self._alarms = self._refused = 0
-        self._refusing = False
+        self._refusing, self._refusal = False, ""
         self._last: Result | None = None
         self._deliveries = [Delivery(sink, self.limits.room, not source.live, self._sink_turned) for sink in sinks]
         source.listen(self._heard)
@@ -143,8 +145,10 @@ class Pipeline:
                 stack.callback(timer.cancel)
             for scored in results:
                 self._conclude(*scored)
-        seconds = time.monotonic() - self._began
-        return LiveSummary(self._frames, self._anomalous, self._alarms, self._refused, seconds, self.status())
+            seconds = time.monotonic() - self._began
+        return LiveSummary(
+            self._frames, self._anomalous, self._alarms, self._refused, self._refusal, seconds, self.status()
+        )
 
     def stop(self) -> None:
         """End the run soon, from any thread: no more frames are taken, those in work are finished."""
@@ -195,24 +199,25 @@ class Pipeline:
             try:
                 batch = self.predictor.prepare(frame.image)
             except ImageError as error:
-                self._refuse(frame, error, first=taken == 0)
+                self._refuse(error, first=taken == 0)
                 continue
             if self._refusing:
                 self._refusing = False
-                self._tell_source(frame, "live", "frames can be inspected again")
+                self._tell_source("live", "frames can be inspected again")
             yield _Prepared(frame, batch, (time.perf_counter() - start) * 1e3)
             taken += 1
             if taken == self.limits.max_frames:
                 return
 
-    def _refuse(self, frame: Frame, error: ImageError, first: bool) -> None:
+    def _refuse(self, error: ImageError, first: bool) -> None:
         """Count a frame that can't be inspected; a camera whose first one can't will have no other."""
         if first and self.source.live:
             raise error
         self._refused += 1
+        self._refusal = str(error)
         if not self._refusing:
             self._refusing = True
-            self._tell_source(frame, "lost", str(error))
+            self._tell_source("lost", str(error))
 
     def _scored(self, jobs: Iterator[_Prepared]) -> Iterator[_Scored]:
         for frame, batch, preprocess_ms in jobs:
@@ -241,14 +246,14 @@ class Pipeline:
         if alarm != before:
             counters = {"frames": self._frames, "anomalous": self._anomalous, "alarms": self._alarms}
             state, message = ("on" if alarm else "off"), self.decider.explain(prediction)
-            self._tell(Notice(frame.wall, "alarm", frame.name, state, message, counters))
+            self._tell(Notice(frame.wall, "alarm", self.source.name, state, message, counters))
         if (drift := self.decider.drift) and drift.state != steady:
             counters = {"frames": self._frames, "windows": drift.windows}
-            self._tell(Notice(frame.wall, "drift", frame.name, drift.state, drift.explain(), counters))
+            self._tell(Notice(frame.wall, "drift", self.source.name, drift.state, drift.explain(), counters))
 
     def _heard(self, notice: Notice) -> None:
         """The source changed; called from its thread."""
-        self._camera = {"name": notice.subject, "state": notice.state, "message": notice.message}
+        self._camera |= {"state": notice.state, "message": notice.message}
         self._tell(notice)
 
     def _tell(self, notice: Notice) -> None:
@@ -261,13 +266,13 @@ class Pipeline:
             if delivery is not turned:
                 delivery.put(notice)
 
-    def _tell_source(self, frame: Frame, state: str, message: str) -> None:
+    def _tell_source(self, state: str, message: str) -> None:
         counters = {**self.source.counters, "refused": self._refused}
-        self._heard(Notice(time.time(), "source", self._camera["name"] or frame.name, state, message, counters))
+        self._heard(Notice(time.time(), "source", self.source.name, state, message, counters))
 
     def _tell_run(self, state: str, message: str) -> None:
         counters = {"frames": self._frames, "anomalous": self._anomalous, "alarms": self._alarms}
-        self._tell(Notice(time.time(), "run", self._camera["name"], state, message, counters))
+        self._tell(Notice(time.time(), "run", self.source.name, state, message, counters))
 
     def _close_sinks(self) -> None:
         self._tell_run("ended", "the run ended")

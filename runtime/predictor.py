@@ -90,7 +90,7 @@ class Predictor:
         threshold: 0..1, or None for the bundle's.
         roi: where frames are inspected; None for all of them.
         min_area: pixels of the frame: smaller regions don't count, and an anomaly needs one that does. 0 asks for
-            none.
+            none, except within a mask (see `Roi`), where it is 1 at least.
 
     Raises:
         BundleError, DeviceError, UsageError.
@@ -109,7 +109,9 @@ class Predictor:
         self.threshold = self.bundle.manifest.threshold if threshold is None else threshold
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold is a probability between 0 and 1; got {self.threshold}")
-        self.roi, self.min_area = roi, min_area
+        self.roi = roi
+        # beside a mask the score sees what the mask leaves out; the map doesn't
+        self.min_area = max(min_area, 1) if roi and roi.inside is not None else min_area
         self.backend, self.precision = make_backend(self.bundle, device, precision)
 
     def __call__(self, image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str = "rgb") -> Prediction:
@@ -174,9 +176,9 @@ class Predictor:
             anomaly_map = anomaly_map.reshape(y1 - y0, x1 - x0)
         if self.roi:
             part, anomaly_map = anomaly_map, np.zeros((height, width), np.float32)
-            np.multiply(part, self.roi.inside, out=anomaly_map[y0:y1, x0:x1])
-            if not self.roi.rectangle:
-                score = min(score, float(anomaly_map.max()))
+            anomaly_map[y0:y1, x0:x1] = part
+            if self.roi.inside is not None:
+                anomaly_map[y0:y1, x0:x1] *= self.roi.inside
         regions = find_regions(anomaly_map, threshold, self.min_area)
         timings_ms = {**timings_ms, "postprocess": (time.perf_counter() - start) * 1e3}
         return Prediction(score, threshold, anomaly_map, model_map, regions, timings_ms, frame, self.min_area)

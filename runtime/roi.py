@@ -18,10 +18,10 @@ from fbclip.reading import read_mask
 class Roi:
     """A region of interest. The model sees its box alone, as if the frame ended there.
 
-    The image score is the class token's, which looks at everything it is shown and can't be told apart by place. Of a
-    rectangle it is therefore the score of the frame cut to it. Within a mask of another shape, where the box holds
-    more than the mask, the score is the smaller of the box's and the highest value of the map inside the mask: what
-    lies outside can't raise it over the threshold alone.
+    The image score is the class token's, which looks at everything it is shown and can't be told apart by place: here
+    it is the score of the frame cut to the box. A mask of another shape leaves out some of its box, and what lies there
+    may raise the score. So with such a mask an anomaly also needs a region of the map inside it, and the map is 0
+    outside.
 
     Attributes:
         text: what was asked for.

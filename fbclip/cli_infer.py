@@ -1,0 +1,158 @@
+"""`fbclip infer`: images, or one stream."""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from click.core import ParameterSource
+
+from fbclip.cli_common import BundleOption, DeviceOption, make_console
+
+CAPTURE, VERDICT, SINKS = "Cameras and streams", "Verdict", "Where results go"
+OF_IMAGES = ("save_map", "map_size", "project", "name", "exist_ok")
+OF_STREAMS = (
+    "resolution",
+    "fps",
+    "every",
+    "give_up",
+    "duration",
+    "vote",
+    "events",
+    "events_size",
+    "show",
+    "video",
+    "mqtt",
+    "webhook",
+    "metrics_port",
+)
+
+
+class MapSize(str, Enum):
+    frame = "frame"
+    model = "model"
+
+
+def live(panel: str, help: str, **settings: Any) -> Any:
+    """An option of streams alone."""
+    return typer.Option(help=f"{help} Streams only.", rich_help_panel=panel, **settings)
+
+
+def infer(
+    context: typer.Context,
+    source: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Images, folders, globs; or one stream: a camera's number, /dev/video0, csi://0, a video file, "
+            "rtsp://…, http://…. The sample images if left out."
+        ),
+    ] = None,
+    bundle: BundleOption = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
+    max_frames: Annotated[int | None, typer.Option(min=1, help="End after so many frames or images.")] = None,
+    camera: Annotated[
+        str | None, typer.Option(help="Like SOURCE: a camera's number, …", rich_help_panel=CAPTURE)
+    ] = None,
+    watch: Annotated[bool, live(CAPTURE, "SOURCE is a folder: inspect images as they arrive.")] = False,
+    resolution: Annotated[str | None, live(CAPTURE, "WIDTHxHEIGHT to ask the camera for.")] = None,
+    fps: Annotated[float | None, live(CAPTURE, "Frames per second to ask the camera for.", min=0.01)] = None,
+    every: Annotated[int, live(CAPTURE, "Inspect every Nth frame.", min=1)] = 1,
+    give_up: Annotated[
+        float | None, live(CAPTURE, "Seconds without a frame after which the run fails; never, if left out.", min=0)
+    ] = None,
+    duration: Annotated[float | None, live(CAPTURE, "End after so many seconds.", min=0)] = None,
+    threshold: Annotated[
+        str, typer.Option(help="auto (the bundle's), or a probability 0 to 1.", rich_help_panel=VERDICT)
+    ] = "auto",
+    roi: Annotated[
+        str | None, typer.Option(help="Inspect only x0,y0,x1,y1 in pixels, or a mask picture.", rich_help_panel=VERDICT)
+    ] = None,
+    min_area: Annotated[
+        int, typer.Option(min=0, help="An anomaly needs a region of so many pixels.", rich_help_panel=VERDICT)
+    ] = 0,
+    vote: Annotated[str, live(VERDICT, "K/N: alarm where K of the last N frames are anomalous.")] = "1/1",
+    save: Annotated[bool, typer.Option(help="Write overlay pictures of images.", rich_help_panel=SINKS)] = True,
+    save_map: Annotated[
+        bool, typer.Option("--save-map", help="Write anomaly maps of images, float32 .npy.", rich_help_panel=SINKS)
+    ] = False,
+    map_size: Annotated[
+        MapSize, typer.Option(help="Size of saved maps: the frame's or the model's.", rich_help_panel=SINKS)
+    ] = MapSize.frame,
+    json: Annotated[
+        str | None,
+        typer.Option(help="Write JSON lines to this file, or - for standard output.", rich_help_panel=SINKS),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a CSV table to this file.", rich_help_panel=SINKS)] = None,
+    events: Annotated[Path | None, live(SINKS, "Save the frames around each alarm in this folder.")] = None,
+    events_size: Annotated[str, live(SINKS, "Bound of that folder.")] = "1GB",
+    show: Annotated[bool, live(SINKS, "A window with the overlay.", show_default=False)] = False,
+    video: Annotated[Path | None, live(SINKS, "Write the overlays to this Motion JPEG file (.avi).")] = None,
+    mqtt: Annotated[str | None, live(SINKS, "mqtt://[user:password@]host[:port]/prefix.")] = None,
+    webhook: Annotated[str | None, live(SINKS, "Address that alarms and notices are posted to.")] = None,
+    metrics_port: Annotated[int | None, live(SINKS, "Port of 127.0.0.1 for Prometheus.", min=1, max=65535)] = None,
+    project: Annotated[Path, typer.Option(help="Folder of the runs.", rich_help_panel=SINKS)] = Path("runs/infer"),
+    name: Annotated[str, typer.Option(help="Name of this run.", rich_help_panel=SINKS)] = "exp",
+    exist_ok: Annotated[
+        bool, typer.Option("--exist-ok", help="Write into the run's folder if it is there.", rich_help_panel=SINKS)
+    ] = False,
+) -> None:
+    """Score images, or the frames of a camera, and draw where the defects are."""
+    from fbclip.runtime.decisions import Vote
+    from fbclip.runtime.events import parse_size
+    from fbclip.runtime.images import list_images
+    from fbclip.runtime.infer import Outputs, infer, new_run, report
+    from fbclip.runtime.live_infer import Stream, find_stream, infer_stream, parse_resolution
+    from fbclip.runtime.pipeline import Limits
+    from fbclip.runtime.predictor import Predictor
+    from fbclip.runtime.roi import Roi
+    from fbclip.runtime.sinks import SinkOptions
+    from fbclip.runtime.sources import CaptureOptions
+
+    console = make_console(stderr=json == "-")
+    stream = find_stream(source or [], camera, watch)
+    _refuse(context, *(("a stream", OF_IMAGES) if stream else ("images", OF_STREAMS)))
+    region = Roi.parse(roi) if roi else None
+    make_predictor = partial(Predictor, bundle, device, precision, _threshold(threshold), roi=region, min_area=min_area)
+    if stream:
+        setup = Stream(
+            stream,
+            CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch),
+            SinkOptions(show, video, json=json, csv=csv, mqtt=mqtt, webhook=webhook, metrics_port=metrics_port),
+            Vote.parse(vote),
+            events,
+            parse_size(events_size),
+            Limits(max_frames, duration),
+        )
+        infer_stream(make_predictor(), setup, console)
+    else:
+        images = list_images(source or [])[:max_frames]
+        predictor = make_predictor()
+        folder = new_run(project, name, exist_ok) if save or save_map else None
+        outputs = Outputs(folder, save, save_map, map_size.value, json, csv)
+        summary = infer(predictor, images, outputs, console)
+        report(summary, outputs, console)
+        if summary.skipped:
+            raise typer.Exit(2)
+
+
+def _threshold(text: str) -> float | None:
+    from fbclip.errors import UsageError
+
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError as error:
+        raise UsageError(f"--threshold is auto or a probability between 0 and 1; got {text!r}") from error
+
+
+def _refuse(context: typer.Context, source: str, options: tuple[str, ...]) -> None:
+    """Options that this kind of source would ignore."""
+    from fbclip.errors import UsageError
+
+    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"SOURCE is {source}, which {names} can't be used with: leave it out, or see fbclip infer -h")
