@@ -82,16 +82,13 @@ class Mqtt:
         self._publish("notices", notice)
 
     def close(self) -> None:
-        """Wait 3 s at most for what is under way; OSError if the broker didn't acknowledge all of it."""
-        acknowledged = True
+        """Wait 3 s at most for what is under way; OSError if the broker didn't acknowledge it all."""
         if self._last:
-            if self._away_since is None:
-                self._last.wait_for_publish(FLUSH_S)
-            acknowledged = self._last.is_published()
+            self._last.wait_for_publish(FLUSH_S)
         self._status("offline")
         self._client.disconnect()
         self._client.loop_stop()
-        if not acknowledged:
+        if self._last and not self._last.is_published():
             raise OSError(f"the MQTT broker {self._broker} has not acknowledged the last messages")
 
     def _publish(self, topic: str, record: Result | Notice) -> None:

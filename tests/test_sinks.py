@@ -23,7 +23,6 @@ from delivered import notice, result
 from prometheus_client.parser import text_string_to_metric_families
 
 from fbclip.errors import UsageError
-from fbclip.runtime import sinks
 from fbclip.runtime.sinks import LineFile, SinkOptions, Video, make_sinks
 from fbclip.runtime.sinks_network import Metrics, Webhook
 
@@ -76,7 +75,7 @@ def test_json_lines_go_to_standard_output() -> None:
 def test_kill_at_random_times_tears_at_most_the_line_under_way(tmp_path: Path) -> None:
     path, random = tmp_path / "live.jsonl", Random(0)
     acknowledged: list[int] = []
-    for run in range(60):
+    for run in range(40):
 
         def work(acknowledge: Callable[[int], None], run: int = run) -> NoReturn:
             lines = LineFile(path, limit=200_000, keep=5000)  # some are killed while the file is put aside
@@ -308,10 +307,10 @@ def test_window_without_display_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_no_sink_stays_open_when_a_later_one_fails(tmp_path: Path) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = set(Path("/proc/self/fd").iterdir())
     with pytest.raises(UsageError):
         make_sinks(SinkOptions(json=str(tmp_path / "a.jsonl"), csv=tmp_path / "b.csv", webhook="nonsense"))
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(Path("/proc/self/fd").iterdir()) == before
 
 
 class Receiver(HTTPServer):
