@@ -342,10 +342,12 @@ class Window:
         if self._was_closed:
             return
         try:
+            picture = _bgr(result)
             if not self._is_open:
-                cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
+                cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
+                cv2.resizeWindow(WINDOW, picture.shape[1], picture.shape[0])
                 self._is_open = True
-            cv2.imshow(WINDOW, _bgr(result))
+            cv2.imshow(WINDOW, picture)
             key = cv2.waitKey(1) & 0xFF
             self._was_closed = key in (ord("q"), 27) or cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
         except cv2.error as error:

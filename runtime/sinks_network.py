@@ -212,11 +212,9 @@ class Metrics:
         self._stages = Histogram(
             "fbclip_stage_seconds", "Time by stage", ["stage"], buckets=(0.001, *SECONDS), registry=registry
         )
-        self._states = {
-            "source": ("live", Gauge("fbclip_source_up", "1 while frames come", ["source"], registry=registry)),
-            "sink": ("working", Gauge("fbclip_sink_up", "0 while results get lost", ["sink"], registry=registry)),
-            "drift": ("steady", Gauge("fbclip_steady", "0 while scores drift", ["test"], registry=registry)),
-        }
+        self._source = Gauge("fbclip_source_up", "1 while frames come", ["source"], registry=registry)
+        self._sink = Gauge("fbclip_sink_up", "0 while a sink fails", ["sink"], registry=registry)
+        self._drifting = Gauge("fbclip_drifting", "1 while scores differ from the calibration's", registry=registry)
         self._server = None
         self.port = port
         if port is not None:
@@ -241,9 +239,12 @@ class Metrics:
             self._stages.labels(stage).observe(milliseconds / 1e3)
 
     def notify(self, notice: Notice) -> None:
-        if notice.kind in self._states:
-            up, gauge = self._states[notice.kind]
-            gauge.labels(notice.subject).set(notice.state == up)
+        if notice.kind == "source":
+            self._source.labels(notice.subject).set(notice.state == "live")
+        elif notice.kind == "sink":
+            self._sink.labels(notice.subject).set(notice.state == "working")
+        elif notice.kind == "drift":
+            self._drifting.set(notice.state == "drifting")
 
     def render(self) -> tuple[bytes, str]:
         """The body of /metrics and its content type."""

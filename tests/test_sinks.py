@@ -398,6 +398,7 @@ def test_metrics_count_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
         metrics.write(result(index, score, alarm=score >= 0.5))
     metrics.notify(notice("source", "live"))
     metrics.notify(notice("sink", "failing", "mqtt"))
+    metrics.notify(notice("drift", "drifting"))
     metrics.notify(notice("run", "started", "fbclip"))
     totals["dropped"] = 4
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics.port}/metrics", timeout=5) as answer:
@@ -420,6 +421,7 @@ def test_metrics_count_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
         "fbclip_source_dropped_total": 4,
         "fbclip_source_up camera:0": 1,
         "fbclip_sink_up mqtt": 0,
+        "fbclip_drifting": 1,
     }
     assert {name: served[name] for name in expected} == expected
     assert served["fbclip_stage_seconds_sum model"] == pytest.approx(0.09)
