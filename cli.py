@@ -71,7 +71,7 @@ def infer(
     bundle: BundleOption = None,
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
-    threshold: Annotated[str, typer.Option(help="auto (the bundle's), or a probability 0 to 1.")] = "auto",
+    threshold: Annotated[str, typer.Option(help="auto (calibrated, else the bundle's), or 0 to 1.")] = "auto",
     save: Annotated[bool, typer.Option(help="Write overlay pictures.")] = True,
     save_map: Annotated[bool, typer.Option("--save-map", help="Write anomaly maps, float32 .npy.")] = False,
     map_size: Annotated[MapSize, typer.Option(help="Size of saved maps: the frame's or the model's.")] = MapSize.frame,
@@ -94,6 +94,8 @@ def infer(
         raise UsageError(f"--threshold is auto or a probability between 0 and 1; got {threshold!r}") from error
     images = list_images(source or [])
     predictor = Predictor(bundle, device, precision, limit)
+    if limit is None:
+        console.print(predictor.explain_threshold(), soft_wrap=True, highlight=False)
     folder = new_run(project, name, exist_ok) if save or save_map else None
     outputs = Outputs(folder, save, save_map, map_size.value, json, csv)
     summary = infer(predictor, images, outputs, console)
@@ -359,6 +361,47 @@ def eval_(
     if not evaluation.complete:
         raise Interrupted("stopped by Ctrl-C; the results hold the classes that were finished", signal.SIGINT)
     if evaluation.skipped:
+        raise typer.Exit(2)
+
+
+@app.command()
+def calibrate(
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[BUNDLE] GOOD...",
+            help="The bundle, or none to calibrate a copy of the embedded one; images of good parts, folders, globs.",
+        ),
+    ],
+    false_alarm_rate: Annotated[
+        float, typer.Option(help="Probability that a new good part raises an alarm; 0.01 needs 99 images.")
+    ] = 0.01,
+    defects: Annotated[
+        list[str] | None, typer.Option(help="Images of defective parts: adds the expected miss rate.")
+    ] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16: what will inspect.")] = "auto",
+) -> None:
+    """Set the threshold from good parts alone, with a stated rate of false alarms."""
+    from fbclip.runtime.calibrate import calibrate, choose_bundle, report
+    from fbclip.runtime.histogram import write_histogram
+    from fbclip.runtime.images import list_images
+    from fbclip.runtime.predictor import Predictor
+
+    console = _console()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    bundle, places = choose_bundle(source, say)
+    predictor = Predictor(bundle, device, precision, calibrated=False)
+    defective = list_images(defects) if defects else []
+    calibration, good, bad = calibrate(predictor, list_images(places), false_alarm_rate, defective, console)
+    report(calibration, good, bad, say)
+    write_histogram(calibration, bad.scores, bundle.path / "calibration.png")
+    calibration.save(bundle)
+    say(f"wrote {bundle.calibration} and its picture, calibration.png: --threshold auto uses it")
+    if good.skipped or bad.skipped:
         raise typer.Exit(2)
 
 

@@ -1,8 +1,8 @@
 """A threshold with a stated false-alarm rate, from the scores of good parts alone.
 
-Split conformal prediction: of n good scores and a new one, all exchangeable, each is equally likely to be the m-th
-highest of the n + 1 or higher. So a new good part scores above the m-th highest of the n with probability at most
-m / (n + 1), whatever the scores' distribution, ties included (Vovk et al., Algorithmic Learning in a Random World, 2005;
+Split conformal prediction: among n good scores and a new one that could have come in any order, the new one is among
+the m highest of the n + 1 with probability m / (n + 1), and only then can it be above the m-th highest of the n. That
+holds for any distribution of the scores, ties included (Vovk et al., Algorithmic Learning in a Random World, 2005;
 Angelopoulos and Bates, A Gentle Introduction to Conformal Prediction, 2021, arXiv:2107.07511, sections 1 and 3.2).
 """
 
@@ -85,6 +85,20 @@ class Calibration:
             raise BundleError(f"{path} is of another model than {bundle.path} holds now: {cure}")
         return calibration
 
+    def explain(self, bundle: Bundle, precision: str) -> str:
+        """One line for a person: what the threshold promises to a bundle that runs in a precision."""
+        text = (
+            f"threshold {self.threshold:.4g} is calibrated: at most {100 * self.false_alarm_rate:g} % false alarms, "
+            f"from {self.count} good images"
+        )
+        if precision == self.precision:
+            return text
+        strayed = sum(bundle.manifest.parity[each]["score_max"] for each in (precision, self.precision))
+        return (
+            f"{text}; they were scored in {self.precision}, and {precision} may differ by {strayed:.0e}, "
+            f"as the export measured: calibrate with --precision {precision} for the exact promise"
+        )
+
     def save(self, bundle: Bundle) -> None:
         """Write it into a bundle; an older one is replaced once this one is whole.
 
@@ -99,39 +113,34 @@ def conformal_threshold(good: Sequence[float], rate: float) -> float:
 
     Args:
         good: n values of good parts, as float32 as the model gives them.
-        rate: 0 to 1, exclusive.
+        rate: above 0 and below 0.5.
 
     Returns:
         The next float32 above the m-th highest value, m = floor(rate (n + 1)): verdicts are `value >= threshold`, and
         a value that ties with the m-th highest must not raise an alarm.
 
     Raises:
-        UsageError: too few values for the rate.
+        UsageError: too few values for the rate, or a rate that is none.
     """
-    alarms = expected_alarms(len(good), rate)
-    if alarms == 0:
-        raise UsageError(
-            f"a false-alarm rate of {rate:g} needs at least {needed(rate)} good images; got {len(good)}: "
-            f"give more, or ask for a rate of {1 / (len(good) + 1):.2g} or higher"
-        )
     # float32 as the maps are, which NumPy compares with a Python float after rounding it
-    return float(np.nextafter(np.float32(sorted(good)[-alarms]), np.float32(np.inf)))
+    return float(np.nextafter(np.float32(sorted(good)[-rank(len(good), rate)]), np.float32(np.inf)))
 
 
-def expected_alarms(count: int, rate: float) -> int:
-    """m = floor(rate (n + 1)) in exact arithmetic: 0.1 is meant as a tenth.
+def rank(count: int, rate: float) -> int:
+    """m = floor(rate (n + 1)), in exact arithmetic: 0.1 means a tenth.
 
     Raises:
-        UsageError: the rate is none.
+        UsageError: fewer than 1 / rate - 1 values, or a rate that is none.
     """
-    if not 0 < rate < 1:
-        raise UsageError(f"--false-alarm-rate is a probability between 0 and 1, both excluded; got {rate:g}")
-    return math.floor(Fraction(str(rate)) * (count + 1))
-
-
-def needed(rate: float) -> int:
-    """The fewest good images that a rate can be promised from: 1 / rate - 1, rounded up."""
-    return math.ceil(1 / Fraction(str(rate))) - 1
+    if not 0 < rate < 0.5:
+        raise UsageError(f"--false-alarm-rate is a probability above 0 and below 0.5, like 0.01; got {rate:g}")
+    exact = Fraction(str(rate))
+    if not (m := math.floor(exact * (count + 1))):
+        raise UsageError(
+            f"a false-alarm rate of {rate:g} needs at least {math.ceil(1 / exact) - 1} good images; got {count}: "
+            f"give more, or a higher --false-alarm-rate"
+        )
+    return m
 
 
 def rate_interval(count: int, rate: float) -> tuple[float, float]:
@@ -140,8 +149,8 @@ def rate_interval(count: int, rate: float) -> tuple[float, float]:
     Over calibrations it is distributed as Beta(m, n + 1 - m), with ties at most as high (Vovk, Conditional validity of
     inductive conformal predictors, 2012, arXiv:1209.2673).
     """
-    alarms = expected_alarms(count, rate)
-    low, high = (beta_quantile(q, alarms, count + 1 - alarms) for q in TAILS)
+    m = rank(count, rate)
+    low, high = (beta_quantile(q, m, count + 1 - m) for q in TAILS)
     return low, high
 
 
@@ -167,3 +176,7 @@ def beta_quantile(q: float, a: int, b: int) -> float:
         reached = np.exp(log_ways + hits * math.log(x) + (trials - hits) * math.log1p(-x)).sum()
         low, high = (x, high) if reached < q else (low, x)
     return x
+
+
+def percent(interval: tuple[float, float]) -> str:
+    return "{:.3g} to {:.3g} %".format(*(100 * bound for bound in interval))

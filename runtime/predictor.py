@@ -17,12 +17,13 @@ from fbclip.errors import ImageError, UsageError
 from fbclip.image import in_order, resize
 from fbclip.reading import read_image, to_rgb
 from fbclip.runtime.backends import make_backend
+from fbclip.runtime.calibration import Calibration
 from fbclip.runtime.draw import draw_overlay
 
 
 @dataclass(frozen=True)
 class Region:
-    """A connected part of the map at or above the threshold.
+    """A connected part of the map at or above the map's threshold.
 
     Attributes:
         box: (x0, y0, x1, y1) in pixels of the frame; x1 and y1 are exclusive.
@@ -41,12 +42,14 @@ class Prediction:
 
     Attributes:
         score: abnormal probability of the image, 0..1.
-        threshold: scores and map values from here on are anomalous.
+        threshold: scores from here on are anomalous.
         anomaly_map: float32 (H, W), 0..1, in the frame's own size.
         model_map: float32 (S, S), the map as the model gives it; (H, W) where the graph takes whole frames.
-        regions: of the map at or above the threshold, the highest peak first.
+        regions: of the map at or above its threshold, the highest peak first.
         timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
         image: the frame itself, uint8 (H, W, 3) RGB.
+        map_threshold: map values from here on are marked; None without a calibration: from `threshold` on.
+        map_scale: map values (low, high) of the first and the last colour of the overlay.
     """
 
     score: float
@@ -56,6 +59,8 @@ class Prediction:
     regions: tuple[Region, ...]
     timings_ms: dict[str, float]
     image: NDArray[np.uint8] = field(repr=False)
+    map_threshold: float | None = None
+    map_scale: tuple[float, float] = (0.0, 1.0)
 
     @property
     def is_anomalous(self) -> bool:
@@ -63,7 +68,9 @@ class Prediction:
 
     def overlay(self) -> NDArray[np.uint8]:
         """The frame with heat map, contours, score and verdict: uint8 (H', W', 3) RGB."""
-        return draw_overlay(self.image, self.anomaly_map, self.score, self.threshold)
+        return draw_overlay(
+            self.image, self.anomaly_map, self.score, self.threshold, self.map_threshold, self.map_scale
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the arrays."""
@@ -84,7 +91,13 @@ class Predictor:
         bundle: a bundle, its path, or None for the embedded default model.
         device: "auto", "cpu", "cuda" or "tensorrt"; never another than the one asked for.
         precision: "auto", "fp32" or "fp16".
-        threshold: 0..1, or None for the bundle's.
+        threshold: of scores, 0..1; None for the calibration's, or the bundle's default where there is none.
+        calibrated: whether to use the bundle's calibration (see `fbclip calibrate`), for the maps also where a
+            threshold is given: scores and maps have scales of their own.
+
+    Attributes:
+        calibration: the one in use, or None.
+        threshold, map_threshold, map_scale: as in a Prediction; each call takes what they are then.
 
     Raises:
         BundleError, DeviceError, UsageError.
@@ -96,9 +109,17 @@ class Predictor:
         device: str = "auto",
         precision: str = "auto",
         threshold: float | None = None,
+        calibrated: bool = True,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-        self.threshold = self.bundle.manifest.threshold if threshold is None else threshold
+        self.calibration = Calibration.load(self.bundle) if calibrated else None
+        self.threshold, self.map_threshold, self.map_scale = self.bundle.manifest.threshold, None, (0.0, 1.0)
+        if self.calibration:
+            self.threshold = self.calibration.threshold
+            self.map_threshold = self.calibration.map_threshold
+            self.map_scale = self.calibration.map_scale
+        if threshold is not None:
+            self.threshold = threshold
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold is a probability between 0 and 1; got {self.threshold}")
         self.backend, self.precision = make_backend(self.bundle, device, precision)
@@ -126,7 +147,7 @@ class Predictor:
         if anomaly_map.shape != (height, width):
             anomaly_map = cv2.resize(anomaly_map, (width, height), interpolation=cv2.INTER_LINEAR)
             anomaly_map = anomaly_map.reshape(height, width)
-        regions = find_regions(anomaly_map, self.threshold)
+        regions = find_regions(anomaly_map, self.threshold if self.map_threshold is None else self.map_threshold)
         end = time.perf_counter()
         timings = {"read": read - start, "preprocess": ready - read, "model": done - ready, "postprocess": end - done}
         return Prediction(
@@ -137,7 +158,16 @@ class Predictor:
             regions,
             {stage: seconds * 1e3 for stage, seconds in timings.items()},
             frame,
+            self.map_threshold,
+            self.map_scale,
         )
+
+    def explain_threshold(self) -> str:
+        """One line for a person: where the threshold comes from where none was given."""
+        if self.calibration is None:
+            default = self.bundle.manifest.threshold
+            return f"threshold {default:g} is the bundle's default: no calibration; run fbclip calibrate"
+        return self.calibration.explain(self.bundle, self.precision)
 
     def _input(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A frame uint8 (H, W, 3) RGB as the graph takes it."""
