@@ -105,9 +105,9 @@ def main() -> None:
 
 def show(results: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False)
-    headings = ("target", "rate, 95 %", "held-out share, 95 %", "held out", "maps", "missed", "dealt: mean", "inside")
+    headings = ("target", "rate, 95 %", "share, 95 %", "held out", "maps", "missed", "dealt: mean", "inside")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for r in results["rates"]:
         shares = (r["score"]["held_out_share"], r["map"]["held_out_share"], r["score"]["miss_rate"])
         table.add_row(
@@ -118,7 +118,7 @@ def show(results: dict[str, Any]) -> None:
             f"{r['dealt']['mean']:.2%}",
             f"{r['dealt']['inside']:.1%}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
     images = results["images"]
     print(
         f"{images['calibrate']} good tiles calibrate, {images['held_out']} check, {images['defective']} are defective"

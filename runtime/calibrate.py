@@ -22,7 +22,7 @@ from fbclip.runtime.calibration import Calibration, binomial_interval, conformal
 from fbclip.runtime.predictor import Predictor
 
 GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in the first colour
-WARM = 0.65  # where on the colour scale yellow turns to orange and red: there the marked values begin
+WARM = 0.6  # where on the colour scale green has become yellow: from there to red are the marked values
 ALIKE = 1 / 3  # autocorrelation from which images count less than half
 
 Say = Callable[[str], None]

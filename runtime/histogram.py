@@ -38,7 +38,7 @@ def write_histogram(calibration: Calibration, defects: Sequence[float], path: Pa
     edges = np.linspace(first, last, BINS + 1)
     good = np.histogram(c.scores, edges)[0] / c.count
     bad = np.histogram(defects, edges)[0] / max(1, len(defects))
-    top = 1.08 * max(good.max(), bad.max())
+    top = 1.08 * float(max(good.max(), bad.max()))
 
     image = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(image, "RGBA")
