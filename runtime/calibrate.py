@@ -146,7 +146,7 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
         found.digests[digest] = None
         found.scores.append(prediction.score)
         found.peaks.append(peak)
-        found.grounds.append(float(np.quantile(prediction.anomaly_map, GOOD_PIXELS)))
+        found.grounds.append(float(np.quantile(prediction.model_map, GOOD_PIXELS)))
     return found
 
 

@@ -158,8 +158,8 @@ class Predictor:
             regions,
             {stage: seconds * 1e3 for stage, seconds in timings.items()},
             frame,
-            self.map_threshold,
-            self.map_scale,
+            map_threshold=self.map_threshold,
+            map_scale=self.map_scale,
         )
 
     def explain_threshold(self) -> str:
