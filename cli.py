@@ -370,7 +370,8 @@ def calibrate(
         list[str],
         typer.Argument(
             metavar="[BUNDLE] GOOD...",
-            help="The bundle, or none to calibrate a copy of the embedded one; images of good parts, folders, globs.",
+            help="The bundle, or none to calibrate a copy of the embedded one; then images, folders, globs, videos or "
+            "cameras (0, rtsp://…) that show good parts.",
         ),
     ],
     false_alarm_rate: Annotated[
@@ -379,11 +380,13 @@ def calibrate(
     defects: Annotated[
         list[str] | None, typer.Option(help="Images of defective parts: adds the expected miss rate.")
     ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Take each Nth image or frame: neighbours are too alike.")] = 1,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Images or frames to take; a camera needs it.")] = None,
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or fp16: what will inspect.")] = "auto",
 ) -> None:
     """Set the threshold from good parts alone, with a stated rate of false alarms."""
-    from fbclip.runtime.calibrate import calibrate, choose_bundle, report
+    from fbclip.runtime.calibrate import calibrate, choose_bundle, good_images, report
     from fbclip.runtime.histogram import write_histogram
     from fbclip.runtime.images import list_images
     from fbclip.runtime.predictor import Predictor
@@ -394,9 +397,10 @@ def calibrate(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     bundle, places = choose_bundle(source, say)
-    predictor = Predictor(bundle, device, precision, calibrated=False)
+    images = good_images(places, every, max_frames, say)
     defective = list_images(defects) if defects else []
-    calibration, good, bad = calibrate(predictor, list_images(places), false_alarm_rate, defective, console)
+    predictor = Predictor(bundle, device, precision, calibrated=False)
+    calibration, good, bad = calibrate(predictor, images, false_alarm_rate, defective, console)
     report(calibration, good, bad, say)
     write_histogram(calibration, bad.scores, bundle.path / "calibration.png")
     calibration.save(bundle)

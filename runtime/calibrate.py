@@ -6,8 +6,9 @@ import hashlib
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -18,8 +19,11 @@ from rich.progress import track
 
 from fbclip.bundle import Bundle
 from fbclip.errors import FBClipError, ImageError, UsageError
+from fbclip.reading import SUFFIXES
 from fbclip.runtime.calibration import Calibration, binomial_interval, conformal_threshold, percent, rank, rate_interval
+from fbclip.runtime.images import list_images
 from fbclip.runtime.predictor import Predictor
+from fbclip.runtime.sources import CaptureOptions, Source, open_source
 
 GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in the first colour
 WARM = 0.6  # where on the colour scale green has become yellow: from there to red are the marked values
@@ -75,6 +79,33 @@ def choose_bundle(sources: list[str], say: Say) -> tuple[Bundle, list[str]]:
     if bundle.manifest != embedded.manifest:
         raise UsageError(f"{path} is here and isn't the embedded bundle: fbclip calibrate {path} GOOD... to mean it")
     return bundle, good
+
+
+def good_images(places: list[str], every: int, most: int | None, say: Say) -> Iterable[Path | NDArray[np.uint8]]:
+    """The images of good parts: paths where there are pictures only, otherwise frames uint8 (H, W, 3) RGB.
+
+    Args:
+        places: images, folders, globs, videos, cameras or streams.
+        every: take each Nth.
+        most: how many to take; None is all.
+        say: told of what can't be read and of cameras that come and go.
+
+    Raises:
+        UsageError: one that is none of these; a camera or stream, which never ends, without `most`.
+    """
+    if all(Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES for place in places):
+        return list_images(places)[::every][:most]
+    sources = [open_source(place, CaptureOptions(every=every)) for place in places]
+    if most is None and (endless := [source.name for source in sources if source.live]):
+        raise UsageError(f"{endless[0]} never ends: pass --max-frames N")
+    return islice(_frames(sources, say), most)
+
+
+def _frames(sources: list[Source], say: Say) -> Iterator[NDArray[np.uint8]]:
+    for source in sources:
+        with source:
+            source.listen(lambda notice: say(notice.message))
+            yield from (frame.image for frame in source)
 
 
 def calibrate(

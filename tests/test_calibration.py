@@ -6,6 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from conftest import Run
@@ -315,3 +316,13 @@ def test_a_strange_bundle_of_the_embedded_name_is_left_alone(tmp_path: Path, mon
     other.write_text(json.dumps({**json.loads(other.read_text()), "threshold": 0.3}))
     with pytest.raises(UsageError, match="isn't the embedded bundle"):
         choose_bundle(["good"], print)
+
+
+def test_frames_of_a_video_and_cameras_that_never_end(fbclip: Run, tmp_path: Path) -> None:
+    writer = cv2.VideoWriter(str(tmp_path / "good.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (96, 96))
+    for path in write_good(tmp_path / "good", 24):
+        writer.write(cv2.imread(str(path)))
+    writer.release()
+    done = fbclip("calibrate", "good.avi", "--every", 2, "--max-frames", 10, "--false-alarm-rate", 0.1)
+    assert "10 good images: scores" in done.stdout
+    assert "/dev/video97 never ends" in fbclip("calibrate", "/dev/video97", code=2).stderr
