@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fbclip.cli_common import BundleOption, DeviceOption, make_console
+from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console
 from fbclip.cli_infer import infer
 
 if TYPE_CHECKING:
@@ -317,6 +317,54 @@ def eval_(
     if not evaluation.complete:
         raise Interrupted("stopped by Ctrl-C; the results hold the classes that were finished", signal.SIGINT)
     if evaluation.skipped:
+        raise typer.Exit(2)
+
+
+@app.command()
+def calibrate(
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[BUNDLE] GOOD...",
+            help="The bundle, or none to calibrate a copy of the embedded one; then images, folders, globs, videos or "
+            "cameras (0, rtsp://…) that show good parts.",
+        ),
+    ],
+    false_alarm_rate: Annotated[
+        float, typer.Option(help="Probability that a new good part raises an alarm; 0.01 needs 99 images.")
+    ] = 0.01,
+    defects: Annotated[
+        list[str] | None, typer.Option(help="Images of defective parts: adds the expected miss rate.")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Take each Nth image or frame: neighbours are too alike.")] = 1,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Images or frames to take; a camera needs it.")] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16: what will inspect.")] = "auto",
+    roi: RoiOption = None,
+) -> None:
+    """Set the threshold from good parts alone, with a stated rate of false alarms."""
+    from fbclip.runtime.calibrate import calibrate, choose_bundle, good_images, report
+    from fbclip.runtime.histogram import write_histogram
+    from fbclip.runtime.images import list_images
+    from fbclip.runtime.predictor import Predictor
+    from fbclip.runtime.roi import Roi
+
+    console = make_console()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    bundle, places = choose_bundle(source, say)
+    images = good_images(places, every, max_frames, say)
+    defective = list_images(defects) if defects else []
+    region = Roi.parse(roi) if roi else None
+    predictor = Predictor(bundle, device, precision, calibrated=False, roi=region)
+    calibration, good, bad = calibrate(predictor, images, false_alarm_rate, defective, console)
+    report(calibration, good, bad, say)
+    write_histogram(calibration, bad.scores, bundle.path / "calibration.png")
+    calibration.save(bundle)
+    say(f"wrote {bundle.calibration} and its picture, calibration.png: --threshold auto uses it")
+    if good.skipped or bad.skipped:
         raise typer.Exit(2)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 BundleOption = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded default model if left out.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, tensorrt (an engine) or ort-tensorrt.")]
+RoiOption = Annotated[str | None, typer.Option(help="Inspect only x0,y0,x1,y1 in pixels, or a mask picture.")]
 
 
 def make_console(stderr: bool = False) -> Console:

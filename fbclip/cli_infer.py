@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
-from fbclip.cli_common import BundleOption, DeviceOption, make_console
+from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console
 
 CAPTURE, VERDICT, SINKS = "Cameras and streams", "Verdict", "Where results go"
 OF_IMAGES = ("save_map", "map_size", "project", "name", "exist_ok")
@@ -66,11 +64,9 @@ def infer(
     ] = None,
     duration: Annotated[float | None, live(CAPTURE, "End after so many seconds.", min=0)] = None,
     threshold: Annotated[
-        str, typer.Option(help="auto (the bundle's), or a probability 0 to 1.", rich_help_panel=VERDICT)
+        str, typer.Option(help="auto (calibrated, else the bundle's), or 0 to 1.", rich_help_panel=VERDICT)
     ] = "auto",
-    roi: Annotated[
-        str | None, typer.Option(help="Inspect only x0,y0,x1,y1 in pixels, or a mask picture.", rich_help_panel=VERDICT)
-    ] = None,
+    roi: RoiOption = None,
     min_area: Annotated[
         int, typer.Option(min=0, help="An anomaly needs a region of so many pixels.", rich_help_panel=VERDICT)
     ] = 0,
@@ -116,7 +112,9 @@ def infer(
     stream = find_stream(source or [], camera, watch)
     _refuse(context, *(("a stream", OF_IMAGES) if stream else ("images", OF_STREAMS)))
     region = Roi.parse(roi) if roi else None
-    make_predictor = partial(Predictor, bundle, device, precision, _threshold(threshold), roi=region, min_area=min_area)
+    predictor = Predictor(bundle, device, precision, _threshold(threshold), roi=region, min_area=min_area)
+    if threshold == "auto":
+        console.print(predictor.explain_threshold(), soft_wrap=True, highlight=False)
     if stream:
         setup = Stream(
             stream,
@@ -127,10 +125,9 @@ def infer(
             parse_size(events_size),
             Limits(max_frames, duration),
         )
-        infer_stream(make_predictor(), setup, console)
+        infer_stream(predictor, setup, console)
     else:
         images = list_images(source or [])[:max_frames]
-        predictor = make_predictor()
         folder = new_run(project, name, exist_ok) if save or save_map else None
         outputs = Outputs(folder, save, save_map, map_size.value, json, csv)
         summary = infer(predictor, images, outputs, console)
@@ -152,7 +149,7 @@ def _refuse(context: typer.Context, source: str, options: tuple[str, ...]) -> No
     """Options that this kind of source would ignore."""
     from fbclip.errors import UsageError
 
-    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if given:
+    sources = {name: context.get_parameter_source(name) for name in options}
+    if given := [name for name, from_ in sources.items() if from_ and from_.name == "COMMANDLINE"]:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UsageError(f"SOURCE is {source}, which {names} can't be used with: leave it out, or see fbclip infer -h")

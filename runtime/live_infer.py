@@ -19,7 +19,7 @@ from rich.text import Text
 from fbclip.errors import ImageError, Interrupted, UsageError
 from fbclip.runtime.decisions import Decider, Drift, Vote
 from fbclip.runtime.events import EventRecorder
-from fbclip.runtime.live import Notice, Result
+from fbclip.runtime.live import Notice, Result, Sink
 from fbclip.runtime.pipeline import Limits, LiveSummary, Pipeline
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sinks import SinkOptions, make_sinks
@@ -111,7 +111,7 @@ def infer_stream(predictor: Predictor, stream: Stream, console: Console) -> None
     decider = Decider(stream.vote, Drift(calibration.scores) if calibration else None)
     recorder = [EventRecorder(stream.events, stream.events_bytes)] if stream.events else []
     with open_source(stream.source, stream.capture) as source:
-        sinks = [ConsoleLog(console), *recorder, *make_sinks(stream.sinks, lambda: source.counters)]
+        sinks: list[Sink] = [ConsoleLog(console), *recorder, *make_sinks(stream.sinks, lambda: source.counters)]
         pipeline = Pipeline(source, predictor, sinks, decider, stream.limits)
         summary, signal = run(pipeline, console)
     print_summary(summary, console)

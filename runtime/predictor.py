@@ -17,13 +17,14 @@ from fbclip.errors import ImageError, UsageError
 from fbclip.image import in_order, resize
 from fbclip.reading import read_image, to_rgb
 from fbclip.runtime.backends import make_backend
+from fbclip.runtime.calibration import Calibration
 from fbclip.runtime.draw import draw_overlay
 from fbclip.runtime.roi import Roi
 
 
 @dataclass(frozen=True)
 class Region:
-    """A connected part of the map at or above the threshold.
+    """A connected part of the map at or above the map's threshold.
 
     Attributes:
         box: (x0, y0, x1, y1) in pixels of the frame; x1 and y1 are exclusive.
@@ -42,12 +43,14 @@ class Prediction:
 
     Attributes:
         score: abnormal probability of the image or its region of interest (see `Roi`), 0..1.
-        threshold: scores and map values from here on are anomalous.
+        threshold: scores from here on are anomalous.
         anomaly_map: float32 (H, W), 0..1, in the frame's own size; 0 outside the region of interest.
         model_map: float32 (S, S), the map as the model gives it; (H, W) where the graph takes whole frames.
-        regions: of the map at or above the threshold and not smaller than `min_area`, the highest peak first.
+        regions: of the map at or above its threshold and not smaller than `min_area`, the highest peak first.
         timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
         image: the frame itself, uint8 (H, W, 3) RGB.
+        map_threshold: map values from here on are marked; None without a calibration: from `threshold` on.
+        map_scale: map values (low, high) of the first and the last colour of the overlay.
         min_area: pixels that a region needs, and an anomaly needs a region; 0 where it needs none.
     """
 
@@ -58,6 +61,8 @@ class Prediction:
     regions: tuple[Region, ...]
     timings_ms: dict[str, float]
     image: NDArray[np.uint8] = field(repr=False)
+    map_threshold: float | None = None
+    map_scale: tuple[float, float] = (0.0, 1.0)
     min_area: int = 0
 
     @property
@@ -66,7 +71,9 @@ class Prediction:
 
     def overlay(self) -> NDArray[np.uint8]:
         """The frame with heat map, contours, score and verdict: uint8 (H', W', 3) RGB."""
-        return draw_overlay(self.image, self.anomaly_map, self.score, self.threshold)
+        return draw_overlay(
+            self.image, self.anomaly_map, self.score, self.threshold, self.map_threshold, self.map_scale
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the arrays."""
@@ -87,10 +94,16 @@ class Predictor:
         bundle: a bundle, its path, or None for the embedded default model.
         device: "auto", "cpu", "cuda" or "tensorrt"; never another than the one asked for.
         precision: "auto", "fp32" or "fp16".
-        threshold: 0..1, or None for the bundle's.
+        threshold: of scores, 0..1; None for the calibration's, or the bundle's default where there is none.
+        calibrated: whether to use the bundle's calibration (see `fbclip calibrate`), for the maps also where a
+            threshold is given: scores and maps have scales of their own.
         roi: where frames are inspected; None for all of them.
         min_area: pixels of the frame: smaller regions don't count, and an anomaly needs one that does. 0 asks for
             none, except within a mask (see `Roi`), where it is 1 at least.
+
+    Attributes:
+        calibration: the one in use, or None.
+        threshold, map_threshold, map_scale: as in a Prediction; each call takes what they are then.
 
     Raises:
         BundleError, DeviceError, UsageError.
@@ -102,11 +115,24 @@ class Predictor:
         device: str = "auto",
         precision: str = "auto",
         threshold: float | None = None,
+        calibrated: bool = True,
         roi: Roi | None = None,
         min_area: int = 0,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-        self.threshold = self.bundle.manifest.threshold if threshold is None else threshold
+        self.calibration = Calibration.load(self.bundle) if calibrated else None
+        self.threshold, self.map_threshold, self.map_scale = self.bundle.manifest.threshold, None, (0.0, 1.0)
+        if self.calibration:
+            self.threshold = self.calibration.threshold
+            self.map_threshold = self.calibration.map_threshold
+            self.map_scale = self.calibration.map_scale
+        if threshold is not None:
+            self.threshold = threshold
+        elif self.calibration and self.calibration.roi != (roi.identity if roi else None):
+            raise UsageError(
+                f"{self.bundle.path} was calibrated {_where(self.calibration.roi)}, and other frames have other scores: "
+                f"calibrate {_where(roi.identity if roi else None)}, or pass a --threshold"
+            )
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold is a probability between 0 and 1; got {self.threshold}")
         self.roi = roi
@@ -135,6 +161,13 @@ class Predictor:
         timings = {"read": read - start, "preprocess": ready - read, "model": done - ready}
         timings_ms = {stage: seconds * 1e3 for stage, seconds in timings.items()}
         return self.conclude(frame, float(scores[0]), maps[0], timings_ms)
+
+    def explain_threshold(self) -> str:
+        """One line for a person: where the threshold comes from where none was given."""
+        if self.calibration is None:
+            default = self.bundle.manifest.threshold
+            return f"threshold {default:g} is the bundle's default: no calibration; run fbclip calibrate"
+        return self.calibration.explain(self.bundle, self.precision)
 
     def prepare(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A frame uint8 (H, W, 3) RGB, or its region of interest, as the graph takes it: (1, H', W', 3).
@@ -172,16 +205,28 @@ class Predictor:
         x0, y0, x1, y1 = self.roi.box if self.roi else (0, 0, width, height)
         anomaly_map = model_map
         if anomaly_map.shape != (y1 - y0, x1 - x0):
-            anomaly_map = cv2.resize(anomaly_map, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
-            anomaly_map = anomaly_map.reshape(y1 - y0, x1 - x0)
+            enlarged = cv2.resize(model_map, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
+            anomaly_map = np.asarray(enlarged, np.float32).reshape(y1 - y0, x1 - x0)
         if self.roi:
             part, anomaly_map = anomaly_map, np.zeros((height, width), np.float32)
             anomaly_map[y0:y1, x0:x1] = part
             if self.roi.inside is not None:
                 anomaly_map[y0:y1, x0:x1] *= self.roi.inside
-        regions = find_regions(anomaly_map, threshold, self.min_area)
+        map_threshold = self.map_threshold
+        regions = find_regions(anomaly_map, threshold if map_threshold is None else map_threshold, self.min_area)
         timings_ms = {**timings_ms, "postprocess": (time.perf_counter() - start) * 1e3}
-        return Prediction(score, threshold, anomaly_map, model_map, regions, timings_ms, frame, self.min_area)
+        return Prediction(
+            score,
+            threshold,
+            anomaly_map,
+            model_map,
+            regions,
+            timings_ms,
+            frame,
+            map_threshold,
+            self.map_scale,
+            self.min_area,
+        )
 
     @staticmethod
     def _frame(image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str) -> NDArray[np.uint8]:
@@ -196,6 +241,10 @@ class Predictor:
         if image.ndim == 2:
             return np.repeat(image[..., None], 3, axis=2)
         return image if channel_order == "rgb" else np.ascontiguousarray(image[..., ::-1])
+
+
+def _where(roi: str | None) -> str:
+    return f"with --roi {roi}" if roi else "without --roi"
 
 
 def find_regions(anomaly_map: NDArray[np.float32], threshold: float, min_area: int = 0) -> tuple[Region, ...]:

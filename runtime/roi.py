@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,14 @@ class Roi:
             raise UsageError(f"--roi {text} is black all over: paint white where frames are to be inspected")
         inside = mask[y : y + height, x : x + width]
         return cls(text, (x, y, x + width, y + height), None if inside.all() else inside, mask.shape)
+
+    @property
+    def identity(self) -> str:
+        """What distinguishes it, wherever a mask's file may be."""
+        x0, y0, x1, y1 = self.box
+        if self.inside is None:
+            return f"{x0},{y0},{x1},{y1}"
+        return f"MASK (sha256 {hashlib.sha256(self.inside.tobytes()).hexdigest()[:16]}) in {x0},{y0},{x1},{y1}"
 
     def crop(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The box of a frame uint8 (H, W, 3).
