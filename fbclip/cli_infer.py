@@ -10,7 +10,7 @@ import typer
 
 from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console
 
-CAPTURE, VERDICT, SINKS = "Cameras and streams", "Verdict", "Where results go"
+IMAGES, STREAMS = "Images", "Cameras, streams, videos, watched folders"
 OF_IMAGES = ("save_map", "map_size", "project", "name", "exist_ok")
 OF_STREAMS = (
     "resolution",
@@ -34,9 +34,8 @@ class MapSize(str, Enum):
     model = "model"
 
 
-def live(panel: str, help: str, **settings: Any) -> Any:
-    """An option of streams alone."""
-    return typer.Option(help=f"{help} Streams only.", rich_help_panel=panel, **settings)
+def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
 
 def infer(
@@ -51,50 +50,35 @@ def infer(
     bundle: BundleOption = None,
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
-    max_frames: Annotated[int | None, typer.Option(min=1, help="End after so many frames or images.")] = None,
-    camera: Annotated[
-        str | None, typer.Option(help="Like SOURCE: a camera's number, …", rich_help_panel=CAPTURE)
-    ] = None,
-    watch: Annotated[bool, live(CAPTURE, "SOURCE is a folder: inspect images as they arrive.")] = False,
-    resolution: Annotated[str | None, live(CAPTURE, "WIDTHxHEIGHT to ask the camera for.")] = None,
-    fps: Annotated[float | None, live(CAPTURE, "Frames per second to ask the camera for.", min=0.01)] = None,
-    every: Annotated[int, live(CAPTURE, "Inspect every Nth frame.", min=1)] = 1,
-    give_up: Annotated[
-        float | None, live(CAPTURE, "Seconds without a frame after which the run fails; never, if left out.", min=0)
-    ] = None,
-    duration: Annotated[float | None, live(CAPTURE, "End after so many seconds.", min=0)] = None,
-    threshold: Annotated[
-        str, typer.Option(help="auto (calibrated, else the bundle's), or 0 to 1.", rich_help_panel=VERDICT)
-    ] = "auto",
+    threshold: Annotated[str, typer.Option(help="auto (calibrated, else the bundle's), or 0 to 1.")] = "auto",
     roi: RoiOption = None,
-    min_area: Annotated[
-        int, typer.Option(min=0, help="An anomaly needs a region of so many pixels.", rich_help_panel=VERDICT)
-    ] = 0,
-    vote: Annotated[str, live(VERDICT, "K/N: alarm where K of the last N frames are anomalous.")] = "1/1",
-    save: Annotated[bool, typer.Option(help="Write overlay pictures of images.", rich_help_panel=SINKS)] = True,
-    save_map: Annotated[
-        bool, typer.Option("--save-map", help="Write anomaly maps of images, float32 .npy.", rich_help_panel=SINKS)
-    ] = False,
-    map_size: Annotated[
-        MapSize, typer.Option(help="Size of saved maps: the frame's or the model's.", rich_help_panel=SINKS)
-    ] = MapSize.frame,
-    json: Annotated[
-        str | None,
-        typer.Option(help="Write JSON lines to this file, or - for standard output.", rich_help_panel=SINKS),
+    min_area: Annotated[int, typer.Option(min=0, help="An anomaly needs a region of so many pixels.")] = 0,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="End after so many images or frames.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write JSON lines to this file, or - for standard output.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a CSV table to this file.")] = None,
+    save: Annotated[bool, option(IMAGES, "Write overlay pictures.")] = True,
+    save_map: Annotated[bool, option(IMAGES, "Write anomaly maps, float32 .npy.", "--save-map")] = False,
+    map_size: Annotated[MapSize, option(IMAGES, "Size of saved maps: the frame's or the model's.")] = MapSize.frame,
+    project: Annotated[Path, option(IMAGES, "Folder of the runs.")] = Path("runs/infer"),
+    name: Annotated[str, option(IMAGES, "Name of this run.")] = "exp",
+    exist_ok: Annotated[bool, option(IMAGES, "Write into the run's folder if it is there.", "--exist-ok")] = False,
+    camera: Annotated[str | None, option(STREAMS, "The same as SOURCE: a camera's number, …")] = None,
+    watch: Annotated[bool, option(STREAMS, "SOURCE is a folder: inspect images as they arrive.", "--watch")] = False,
+    resolution: Annotated[str | None, option(STREAMS, "WIDTHxHEIGHT to ask the camera for.")] = None,
+    fps: Annotated[float | None, option(STREAMS, "Frames per second to ask the camera for.")] = None,
+    every: Annotated[int, option(STREAMS, "Inspect every Nth frame.", min=1)] = 1,
+    give_up: Annotated[
+        float | None, option(STREAMS, "Seconds without a frame after which the run fails; never, if left out.")
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write a CSV table to this file.", rich_help_panel=SINKS)] = None,
-    events: Annotated[Path | None, live(SINKS, "Save the frames around each alarm in this folder.")] = None,
-    events_size: Annotated[str, live(SINKS, "Bound of that folder.")] = "1GB",
-    show: Annotated[bool, live(SINKS, "A window with the overlay.", show_default=False)] = False,
-    video: Annotated[Path | None, live(SINKS, "Write the overlays to this Motion JPEG file (.avi).")] = None,
-    mqtt: Annotated[str | None, live(SINKS, "mqtt://[user:password@]host[:port]/prefix.")] = None,
-    webhook: Annotated[str | None, live(SINKS, "Address that alarms and notices are posted to.")] = None,
-    metrics_port: Annotated[int | None, live(SINKS, "Port of 127.0.0.1 for Prometheus.", min=1, max=65535)] = None,
-    project: Annotated[Path, typer.Option(help="Folder of the runs.", rich_help_panel=SINKS)] = Path("runs/infer"),
-    name: Annotated[str, typer.Option(help="Name of this run.", rich_help_panel=SINKS)] = "exp",
-    exist_ok: Annotated[
-        bool, typer.Option("--exist-ok", help="Write into the run's folder if it is there.", rich_help_panel=SINKS)
-    ] = False,
+    duration: Annotated[float | None, option(STREAMS, "End after so many seconds.", min=0)] = None,
+    vote: Annotated[str, option(STREAMS, "K/N: alarm where K of the last N frames are anomalous.")] = "1/1",
+    events: Annotated[Path | None, option(STREAMS, "Save the frames around each alarm in this folder.")] = None,
+    events_size: Annotated[str, option(STREAMS, "Bound of that folder; the oldest go.")] = "1GB",
+    show: Annotated[bool, option(STREAMS, "A window with the overlay.", "--show")] = False,
+    video: Annotated[Path | None, option(STREAMS, "Write the overlays to this Motion JPEG file (.avi).")] = None,
+    mqtt: Annotated[str | None, option(STREAMS, "mqtt://user:password@host:port/prefix of a broker.")] = None,
+    webhook: Annotated[str | None, option(STREAMS, "Address that alarms and notices are posted to.")] = None,
+    metrics_port: Annotated[int | None, option(STREAMS, "Port of 127.0.0.1 for Prometheus.", min=1, max=65535)] = None,
 ) -> None:
     """Score images, or the frames of a camera, and draw where the defects are."""
     from fbclip.runtime.decisions import Vote

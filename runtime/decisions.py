@@ -80,7 +80,7 @@ class Decider:
     def explain(self, prediction: Prediction) -> str:
         """The last verdict in one line."""
         return (
-            f"alarm {'on' if self.alarm else 'off'}: {sum(self._votes)} of the last {len(self._votes)} frames "
+            f"{sum(self._votes)} of the last {len(self._votes)} frames "
             f"anomalous, this one {prediction.score:.3f} with threshold {prediction.threshold:.3f}"
         )
 

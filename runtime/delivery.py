@@ -41,8 +41,9 @@ class Delivery:
         self._ages = Percentiles()
         self._changed = threading.Condition()
         self._waiting: deque[Result | Notice] = deque()
-        self._busy_since: float | None = None
-        self._deadline: float | None = None  # of closing
+        self._busy_since: float | None = None  # of the present attempt
+        self._deadline: float | None = None  # of attempts
+        self._closing = False
         # a daemon: a sink that hangs must not keep the process alive
         self._thread = threading.Thread(target=self._work, name=f"sink {sink.name}", daemon=True)
         self._thread.start()
@@ -58,20 +59,32 @@ class Delivery:
                 self.dropped += 1
             self._waiting.append(item)
             self._changed.notify_all()
-            stuck = self._busy_since is not None and time.monotonic() - self._busy_since > STUCK_S
+            since = self._busy_since
+            stuck = since is not None and time.monotonic() - since > STUCK_S and not self.failure
         if stuck:
             self._turn(f"has not answered for {STUCK_S:.0f} s")
 
-    def close(self, deadline: float) -> None:
-        """Let the sink take what waits until `time.monotonic()` is at the deadline, then close it; returns at once."""
+    def drain(self, deadline: float) -> None:
+        """Nothing is tried again once `time.monotonic()` is at the deadline; returns at once."""
         with self._changed:
             self._deadline = deadline
             self._changed.notify_all()
 
+    def wait_drained(self) -> None:
+        """Wait until the sink has taken all that waits, at most until the deadline."""
+        with self._changed:
+            while (self._waiting or self._busy_since is not None) and not self._late():
+                self._changed.wait(self._left())
+
+    def close(self) -> None:
+        """Close the sink once it has taken what waits, or is late; returns at once."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
     def join(self, grace: float = 1.0) -> None:
         """Wait until the sink is closed, or `grace` seconds past the deadline; what it hasn't taken then is lost."""
-        if self._deadline is not None:
-            self._thread.join(max(0.0, self._deadline - time.monotonic()) + grace)
+        self._thread.join(self._left() + grace)
         with self._changed:
             if self._thread.is_alive():
                 self.failure = "did not close in time"
@@ -104,19 +117,19 @@ class Delivery:
             self._turn(f"could not close: {error}")
 
     def _next(self) -> Result | Notice | None:
-        """The oldest item; None once all is taken, or the time for it is over, and the sink is to be closed."""
+        """The oldest item, whose delivery begins; None where the sink is to be closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._deadline is not None)
+            self._busy_since = None
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._waiting or self._closing)
             if not self._waiting or self._late():
                 return None
-            item = self._waiting.popleft()
-            self._changed.notify_all()
-            return item
+            self._busy_since = time.monotonic()
+            return self._waiting.popleft()
 
     def _deliver(self, item: Result | Notice) -> None:
         pause, last = PAUSES_S
         while True:
-            self._busy_since = time.monotonic()
             try:
                 if isinstance(item, Result):
                     self.sink.write(item)
@@ -129,8 +142,6 @@ class Delivery:
                 self._turn(f"{type(error).__name__}: {error}")
                 self.dropped += 1
                 return
-            finally:
-                self._busy_since = None
             if not self._pause(pause):
                 self.dropped += 1
                 return
@@ -141,16 +152,21 @@ class Delivery:
             self._turn(None)
 
     def _pause(self, seconds: float) -> bool:
-        """Wait before another attempt, not longer than until closing begins; whether there is time for one."""
+        """Wait before another attempt, not longer than until the end begins; whether there is time for one."""
         with self._changed:
             if self._deadline is None:
                 self._changed.wait_for(lambda: self._deadline is not None, seconds)
             else:
-                self._changed.wait(min(seconds, max(0.0, self._deadline - time.monotonic())))
+                self._changed.wait(min(seconds, self._left()))
+            self._busy_since = time.monotonic()
             return not self._late()
 
     def _late(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
+        return self._deadline is not None and self._left() == 0
+
+    def _left(self) -> float:
+        """Seconds until the deadline."""
+        return 0.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def _turn(self, failure: str | None) -> None:
         """Note what the sink is doing now, and report it where that is news."""
@@ -160,6 +176,6 @@ class Delivery:
             self._changed.notify_all()
         if news:
             state = "failing" if failure else "working"
-            message = f"{self.sink.name} {failure}" if failure else f"{self.sink.name} works again"
             counters = {"delivered": self.delivered, "dropped": self.dropped}
-            self.report(self, Notice(time.time(), "sink", self.sink.name, state, message, counters))
+            notice = Notice(time.time(), "sink", self.sink.name, state, failure or "works again", counters)
+            self.report(self, notice)

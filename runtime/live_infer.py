@@ -80,7 +80,7 @@ class ConsoleLog:
     def notify(self, notice: Notice) -> None:
         if notice.kind != "run":
             stamp = time.strftime("%H:%M:%S", time.localtime(notice.time))
-            line = f"{stamp} {notice.kind} {notice.subject} {notice.state}: {notice.message}"
+            line = f"{stamp} {notice.kind} {notice.state} ({notice.subject}): {notice.message}"
             self.console.print(Text(line, COLOURS.get(notice.state, "")), soft_wrap=True)
 
     def close(self) -> None:

@@ -135,7 +135,9 @@ class Pipeline:
         self._tell_run("started", "the run began")
         with ExitStack() as stack:
             stack.callback(self._close_sinks)
-            results = ahead(self._scored(ahead(self._prepared(), "preprocess")), "model")
+            prepared = ahead(self._prepared(), "preprocess")
+            stack.callback(prepared.close)
+            results = ahead(self._scored(prepared), "model")
             stack.callback(results.close)
             stack.callback(self.source.close)  # first of all, for the stages may wait for a frame
             if self.limits.duration is not None:
@@ -278,7 +280,11 @@ class Pipeline:
         self._tell_run("ended", "the run ended")
         deadline = time.monotonic() + self.limits.close_s
         for delivery in self._deliveries:
-            delivery.close(deadline)
+            delivery.drain(deadline)
+        for delivery in self._deliveries:  # all before the first is closed, for they tell each other how they fare
+            delivery.wait_drained()
+        for delivery in self._deliveries:
+            delivery.close()
         for delivery in self._deliveries:
             delivery.join()
 

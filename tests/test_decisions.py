@@ -52,7 +52,7 @@ def test_the_vote_against_its_words(anomalous: list[bool], vote: tuple[int, int]
 def test_one_of_one_follows_every_frame() -> None:
     decider = Decider()
     assert [decider.decide(prediction(s)) for s in (0.1, 0.5, 0.4, 0.9)] == [False, True, False, True]
-    assert "alarm on: 1 of the last 1" in decider.explain(prediction(0.9))
+    assert "1 of the last 1 frames anomalous" in decider.explain(prediction(0.9))
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "-1/2", "1/99999"])
