@@ -186,7 +186,8 @@ class LiveSource(Source):
         self._lost = time.monotonic()
         told: set[str] = set()  # causes since the last frame: an outage of a month is a line or two
         delay = RETRY_S[0]
-        while fault := self._run_link():
+        fault: Fault | None = None
+        while fault := self._run_link(fault):
             link = self._link
             if link.frames:
                 told.clear()
@@ -198,17 +199,21 @@ class LiveSource(Source):
                 with self._lock:
                     self._counters[fault.cause] += 1
                 self._tell("lost", f"{fault}; trying again every {RETRY_S[1]:g} s")
-            left = self._until_give_up()
+            left = self._give_up_at() - time.monotonic()
             if left <= 0:
                 raise FBClipError(f"{self.name} gave no frame for {self.options.give_up:g} s (--give-up): {fault}")
             self._closed.wait(min(delay, left))
             delay = min(2 * delay, RETRY_S[1])
 
-    def _until_give_up(self) -> float:
-        return inf if self.options.give_up is None else self._lost + self.options.give_up - time.monotonic()
+    def _give_up_at(self) -> float:
+        return inf if self.options.give_up is None else self._lost + self.options.give_up
 
-    def _run_link(self) -> Fault | None:
-        """Connect, and tell the news until the connection fails; None when the source was closed."""
+    def _run_link(self, before: Fault | None) -> Fault | None:
+        """Connect, and return why the connection failed, or None when the source was closed.
+
+        Args:
+            before: why the one before failed.
+        """
         self._readers = [reader for reader in self._readers if reader.is_alive()]
         if self._closed.is_set():
             return None
@@ -223,12 +228,13 @@ class LiveSource(Source):
                 while not self._news:
                     if self._closed.is_set() or link.fault:
                         return None if self._closed.is_set() else link.fault
-                    if link.frames:
-                        left = link.last + self._stall - time.monotonic()
-                    else:
-                        left = min(link.began + 2 * self._stall - time.monotonic(), self._until_give_up())
+                    patience = link.last + self._stall if link.frames else link.began + 2 * self._stall
+                    deadline = patience if link.frames else min(patience, self._give_up_at())
+                    left = deadline - time.monotonic()
                     if left <= 0:
                         link.abandoned = True
+                        if before and deadline < patience:  # cut short by give_up, it says nothing new
+                            return before
                         undecodable = f", {link.garbage} undecodable ones" if link.garbage else ""
                         waited = time.monotonic() - (link.last or link.began)
                         return Fault("stalled", f"no frame for {waited:.1f} s{undecodable}")

@@ -27,7 +27,7 @@ from fbclip.runtime.probes import opencv, reason
 
 FAULTS = ("missing", "refused", "cut", "stalled", "garbage")
 CONNECT_S = 1.0  # for TCP: a camera behind a cable that comes back must be seen within 2 s, SYN retries double
-PART_LIMIT = 1 << 26  # bytes of a picture in a stream
+PART_LIMIT = 1 << 25  # bytes of a picture in a stream
 USB2_BYTES = 40e6  # per second, what USB 2 carries of raw video
 PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443}
 
@@ -113,8 +113,11 @@ class MjpegStream:
         """Move the first whole part out of what was received: it ends where its length says, or at the next boundary."""
         received, boundary = self._received, self._boundary
         start = received.find(boundary)
+        if start > len(b"\r\n--") and self._part:  # a picture or two of which even the boundary is damaged
+            self._part = bytes(received[:start])
+            del received[:start]
+            return True
         if start < 0:
-            del received[: -len(boundary)]  # a boundary may have begun
             return False
         following = received.find(boundary, start + len(boundary))
         body = received.find(b"\r\n\r\n", start, following if following > 0 else len(received)) + 4
@@ -142,9 +145,13 @@ class MjpegStream:
         self._response.close()
 
 
-def quiet() -> None:
-    """Let OpenCV and FFmpeg write errors of their own only: they would warn at each try, for months."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+def prepare_opencv() -> None:
+    """Settings of OpenCV that hold for the process; the environment's own come first."""
+    # fpsprobesize: FFmpeg waits for 20 frames to guess their rate, 4 s of a camera with 5 frames per second
+    os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "rtsp_transport;tcp|fpsprobesize;0")
+    os.environ.setdefault(
+        "OPENCV_FFMPEG_LOGLEVEL", "-8"
+    )  # it would write a line at each try, for months; so would OpenCV
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 
 
@@ -226,9 +233,9 @@ def connect_stream(url: str, patience: float) -> Device:
 
 
 def open_ffmpeg(url: str, patience: float) -> VideoDevice:
-    """Open what FFmpeg reads; it waits twice `patience` to open, and for ever if that is 0. Fault: "refused"."""
-    wait_ms = int(1000 * patience)
-    timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 2 * wait_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, wait_ms]
+    """Open what FFmpeg reads; its calls return after twice `patience`, and when they like if that is 0. Fault: "refused"."""
+    wait_ms = int(2000 * patience)
+    timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, wait_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, wait_ms]
     capture = cv2.VideoCapture(url, cv2.CAP_FFMPEG, timeouts)
     if not capture.isOpened():
         capture.release()

@@ -126,7 +126,7 @@ def open_source(text: str, options: CaptureOptions | None = None) -> Source:
         UsageError: none of these, what can't be asked of it, or a CSI camera without GStreamer in OpenCV. A camera that
             is not there is none: it may be plugged in later.
     """
-    devices.quiet()
+    devices.prepare_opencv()
     options = options or CaptureOptions()
     if not options.watch and (connect := _camera(text, options)):
         return LiveSource(text, connect, options)
