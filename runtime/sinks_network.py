@@ -55,7 +55,7 @@ class Mqtt:
         parts, port = _split(url, "--mqtt", {"mqtt": 1883, "mqtts": 8883})
         prefix = unquote(parts.path.strip("/")) or "fbclip"
         if "#" in url or set("#+") & set(prefix):
-            raise UsageError(f"an MQTT prefix has no # or +, which are wildcards; got {prefix!r}")
+            raise UsageError(f"an MQTT prefix has no # or +, which are wildcards; got {url.rpartition('@')[2]}")
         self._prefix = prefix
         self._broker = f"{parts.hostname}:{port}"
         self._away_since: float | None = time.monotonic()

@@ -298,6 +298,19 @@ def test_wrong_options_say_what_to_do(
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("package", "options"),
+    [("paho", SinkOptions(mqtt="mqtt://host")), ("prometheus_client", SinkOptions(metrics_port=1))],
+)
+def test_a_missing_package_is_named_by_its_extra(
+    package: str, options: SinkOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    extra = "mqtt" if package == "paho" else "metrics"
+    with pytest.raises(UsageError, match=rf"pip install 'fbclip\[{extra}\]'"):
+        make_sinks(options)
+
+
 def test_window_without_display_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
