@@ -67,7 +67,7 @@ class Mqtt:
         if parts.scheme == "mqtts":
             self._client.tls_set()
         self._client.max_queued_messages_set(QUEUED)
-        self._client.reconnect_delay_set(1, 30)
+        self._client.reconnect_delay_set(1, 8)
         self._client.will_set(f"{prefix}/status", "offline", qos=1, retain=True)
         self._client.on_connect = self._on_connect
         self._client.on_connect_fail = self._on_connect_fail
