@@ -349,7 +349,7 @@ class Window:
                 self._is_open = True
             cv2.imshow(WINDOW, picture)
             key = cv2.waitKey(1) & 0xFF
-            self._was_closed = key in (ord("q"), 27) or cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) < 1
+            self._was_closed = key in (ord("q"), 27) or not _is_shown()
         except cv2.error as error:
             raise FBClipError(f"the window can't be drawn: {error.err}") from error
         if self._was_closed:
@@ -368,6 +368,13 @@ class Window:
 
 def _bgr(result: Result) -> NDArray[np.uint8]:
     return np.ascontiguousarray(result.prediction.overlay()[..., ::-1])
+
+
+def _is_shown() -> bool:
+    try:
+        return cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) >= 1
+    except cv2.error:  # Qt knows nothing of windows once the last one is closed
+        return False
 
 
 def _require_window() -> None:

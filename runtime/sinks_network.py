@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from http.client import HTTPException
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -55,7 +56,7 @@ class Mqtt:
         parts, port = _split(url, "--mqtt", {"mqtt": 1883, "mqtts": 8883})
         prefix = unquote(parts.path.strip("/")) or "fbclip"
         if "#" in url or set("#+") & set(prefix):
-            raise UsageError(f"an MQTT prefix has no # or +, which are wildcards; got {prefix!r}")
+            raise UsageError(f"an MQTT prefix has no # or +, which are wildcards; got {url.rpartition('@')[2]}")
         self._prefix = prefix
         self._broker = f"{parts.hostname}:{port}"
         self._away_since: float | None = time.monotonic()
@@ -67,7 +68,7 @@ class Mqtt:
         if parts.scheme == "mqtts":
             self._client.tls_set()
         self._client.max_queued_messages_set(QUEUED)
-        self._client.reconnect_delay_set(1, 30)
+        self._client.reconnect_delay_set(1, 8)
         self._client.will_set(f"{prefix}/status", "offline", qos=1, retain=True)
         self._client.on_connect = self._on_connect
         self._client.on_connect_fail = self._on_connect_fail
@@ -138,7 +139,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Webhook:
-    """A POST of JSON when an alarm begins or ends (`kind` "alarm", `state` "on" or "off", and the result), and of notices.
+    """A POST of JSON for each notice; of an alarm ("on" or "off") with the `result` that it is about.
+
+    Results alone are not posted: where the server is away, the many of them would push alarms out of the queue.
 
     Args:
         url: http:// or https://; a token belongs into its path or query.
@@ -156,17 +159,16 @@ class Webhook:
         self._url = url
         self._host = parts.hostname
         self._open = urllib.request.build_opener(_NoRedirect).open
-        self._alarm = False
+        self._latest: dict[str, Any] = {}
 
     def write(self, result: Result) -> None:
-        if result.alarm != self._alarm:  # not alarm_began: that result may have been lost while the server was away
-            state = "on" if result.alarm else "off"
-            self._post(json.dumps({**result.to_dict(), "kind": "alarm", "state": state}))
-            self._alarm = result.alarm
+        self._latest = result.to_dict()
 
     def notify(self, notice: Notice) -> None:
-        if notice.kind != "alarm":  # the result says more
-            self._post(to_json(notice))
+        values = notice.to_dict()
+        if notice.kind == "alarm" and self._latest.get("time") == notice.time:
+            values["result"] = self._latest
+        self._post(json.dumps(values))
 
     def close(self) -> None:
         """Nothing is open between posts."""
@@ -178,8 +180,8 @@ class Webhook:
         except urllib.error.HTTPError as error:
             with error:
                 raise OSError(f"the webhook at {self._host} answered {error.code} {error.reason}") from error
-        except urllib.error.URLError as error:
-            raise OSError(f"no answer of the webhook at {self._host}: {error.reason}") from error
+        except (OSError, HTTPException) as error:
+            raise OSError(f"no answer of the webhook at {self._host}: {getattr(error, 'reason', error)}") from error
 
 
 class Metrics:

@@ -25,5 +25,6 @@ def result(
     return Result(frame, prediction, alarm, alarm, {"wait": 1.0, "preprocess": 2.0, "model": 30.0, "postprocess": 4.0})
 
 
-def notice(kind: str = "source", state: str = "lost", subject: str = "camera:0") -> Notice:
-    return Notice(time.time(), kind, subject, state, f"{subject} is {state}", {"frames": 7, "dropped": 2})
+def notice(kind: str = "source", state: str = "lost", subject: str = "camera:0", wall: float | None = None) -> Notice:
+    message = f"{subject} is {state}"
+    return Notice(wall or time.time(), kind, subject, state, message, {"frames": 7, "dropped": 2})
