@@ -301,7 +301,7 @@ def test_from_pictures_of_good_parts_to_verdicts(fbclip: Run, tmp_path: Path) ->
     [
         (["nowhere.fbclip", "good"], "a bundle is a folder with a manifest.json"),
         ([Bundle.load().path], "after the bundle come images of good parts"),
-        ([Bundle.load().path, "nowhere"], "matches none"),
+        ([Bundle.load().path, "nowhere"], "there is no nowhere"),
     ],
 )
 def test_wrong_usage_of_calibrate_is_one_line(fbclip: Run, arguments: list[object], message: str) -> None:
