@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -149,6 +150,9 @@ class LiveSource(Source):
             if self._supervisor is None and not self._closed.is_set():
                 self._supervisor = Thread(target=self._supervise, name=f"supervise {self.name}", daemon=True)
                 self._supervisor.start()
+                atexit.register(
+                    self.close
+                )  # a thread that comes back to an interpreter in ruins ends the process by abort
             while not (self._slot or self._failure or self._closed.is_set()):
                 self._arrived.wait()
             if self._closed.is_set():
@@ -162,6 +166,7 @@ class LiveSource(Source):
 
     def close(self) -> None:
         super().close()
+        atexit.unregister(self.close)
         with self._lock:
             self._link.abandoned = True
             self._arrived.notify_all()

@@ -9,7 +9,6 @@ import socket
 import time
 import urllib.request
 from fractions import Fraction
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.error import HTTPError, URLError
@@ -18,10 +17,8 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fbclip.errors import UsageError
-from fbclip.reading import to_rgb
 from fbclip.runtime.machine import GSTREAMER, Machine
 from fbclip.runtime.probes import opencv, reason
 
@@ -67,7 +64,7 @@ class VideoDevice:
         there, frame_bgr = self._capture.retrieve()
         if not there or frame_bgr is None:
             raise Fault("garbage", "a frame that can't be decoded")
-        return np.asarray(cv2.cvtColor(frame_bgr, cv2.COLOR_BGR2RGB), np.uint8)
+        return _to_rgb(frame_bgr)
 
     def close(self) -> None:
         self._capture.release()
@@ -136,13 +133,21 @@ class MjpegStream:
 
     def retrieve(self) -> NDArray[np.uint8]:
         try:
-            with Image.open(BytesIO(self._part)) as picture:
-                return to_rgb(picture)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise Fault("garbage", f"a picture that can't be decoded ({len(self._part)} bytes)") from error
+            frame_bgr = cv2.imdecode(
+                np.frombuffer(self._part, np.uint8), cv2.IMREAD_COLOR
+            )  # Pillow takes four times as long
+        except cv2.error:
+            frame_bgr = None
+        if frame_bgr is None:
+            raise Fault("garbage", f"a picture that can't be decoded ({len(self._part)} bytes)")
+        return _to_rgb(frame_bgr)
 
     def close(self) -> None:
         self._response.close()
+
+
+def _to_rgb(frame_bgr: cv2.typing.MatLike) -> NDArray[np.uint8]:
+    return np.asarray(cv2.cvtColor(frame_bgr, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def prepare_opencv() -> None:
@@ -314,9 +319,12 @@ def check_url(url: str) -> str:
     """The URL; UsageError where it is none of a stream."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # ValueError where it is no number
-    except ValueError as error:
-        raise UsageError(f"the stream's address is wrong ({error}); write rtsp://HOST:PORT/PATH") from error
+        _ = parts.port
+    except ValueError as error:  # its text may hold half a password
+        form = "rtsp://USER:PASSWORD@HOST:PORT/PATH"
+        raise UsageError(
+            f"a stream's address is {form}, with / and : of a password as %2F and %3A; this one is not"
+        ) from error
     if parts.scheme not in PORTS or not parts.hostname:
         raise UsageError(f"a stream is rtsp://HOST/PATH or http://HOST/PATH; got {public_name(url)}")
     return url

@@ -27,6 +27,7 @@ __all__ = ["CaptureOptions", "FileSource", "Source", "open_source"]
 
 KINDS = "a camera (0, /dev/video0, csi://0), a stream (rtsp://, http://), a video, or images (file, folder, glob)"
 Retrieve = Callable[[], NDArray[np.uint8]]
+Connect = Callable[[], Device]
 
 
 class FileSource(Source):
@@ -94,12 +95,14 @@ def _pictures(path: Path) -> Iterator[tuple[str, Retrieve]]:
     except Fault:
         yield str(path), partial(_refuse, path)
         return
+    number = 0
     with closing(video), suppress(Fault):  # its end
-        number = 0
         while True:
             video.grab()
             yield f"{path}#{number}", video.retrieve
             number += 1
+    if not number:
+        yield str(path), partial(_refuse, path)
 
 
 def _is_image(path: Path) -> bool:
@@ -128,31 +131,31 @@ def open_source(text: str, options: CaptureOptions | None = None) -> Source:
     """
     devices.prepare_opencv()
     options = options or CaptureOptions()
-    if not options.watch and (connect := _camera(text, options)):
-        return LiveSource(text, connect, options)
+    if not options.watch and (camera := _camera(text, options)):
+        return camera
+    stream = "://" in text and not options.watch
+    name = devices.public_name(devices.check_url(text)) if stream else text
     if options.resolution or options.fps:
-        raise UsageError(
-            f"--resolution and --fps are asked of cameras; {text.rpartition('@')[2]} has its own: leave them out"
-        )
+        raise UsageError(f"--resolution and --fps are asked of cameras; {name} has its own: leave them out")
+    if stream:
+        return LiveSource(name, partial(devices.connect_stream, text, options.stall), options)
     if options.watch:
         if not Path(text).is_dir():
-            raise UsageError(
-                f"--watch takes the folder that images are dropped into; there is none at {text}: make it first"
-            )
+            raise UsageError(f"--watch takes the folder that images are dropped into; make {text} first")
         return WatchSource(Path(text), options)
-    if "://" in text:
-        connect = partial(devices.connect_stream, devices.check_url(text), options.stall)
-        return LiveSource(devices.public_name(text), connect, options)
     if not Path(text).exists() and not glob.has_magic(text):
         raise UsageError(f"SOURCE is {KINDS}; there is no {text}")
     return FileSource(text, list_images([text]), options)
 
 
-def _camera(text: str, options: CaptureOptions) -> Callable[[], Device] | None:
-    if match := re.fullmatch(r"csi://(\d+)", text):
+def _camera(text: str, options: CaptureOptions) -> LiveSource | None:
+    if match := re.fullmatch(r"csi://(\d{1,2})", text):
         devices.require_gstreamer(text)
-        return partial(devices.connect_csi, int(match[1]), options.resolution, options.fps)
-    if re.fullmatch(r"\d{1,3}", text) or text.startswith("/dev/"):
+        connect: Connect = partial(devices.connect_csi, int(match[1]), options.resolution, options.fps)
+        return LiveSource(text, connect, options)
+    if re.fullmatch(r"\d{1,3}|/dev/(?!shm\b).+", text):  # what the system's rules call cameras may be any name there
         device = Path(text if text.startswith("/") else f"/dev/video{text}")
-        return partial(devices.connect_camera, device, options.resolution, options.fps)
+        return LiveSource(
+            str(device), partial(devices.connect_camera, device, options.resolution, options.fps), options
+        )
     return None

@@ -139,14 +139,16 @@ def write_images(folder: Path, number: int) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
+        ("csi://front", {}, "a stream is rtsp://HOST/PATH"),
         ("ftp://host/video", {}, "a stream is rtsp://HOST/PATH"),
         ("rtsp:///video", {}, "a stream is rtsp://HOST/PATH"),
-        ("rtsp://host:port/video", {}, "address is wrong"),
+        ("rtsp://me:secret/x@host/video", {}, "as %2F"),
+        ("rtsp://host:port/video", {}, "with / and : of a password as %2F"),
         ("nothing-here.mp4", {}, "there is no nothing-here.mp4"),
         ("*.nothing", {}, "matches none"),
-        ("nowhere", {"watch": True}, "make it first"),
+        ("nowhere", {"watch": True}, "make nowhere first"),
         ("rtsp://host/video", {"fps": 10}, "asked of cameras"),
-        ("http://me:secret@host/video", {"resolution": (640, 480)}, "asked of cameras; host/video"),
+        ("http://me:secret@host/video", {"resolution": (640, 480)}, "asked of cameras; http://host/video has"),
         ("0", {"every": 0}, "--every is 1"),
         ("0", {"fps": float("nan")}, "--fps is above 0"),
         ("0", {"resolution": (0, 480)}, "--resolution is WIDTHxHEIGHT"),
@@ -244,9 +246,10 @@ def test_a_video_left_early_is_released(video: Path) -> None:
     assert descriptors() == before
 
 
-@pytest.mark.parametrize("name", ["broken.mp4", "broken.png"])
-def test_nothing_readable(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"neither of them")
+@pytest.mark.parametrize("name", ["broken.mp4", "broken.png", "empty.avi"])
+def test_nothing_readable(tmp_path: Path, name: str, video: Path) -> None:
+    header = video.read_bytes()[:4096] if name == "empty.avi" else b"neither of them"
+    (tmp_path / name).write_bytes(header)
     with pytest.raises(UsageError, match=f"nothing of .*{name} could be read"):
         list(open_source(str(tmp_path / name)))
 
@@ -511,7 +514,7 @@ def test_giving_up_on_a_camera(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_source("987", CaptureOptions(give_up=0.1)) as source:
         notices = Notices(source)
         with pytest.raises(
-            FBClipError, match=r"987 gave no frame for 0.1 s \(--give-up\): there is no /dev/video987"
+            FBClipError, match=r"/dev/video987 gave no frame for 0.1 s \(--give-up\): there is no /dev/video987"
         ) as caught:
             next(source)
         assert caught.value.exit_code == 1
