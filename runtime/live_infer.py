@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fbclip.errors import ImageError, Interrupted, UsageError
+from fbclip.errors import FBClipError, ImageError, Interrupted, UsageError
 from fbclip.runtime.decisions import Decider, Drift, Vote
 from fbclip.runtime.events import EventRecorder
 from fbclip.runtime.live import Notice, Result, Sink
@@ -105,7 +105,7 @@ def infer_stream(predictor: Predictor, stream: Stream, console: Console) -> None
 
     Raises:
         Interrupted: a signal ended it; frames in work were finished, sinks closed.
-        FBClipError: of the source or the model, or frames that could not be inspected.
+        FBClipError: of the source or the model, frames that could not be inspected, or a sink that failed at the end.
     """
     calibration = predictor.calibration
     decider = Decider(stream.vote, Drift(calibration.scores) if calibration else None)
@@ -119,6 +119,8 @@ def infer_stream(predictor: Predictor, stream: Stream, console: Console) -> None
         raise Interrupted(f"stopped by {Signals(signal).name}; everything is written", signal)
     if summary.refused:
         raise ImageError(f"{summary.refused} frames could not be inspected: {summary.refusal}")
+    if broken := [name for name, sink in summary.status["sinks"].items() if sink["error"]]:
+        raise FBClipError(f"results are missing in {', '.join(broken)}, which failed till the end")
 
 
 def run(pipeline: Pipeline, console: Console) -> tuple[LiveSummary, int | None]:

@@ -206,6 +206,8 @@ class Pipeline:
             if self._refusing:
                 self._refusing = False
                 self._tell_source("live", "frames can be inspected again")
+            if self._camera["state"] == "connecting":  # files don't say that they are there
+                self._camera["state"] = "live"
             yield _Prepared(frame, batch, (time.perf_counter() - start) * 1e3)
             taken += 1
             if taken == self.limits.max_frames:

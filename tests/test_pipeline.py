@@ -431,6 +431,15 @@ def test_limits_and_regions_of_the_command(fbclip: Run, tmp_path: Path) -> None:
     assert "9 frames could not be inspected: --roi 0,0,5000,50 reaches beyond the frame" in wrong.stderr
 
 
+def test_a_full_disk_ends_in_an_error(fbclip: Run, tmp_path: Path) -> None:
+    write_video(tmp_path / "belt.avi", ["good"] * 3)
+    done = fbclip("infer", "belt.avi", "--json", "/dev/full", "--csv", "r.csv", code=1)
+    assert "sink failing (json): [Errno 28] No space left on device" in done.stdout
+    assert "json lost 3: [Errno 28]" in done.stdout
+    assert done.stderr == "fbclip: results are missing in json, which failed till the end\n"
+    assert len((tmp_path / "r.csv").read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_and_closes_everything(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "in"
