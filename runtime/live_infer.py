@@ -117,8 +117,8 @@ def infer_stream(predictor: Predictor, stream: Stream, console: Console) -> None
     print_summary(summary, console)
     if signal:
         raise Interrupted(f"stopped by {Signals(signal).name}; everything is written", signal)
-    if summary.refused:
-        raise ImageError(f"{summary.refused} frames could not be inspected: {summary.refusal}")
+    if summary.unfit:
+        raise ImageError(f"{summary.unfit} frames could not be inspected: {summary.misfit}")
     if broken := [name for name, sink in summary.status["sinks"].items() if sink["error"]]:
         raise FBClipError(f"results are missing in {', '.join(broken)}, which failed till the end")
 
@@ -179,7 +179,7 @@ def status_text(status: dict[str, Any]) -> Text:
     if status["drift"] == "drifting":
         parts.append(Text("drifting", "yellow"))
     losses = {name: count for name, count in source["counters"].items() if name != "frames" and count}
-    losses |= {"refused": status["refused"]} if status["refused"] else {}
+    losses |= {"unfit": status["unfit"]} if status["unfit"] else {}
     parts += [Text(f"{name} {count}", "yellow") for name, count in losses.items()]
     for name, sink in status["sinks"].items():
         if sink["state"] == "failing" or sink["dropped"]:

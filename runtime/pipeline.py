@@ -65,7 +65,7 @@ class LiveSummary:
     Attributes:
         frames: results handed to the sinks.
         anomalous, alarms: of these, anomalous frames and alarms raised.
-        refused, refusal: frames that could not be inspected, like one of another size than the graph takes, and why.
+        unfit, misfit: frames that could not be inspected, like one of another size than the graph takes, and why.
         seconds: from start to end.
         status: the last `Pipeline.status()`.
     """
@@ -73,8 +73,8 @@ class LiveSummary:
     frames: int
     anomalous: int
     alarms: int
-    refused: int
-    refusal: str
+    unfit: int
+    misfit: str
     seconds: float
     status: dict[str, Any]
 
@@ -118,8 +118,8 @@ class Pipeline:
         self._began = time.monotonic()
         self._ages, self._rate = Percentiles(), Rate()
         self._stages = {stage: Percentiles() for stage in STAGES}
-        self._frames = self._anomalous = self._alarms = self._refused = 0
-        self._refusing, self._refusal = False, ""
+        self._frames = self._anomalous = self._alarms = self._unfit = 0
+        self._misfitting, self._misfit = False, ""
         self._last: Result | None = None
         self._deliveries = [Delivery(sink, self.limits.room, not source.live, self._sink_turned) for sink in sinks]
         source.listen(self._heard)
@@ -149,7 +149,7 @@ class Pipeline:
                 self._conclude(*scored)
             seconds = time.monotonic() - self._began
         return LiveSummary(
-            self._frames, self._anomalous, self._alarms, self._refused, self._refusal, seconds, self.status()
+            self._frames, self._anomalous, self._alarms, self._unfit, self._misfit, seconds, self.status()
         )
 
     def stop(self) -> None:
@@ -180,7 +180,7 @@ class Pipeline:
             "frames": self._frames,
             "anomalous": self._anomalous,
             "alarms": self._alarms,
-            "refused": self._refused,
+            "unfit": self._unfit,
             "fps": round(self._rate.per_second(), 2),
             "age_ms": self._ages.summary(),
             "stages_ms": {stage: values.summary() for stage, values in self._stages.items()},
@@ -201,10 +201,10 @@ class Pipeline:
             try:
                 batch = self.predictor.prepare(frame.image)
             except ImageError as error:
-                self._refuse(error, first=taken == 0)
+                self._reject(error, first=taken == 0)
                 continue
-            if self._refusing:
-                self._refusing = False
+            if self._misfitting:
+                self._misfitting = False
                 self._tell_source("live", "frames can be inspected again")
             if self._camera["state"] == "connecting":  # files don't say that they are there
                 self._camera["state"] = "live"
@@ -213,14 +213,14 @@ class Pipeline:
             if taken == self.limits.max_frames:
                 return
 
-    def _refuse(self, error: ImageError, first: bool) -> None:
+    def _reject(self, error: ImageError, first: bool) -> None:
         """Count a frame that can't be inspected; a camera whose first one can't will have no other."""
         if first and self.source.live:
             raise error
-        self._refused += 1
-        self._refusal = str(error)
-        if not self._refusing:
-            self._refusing = True
+        self._unfit += 1
+        self._misfit = str(error)
+        if not self._misfitting:
+            self._misfitting = True
             self._tell_source("lost", str(error))
 
     def _scored(self, jobs: Iterator[_Prepared]) -> Iterator[_Scored]:
@@ -271,7 +271,7 @@ class Pipeline:
                 delivery.put(notice)
 
     def _tell_source(self, state: str, message: str) -> None:
-        counters = {**self.source.counters, "refused": self._refused}
+        counters = {**self.source.counters, "unfit": self._unfit}
         self._heard(Notice(time.time(), "source", self.source.name, state, message, counters))
 
     def _tell_run(self, state: str, message: str) -> None:

@@ -274,9 +274,9 @@ def test_frames_that_do_not_fit() -> None:
     predict, odd = predictor(roi=Roi.parse("0,0,64,48")), np.zeros((20, 20, 3), np.uint8)
     sink = Memory()
     summary = Pipeline(Frames([IMAGE, odd, odd, IMAGE]), predict, [sink]).run()
-    assert (sink.indices, summary.refused) == ([0, 3], 2)
+    assert (sink.indices, summary.unfit) == ([0, 3], 2)
     assert sink.told("source") == [("pictures", "lost"), ("pictures", "live")]
-    assert "reaches beyond" in summary.refusal
+    assert "reaches beyond" in summary.misfit
     with pytest.raises(ImageError, match="reaches beyond"):  # a camera's frames stay as they are
         Pipeline(Frames([odd] * 3, live=True), predict, [Memory()]).run()
 
