@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console
+from fbclip.cli_infer import infer
 
+if TYPE_CHECKING:
     from fbclip.engines import EngineOptions
 
 app = typer.Typer(
@@ -32,15 +33,8 @@ class ChannelOrder(str, Enum):
     bgr = "bgr"
 
 
-class MapSize(str, Enum):
-    frame = "frame"
-    model = "model"
-
-
-BundleOption = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded default model if left out.")]
 ClipOption = Annotated[str | None, typer.Option(help="open_clip model name, or a model configuration (.json).")]
 WeightsOption = Annotated[str | None, typer.Option(help="Pretrained tag of that name, or a weights file.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, tensorrt (an engine) or ort-tensorrt.")]
 LayersOption = Annotated[str | None, typer.Option(help="Blocks whose tokens are used, like 1,6,12,18,24.")]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the model's square input in pixels.")]
 
@@ -63,43 +57,7 @@ def options(
         raise typer.Exit
 
 
-@app.command()
-def infer(
-    source: Annotated[
-        list[str] | None, typer.Argument(help="Images, folders or globs; the sample images if left out.")
-    ] = None,
-    bundle: BundleOption = None,
-    device: DeviceOption = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
-    threshold: Annotated[str, typer.Option(help="auto (the bundle's), or a probability 0 to 1.")] = "auto",
-    save: Annotated[bool, typer.Option(help="Write overlay pictures.")] = True,
-    save_map: Annotated[bool, typer.Option("--save-map", help="Write anomaly maps, float32 .npy.")] = False,
-    map_size: Annotated[MapSize, typer.Option(help="Size of saved maps: the frame's or the model's.")] = MapSize.frame,
-    json: Annotated[str | None, typer.Option(help="Write JSON lines to this file, or - for standard output.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write a CSV table to this file.")] = None,
-    project: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/infer"),
-    name: Annotated[str, typer.Option(help="Name of this run.")] = "exp",
-    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Write into the run's folder if it is there.")] = False,
-) -> None:
-    """Score images and draw where the defects are."""
-    from fbclip.errors import UsageError
-    from fbclip.runtime.images import list_images
-    from fbclip.runtime.infer import Outputs, infer, new_run, report
-    from fbclip.runtime.predictor import Predictor
-
-    console = _console(stderr=json == "-")
-    try:
-        limit = None if threshold == "auto" else float(threshold)
-    except ValueError as error:
-        raise UsageError(f"--threshold is auto or a probability between 0 and 1; got {threshold!r}") from error
-    images = list_images(source or [])
-    predictor = Predictor(bundle, device, precision, limit)
-    folder = new_run(project, name, exist_ok) if save or save_map else None
-    outputs = Outputs(folder, save, save_map, map_size.value, json, csv)
-    summary = infer(predictor, images, outputs, console)
-    report(summary, outputs, console)
-    if summary.skipped:
-        raise typer.Exit(2)
+app.command()(infer)
 
 
 @app.command()
@@ -178,7 +136,7 @@ def export(
     from fbclip.export.parity import find_proof, read_proof
     from fbclip.export.report import print_parity
 
-    console = _console()
+    console = make_console()
     frame_hw = _frame_size(frame_size)
     paths, labels = find_proof(parity_images or [])
     path = checkpoint or EMBEDDED.with_suffix(".safetensors")
@@ -220,7 +178,7 @@ def data(
     from fbclip.data.inspect import inspect, print_report, write_report
     from fbclip.data.layouts import open_dataset
 
-    console = _console(stderr=json == "-")
+    console = make_console(stderr=json == "-")
     report = inspect(open_dataset(path, layout), console)
     print_report(report, console)
     if json:
@@ -299,7 +257,7 @@ def train(
         if source == "procedural"
         else open_dataset(Path(source)).for_training(size)
     )
-    console = _console()
+    console = make_console()
     recipe = Recipe(
         epochs, batch_size * accumulate * accelerator.num_processes, lr, cosine, seed, muon_lr, teacher, teacher_weight
     )
@@ -359,7 +317,7 @@ def eval_(
     else:
         subject = bundle_subject(bundle, device, precision, batch_size)
     folder = new_run(project, name, exist_ok)
-    console = _console()
+    console = make_console()
     evaluation = evaluate(subject, tests, batch_size, console)
     stamped = stamp(evaluation)
     show(evaluation, console)
@@ -374,6 +332,54 @@ def eval_(
 
 
 @app.command()
+def calibrate(
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[BUNDLE] GOOD...",
+            help="The bundle, or none to calibrate a copy of the embedded one; then images, folders, globs, videos or "
+            "cameras (0, rtsp://…) that show good parts.",
+        ),
+    ],
+    false_alarm_rate: Annotated[
+        float, typer.Option(help="Probability that a new good part raises an alarm; 0.01 needs 99 images.")
+    ] = 0.01,
+    defects: Annotated[
+        list[str] | None, typer.Option(help="Images of defective parts: adds the expected miss rate.")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Take each Nth image or frame: neighbours are too alike.")] = 1,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Images or frames to take; a camera needs it.")] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16: what will inspect.")] = "auto",
+    roi: RoiOption = None,
+) -> None:
+    """Set the threshold from good parts alone, with a stated rate of false alarms."""
+    from fbclip.runtime.calibrate import calibrate, choose_bundle, good_images, report
+    from fbclip.runtime.histogram import write_histogram
+    from fbclip.runtime.images import list_images
+    from fbclip.runtime.predictor import Predictor
+    from fbclip.runtime.roi import Roi
+
+    console = make_console()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    bundle, places = choose_bundle(source, say)
+    images = good_images(places, every, max_frames, say)
+    defective = list_images(defects) if defects else []
+    region = Roi.parse(roi) if roi else None
+    predictor = Predictor(bundle, device, precision, calibrated=False, roi=region)
+    calibration, good, bad = calibrate(predictor, images, false_alarm_rate, defective, console)
+    report(calibration, good, bad, say)
+    write_histogram(calibration, bad.scores, bundle.path / "calibration.png")
+    calibration.save(bundle)
+    say(f"wrote {bundle.calibration} and its picture, calibration.png: --threshold auto uses it")
+    if good.skipped or bad.skipped:
+        raise typer.Exit(2)
+
+
+@app.command()
 def doctor(
     bundle: BundleOption = None,
     json: Annotated[str | None, typer.Option(help="Write the report to this file, or - for standard output.")] = None,
@@ -381,7 +387,7 @@ def doctor(
     """Say what works on this machine and what is missing, with the cure."""
     from fbclip.runtime.doctor import examine, print_report, works, write_report
 
-    console = _console(stderr=json == "-")
+    console = make_console(stderr=json == "-")
     with console.status("looking") as status:
         checks = examine(bundle, say=lambda topic: status.update(f"looking at {topic}"))
     print_report(checks, console)
@@ -398,7 +404,7 @@ def _deploy(bundle: Path, triton: Path | None, precision: str, options: EngineOp
     from fbclip.bundle import Bundle
     from fbclip.export.engine import build_engine, build_plan
 
-    console = _console()
+    console = make_console()
     if triton:
         from fbclip.export.triton import MAX_BATCH, write_model  # needs onnx, which an engine does not
 
@@ -446,12 +452,6 @@ def _needs_train_extra(*also: str) -> None:
             f"this command needs {', '.join(missing)}, which the runtime does without: "
             f"pip install 'fbclip[train]' on the machine that exports"
         )
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr)
 
 
 def main() -> None:

@@ -157,6 +157,20 @@ class Bundle:
         hashes = [self.manifest.files.get(name, "") for name in self._graph_files(precision)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
+    def model_sha256(self, precision: str) -> str:
+        """The hash of all that makes the scores of a precision: graph and text features."""
+        parts = self.graph_sha256(precision), self.manifest.files["text.npy"]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    @property
+    def calibration(self) -> Path:
+        """The file that `fbclip calibrate` writes; it need not be there.
+
+        Raises:
+            BundleError: a link leads out of the bundle.
+        """
+        return _inside(self.path, self.path / "calibration.json")
+
     @property
     def engines(self) -> Path:
         """The folder of what devices make of the graphs: plans, their sidecars, caches."""

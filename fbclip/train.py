@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +20,7 @@ from fbclip.data.dataset import SampleSet
 from fbclip.errors import DeviceError, Interrupted, UsageError
 from fbclip.loading import Batch, ReadableSamples, load
 from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS
+from fbclip.stopping import StopRequest
 from fbclip.token_cache import TokenCache
 from fbclip.training_report import StepLog, Throughput, draw_epoch, samples_to_show
 from fbclip.training_step import Recipe, Trainer
@@ -78,7 +77,10 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     log = StepLog(out, done, execution.tensorboard) if main else None
     try:
-        with StopRequest(announce=main) as stop, _progress(execution.progress and main) as bar:
+        with (
+            StopRequest("saving after this step" if main else None) as stop,
+            _progress(execution.progress and main) as bar,
+        ):
             dataset: TokenCache | ReadableSamples = ReadableSamples(data)
             if execution.cache_tokens:
                 dataset = TokenCache(execution.cache_tokens, model, data, accelerator)
@@ -168,29 +170,6 @@ def _progress(shown: bool) -> Progress:
         TimeRemainingColumn(),
         disable=not shown,
     )
-
-
-class StopRequest:
-    """Inside, Ctrl-C and SIGTERM only leave a note, so that a step is finished and saved before the run ends."""
-
-    def __init__(self, announce: bool) -> None:
-        self.signal: int | None = None
-        self.announce = announce
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self.before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.announce and not self.signal:
-            print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr)
-        self.signal = number
 
 
 def accelerator_for(amp: str) -> Accelerator:

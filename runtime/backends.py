@@ -59,6 +59,8 @@ class OnnxRuntimeBackend:
 
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors; warnings about nodes left on the CPU are checked below
+        # threads that wait for each other in a loop take the cores from what prepares the next frame meanwhile
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = ort.InferenceSession(graph, options, providers=provider_options(device, cache))
         if self.session.get_providers()[0] != provider:
             raise DeviceError(

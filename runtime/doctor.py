@@ -23,7 +23,7 @@ from rich.table import Table
 
 import fbclip
 from fbclip.runtime.doctor_gpu import check_nvidia, check_onnxruntime
-from fbclip.runtime.machine import SYSTEM_SITE, Check, Machine, ProbeFailed, failed, installed, version_of
+from fbclip.runtime.machine import GSTREAMER, Check, Machine, ProbeFailed, failed, installed, version_of
 from fbclip.runtime.probes import reason
 from fbclip.writing import write_text
 
@@ -195,16 +195,15 @@ def check_video(machine: Machine) -> Iterator[Check]:
                     topic, backend, "missing", f"not in this OpenCV: no {use}", "pip install opencv-python-headless"
                 )
             elif machine.is_jetson:
-                cure = f"pip uninstall -y opencv-python-headless && sudo apt install python3-opencv && {SYSTEM_SITE}"
-                yield Check(topic, backend, "missing", f"not in this OpenCV: no {use}", cure)
+                yield Check(topic, backend, "missing", f"not in this OpenCV: no {use}", GSTREAMER)
             else:
                 yield Check(topic, backend, "info", f"not in this OpenCV: no {use}")
     yield from _cameras(machine)
 
 
 def _cameras(machine: Machine) -> Iterator[Check]:
-    devices = sorted((machine.root / "dev").glob("video[0-9]*"), key=lambda d: int(re.sub(r"\D", "", d.name) or 0))
-    if not devices:
+    cameras = machine.cameras()
+    if not cameras:
         yield Check(
             "Video",
             "cameras",
@@ -212,10 +211,7 @@ def _cameras(machine: Machine) -> Iterator[Check]:
             "none: no /dev/video*",
             "ls -l /dev/video*  # after plugging one in; in Docker: --device /dev/video0",
         )
-    for device in devices:
-        label = machine.read(f"sys/class/video4linux/{device.name}/name") or "unnamed"
-        if machine.read(f"sys/class/video4linux/{device.name}/index") not in ("", "0"):
-            label += " (a second node of the same device, mostly its metadata)"
+    for device, label in cameras.items():
         if os.access(device, os.R_OK | os.W_OK, effective_ids=True):
             yield Check("Video", f"/dev/{device.name}", "ok", label)
         else:

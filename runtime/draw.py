@@ -13,27 +13,36 @@ GOOD, BAD = (46, 160, 67), (218, 54, 51)  # RGB
 
 
 def draw_overlay(
-    image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], score: float, threshold: float
+    image: NDArray[np.uint8],
+    anomaly_map: NDArray[np.float32],
+    score: float,
+    threshold: float,
+    map_threshold: float | None = None,
+    map_scale: tuple[float, float] = (0.0, 1.0),
 ) -> NDArray[np.uint8]:
-    """Heat map (fixed scale 0..1), contours at the threshold, and a bar with score and verdict.
+    """Heat map (a fixed scale, never the image's own), contours, and a bar with score and verdict.
 
     Args:
         image: uint8 (H, W, 3) RGB.
         anomaly_map: float32 (H, W), 0..1.
+        score, threshold: the image score, and where anomalous ones begin.
+        map_threshold: where contours are drawn; None: at the threshold.
+        map_scale: map values (low, high) of the first and the last colour.
 
     Returns:
         uint8 (H', W', 3) RGB: the frame, enlarged where it is small, with the bar above it.
     """
     image, anomaly_map = _enlarged(image), _enlarged(anomaly_map)
     height, width = anomaly_map.shape
-    colours = cv2.applyColorMap((anomaly_map.clip(0, 1) * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
+    low, high = map_scale
+    heat = ((anomaly_map - low) / (high - low)).clip(0, 1)
+    colours = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
     # the surface stays visible where the map is low, the colour where it is high
-    alpha = (0.15 + 0.5 * anomaly_map.clip(0, 1))[..., None]
+    alpha = (0.15 + 0.5 * heat)[..., None]
     canvas = np.ascontiguousarray((image * (1 - alpha) + colours * alpha).astype(np.uint8))
     line = max(1, round(min(height, width) / 300))
-    contours, _ = cv2.findContours(
-        (anomaly_map >= threshold).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
-    )
+    marked = anomaly_map >= (threshold if map_threshold is None else map_threshold)
+    contours, _ = cv2.findContours(marked.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     cv2.drawContours(canvas, contours, -1, (255, 255, 255), line + 2, cv2.LINE_AA)
     cv2.drawContours(canvas, contours, -1, BAD, line, cv2.LINE_AA)
     return np.vstack([_bar(width, score, threshold), canvas])

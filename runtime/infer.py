@@ -84,20 +84,16 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, console: 
                 lines.write(json.dumps(record) + "\n")
                 lines.flush()
             if table and rows:
-                peak = max((r["peak"] for r in record["regions"]), default="")
-                table.writerow(
-                    [
-                        record["source"],
-                        record["score"],
-                        record["threshold"],
-                        record["is_anomalous"],
-                        len(record["regions"]),
-                        peak,
-                        record["timings_ms"]["model"],
-                    ]
-                )
+                table.writerow(csv_row(record, record["timings_ms"]["model"]))
                 rows.flush()
     return summary
+
+
+def csv_row(record: dict[str, Any], model_ms: float) -> list[Any]:
+    """The values of CSV_COLUMNS of a JSON record."""
+    peak = max((region["peak"] for region in record["regions"]), default="")
+    verdict = [record[key] for key in ("source", "score", "threshold", "is_anomalous")]
+    return [*verdict, len(record["regions"]), peak, model_ms]
 
 
 def _names(sources: list[Path]) -> dict[Path, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 Status = Literal["ok", "missing", "broken", "info"]
 SYSTEM_SITE = "python3 -m venv --system-site-packages .venv  # apt's Python packages are only seen from such a venv"
+GSTREAMER = f"pip uninstall -y opencv-python-headless && sudo apt install python3-opencv && {SYSTEM_SITE}"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,17 @@ class Machine:
             last = (done.stderr.strip() or done.stdout.strip() or "no word why").splitlines()[-1]
             raise ProbeFailed(f"{name} failed: {last}")
         return done.stdout
+
+    def cameras(self) -> dict[Path, str]:
+        """Device and label of each video device, by number; a USB camera mostly has a second one for its metadata."""
+        devices = (self.root / "dev").glob("video[0-9]*")
+        found = {}
+        for device in sorted(devices, key=lambda d: int(re.sub(r"\D", "", d.name))):
+            label = self.read(f"sys/class/video4linux/{device.name}/name") or "unnamed"
+            if self.read(f"sys/class/video4linux/{device.name}/index") not in ("", "0"):
+                label += " (a second node of the same device, mostly its metadata)"
+            found[device] = label
+        return found
 
     @cached_property
     def is_jetson(self) -> bool:

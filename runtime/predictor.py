@@ -17,12 +17,14 @@ from fbclip.errors import ImageError, UsageError
 from fbclip.image import in_order, resize
 from fbclip.reading import read_image, to_rgb
 from fbclip.runtime.backends import make_backend
+from fbclip.runtime.calibration import Calibration
 from fbclip.runtime.draw import draw_overlay
+from fbclip.runtime.roi import Roi
 
 
 @dataclass(frozen=True)
 class Region:
-    """A connected part of the map at or above the threshold.
+    """A connected part of the map at or above the map's threshold.
 
     Attributes:
         box: (x0, y0, x1, y1) in pixels of the frame; x1 and y1 are exclusive.
@@ -40,13 +42,16 @@ class Prediction:
     """What the model says of one image.
 
     Attributes:
-        score: abnormal probability of the image, 0..1.
-        threshold: scores and map values from here on are anomalous.
-        anomaly_map: float32 (H, W), 0..1, in the frame's own size.
+        score: abnormal probability of the image or its region of interest (see `Roi`), 0..1.
+        threshold: scores from here on are anomalous.
+        anomaly_map: float32 (H, W), 0..1, in the frame's own size; 0 outside the region of interest.
         model_map: float32 (S, S), the map as the model gives it; (H, W) where the graph takes whole frames.
-        regions: of the map at or above the threshold, the highest peak first.
+        regions: of the map at or above its threshold and not smaller than `min_area`, the highest peak first.
         timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
         image: the frame itself, uint8 (H, W, 3) RGB.
+        map_threshold: map values from here on are marked; None without a calibration: from `threshold` on.
+        map_scale: map values (low, high) of the first and the last colour of the overlay.
+        min_area: pixels that a region needs, and an anomaly needs a region; 0 where it needs none.
     """
 
     score: float
@@ -56,14 +61,19 @@ class Prediction:
     regions: tuple[Region, ...]
     timings_ms: dict[str, float]
     image: NDArray[np.uint8] = field(repr=False)
+    map_threshold: float | None = None
+    map_scale: tuple[float, float] = (0.0, 1.0)
+    min_area: int = 0
 
     @property
     def is_anomalous(self) -> bool:
-        return self.score >= self.threshold
+        return self.score >= self.threshold and (self.min_area == 0 or bool(self.regions))
 
     def overlay(self) -> NDArray[np.uint8]:
         """The frame with heat map, contours, score and verdict: uint8 (H', W', 3) RGB."""
-        return draw_overlay(self.image, self.anomaly_map, self.score, self.threshold)
+        return draw_overlay(
+            self.image, self.anomaly_map, self.score, self.threshold, self.map_threshold, self.map_scale
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the arrays."""
@@ -84,7 +94,16 @@ class Predictor:
         bundle: a bundle, its path, or None for the embedded default model.
         device: "auto", "cpu", "cuda" or "tensorrt"; never another than the one asked for.
         precision: "auto", "fp32" or "fp16".
-        threshold: 0..1, or None for the bundle's.
+        threshold: of scores, 0..1; None for the calibration's, or the bundle's default where there is none.
+        calibrated: whether to use the bundle's calibration (see `fbclip calibrate`), for the maps also where a
+            threshold is given: scores and maps have scales of their own.
+        roi: where frames are inspected; None for all of them.
+        min_area: pixels of the frame: smaller regions don't count, and an anomaly needs one that does. 0 asks for
+            none, except within a mask (see `Roi`), where it is 1 at least.
+
+    Attributes:
+        calibration: the one in use, or None.
+        threshold, map_threshold, map_scale: as in a Prediction; each call takes what they are then.
 
     Raises:
         BundleError, DeviceError, UsageError.
@@ -96,61 +115,118 @@ class Predictor:
         device: str = "auto",
         precision: str = "auto",
         threshold: float | None = None,
+        calibrated: bool = True,
+        roi: Roi | None = None,
+        min_area: int = 0,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-        self.threshold = self.bundle.manifest.threshold if threshold is None else threshold
+        self.calibration = Calibration.load(self.bundle) if calibrated else None
+        self.threshold, self.map_threshold, self.map_scale = self.bundle.manifest.threshold, None, (0.0, 1.0)
+        if self.calibration:
+            self.threshold = self.calibration.threshold
+            self.map_threshold = self.calibration.map_threshold
+            self.map_scale = self.calibration.map_scale
+        if threshold is not None:
+            self.threshold = threshold
+        elif self.calibration and self.calibration.roi != (roi.identity if roi else None):
+            raise UsageError(
+                f"{self.bundle.path} was calibrated {_where(self.calibration.roi)}, and other frames have other scores: "
+                f"calibrate {_where(roi.identity if roi else None)}, or pass a --threshold"
+            )
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold is a probability between 0 and 1; got {self.threshold}")
+        self.roi = roi
+        # beside a mask the score sees what the mask leaves out; the map doesn't
+        self.min_area = max(min_area, 1) if roi and roi.inside is not None else min_area
         self.backend, self.precision = make_backend(self.bundle, device, precision)
 
     def __call__(self, image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str = "rgb") -> Prediction:
-        """Score one image.
+        """Score one image: `prepare`, `backend.run` and `conclude`, which a pipeline may overlap.
 
         Args:
             image: a path, a Pillow image, or a frame uint8 (H, W, 3) or (H, W).
             channel_order: of a frame: "rgb", or "bgr" as OpenCV reads.
 
         Raises:
-            ImageError: unreadable file, a frame of another shape or type, or of another size than the graph was
-                exported for with --frame-size.
+            ImageError: unreadable file, a frame of another shape or type, of another size than the graph was
+                exported for with --frame-size, or that the region of interest doesn't fit.
         """
         start = time.perf_counter()
         frame = self._frame(image, channel_order)
         read = time.perf_counter()
-        batch = self._input(frame)[None]
+        batch = self.prepare(frame)
         ready = time.perf_counter()
         scores, maps = self.backend.run(batch)
         done = time.perf_counter()
-        height, width = frame.shape[:2]
-        anomaly_map = maps[0]
-        if anomaly_map.shape != (height, width):
-            anomaly_map = cv2.resize(anomaly_map, (width, height), interpolation=cv2.INTER_LINEAR)
-            anomaly_map = anomaly_map.reshape(height, width)
-        regions = find_regions(anomaly_map, self.threshold)
-        end = time.perf_counter()
-        timings = {"read": read - start, "preprocess": ready - read, "model": done - ready, "postprocess": end - done}
-        return Prediction(
-            float(scores[0]),
-            self.threshold,
-            anomaly_map,
-            maps[0],
-            regions,
-            {stage: seconds * 1e3 for stage, seconds in timings.items()},
-            frame,
-        )
+        timings = {"read": read - start, "preprocess": ready - read, "model": done - ready}
+        timings_ms = {stage: seconds * 1e3 for stage, seconds in timings.items()}
+        return self.conclude(frame, float(scores[0]), maps[0], timings_ms)
 
-    def _input(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A frame uint8 (H, W, 3) RGB as the graph takes it."""
+    def explain_threshold(self) -> str:
+        """One line for a person: where the threshold comes from where none was given."""
+        if self.calibration is None:
+            default = self.bundle.manifest.threshold
+            return f"threshold {default:g} is the bundle's default: no calibration; run fbclip calibrate"
+        return self.calibration.explain(self.bundle, self.precision)
+
+    def prepare(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A frame uint8 (H, W, 3) RGB, or its region of interest, as the graph takes it: (1, H', W', 3).
+
+        Raises:
+            ImageError: a frame of another size than the graph or the region of interest is for.
+        """
         manifest = self.bundle.manifest
+        if self.roi:
+            frame = self.roi.crop(frame)
         if manifest.frame_size is None:
-            return in_order(resize(frame, manifest.image_size), manifest.channel_order)
+            return in_order(resize(frame, manifest.image_size), manifest.channel_order)[None]
         if frame.shape[:2] != manifest.frame_size:
             built, here = (f"{height}x{width}" for height, width in (manifest.frame_size, frame.shape[:2]))
             raise ImageError(
                 f"{self.bundle.path} takes frames of {built} (height x width) only; got {here}: "
                 f"set the camera to that, or export with --frame-size {here}, or without for any size"
             )
-        return in_order(frame, manifest.channel_order)
+        return in_order(frame, manifest.channel_order)[None]
+
+    def conclude(
+        self, frame: NDArray[np.uint8], score: float, model_map: NDArray[np.float32], timings_ms: dict[str, float]
+    ) -> Prediction:
+        """From what the backend says of a prepared frame to a prediction.
+
+        Args:
+            frame: uint8 (H, W, 3) RGB, as `prepare` took it.
+            score: the class token's, 0..1.
+            model_map: float32 (H', W'), 0..1.
+            timings_ms: milliseconds of the stages so far; postprocess is added.
+        """
+        start = time.perf_counter()
+        threshold = self.threshold  # may be set anew from another thread
+        height, width = frame.shape[:2]
+        x0, y0, x1, y1 = self.roi.box if self.roi else (0, 0, width, height)
+        anomaly_map = model_map
+        if anomaly_map.shape != (y1 - y0, x1 - x0):
+            enlarged = cv2.resize(model_map, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
+            anomaly_map = np.asarray(enlarged, np.float32).reshape(y1 - y0, x1 - x0)
+        if self.roi:
+            part, anomaly_map = anomaly_map, np.zeros((height, width), np.float32)
+            anomaly_map[y0:y1, x0:x1] = part
+            if self.roi.inside is not None:
+                anomaly_map[y0:y1, x0:x1] *= self.roi.inside
+        map_threshold = self.map_threshold
+        regions = find_regions(anomaly_map, threshold if map_threshold is None else map_threshold, self.min_area)
+        timings_ms = {**timings_ms, "postprocess": (time.perf_counter() - start) * 1e3}
+        return Prediction(
+            score,
+            threshold,
+            anomaly_map,
+            model_map,
+            regions,
+            timings_ms,
+            frame,
+            map_threshold,
+            self.map_scale,
+            self.min_area,
+        )
 
     @staticmethod
     def _frame(image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str) -> NDArray[np.uint8]:
@@ -167,14 +243,31 @@ class Predictor:
         return image if channel_order == "rgb" else np.ascontiguousarray(image[..., ::-1])
 
 
-def find_regions(anomaly_map: NDArray[np.float32], threshold: float) -> tuple[Region, ...]:
-    """Connected regions (8 neighbours) of a map (H, W) at or above the threshold, the highest peak first."""
-    mask = (anomaly_map >= threshold).astype(np.uint8)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    regions = []
-    for label in range(1, count):
-        x, y, w, h, area = (int(v) for v in stats[label])
-        window = (slice(y, y + h), slice(x, x + w))
-        peak = float(anomaly_map[window][labels[window] == label].max())
-        regions.append(Region((x, y, x + w, y + h), peak, area))
-    return tuple(sorted(regions, key=lambda r: r.peak, reverse=True))
+def _where(roi: str | None) -> str:
+    return f"with --roi {roi}" if roi else "without --roi"
+
+
+def find_regions(anomaly_map: NDArray[np.float32], threshold: float, min_area: int = 0) -> tuple[Region, ...]:
+    """Connected regions (8 neighbours) of a map (H, W) at or above the threshold, the highest peak first.
+
+    Those of less than `min_area` pixels are left out. Work grows with the regions' boxes, not with the frame: labels
+    for every pixel of a camera's frame would take many times longer than everything else after the model.
+    """
+    mask = (anomaly_map >= threshold).view(np.uint8)
+    contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    found = []
+    for index, outline in enumerate(contours):
+        _, _, hole, parent = hierarchy[0, index]
+        if parent >= 0:  # a hole's edge
+            continue
+        edges = [outline]
+        while hole >= 0:
+            edges.append(contours[hole])
+            hole = hierarchy[0, hole, 0]
+        x, y, w, h = cv2.boundingRect(outline)
+        inside = cv2.fillPoly(np.zeros((h, w), np.uint8), edges, 1, offset=(-x, -y))
+        area = cv2.countNonZero(inside)
+        if area >= min_area:
+            _, peak, _, _ = cv2.minMaxLoc(anomaly_map[y : y + h, x : x + w], inside)
+            found.append(Region((x, y, x + w, y + h), peak, area))
+    return tuple(sorted(found, key=lambda region: (-region.peak, region.box)))

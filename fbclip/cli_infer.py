@@ -1,0 +1,139 @@
+"""`fbclip infer`: images, or one stream."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console
+
+IMAGES, STREAMS = "Images", "Cameras, streams, videos, watched folders"
+OF_IMAGES = ("save_map", "map_size", "project", "name", "exist_ok")
+OF_STREAMS = (
+    "resolution",
+    "fps",
+    "every",
+    "give_up",
+    "duration",
+    "vote",
+    "events",
+    "events_size",
+    "show",
+    "video",
+    "mqtt",
+    "webhook",
+    "metrics_port",
+)
+
+
+class MapSize(str, Enum):
+    frame = "frame"
+    model = "model"
+
+
+def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
+def infer(
+    context: typer.Context,
+    source: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Images, folders, globs; or one stream: a camera's number, /dev/video0, csi://0, a video file, "
+            "rtsp://…, http://…. The sample images if left out."
+        ),
+    ] = None,
+    bundle: BundleOption = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
+    threshold: Annotated[str, typer.Option(help="auto (calibrated, else the bundle's), or 0 to 1.")] = "auto",
+    roi: RoiOption = None,
+    min_area: Annotated[int, typer.Option(min=0, help="An anomaly needs a region of so many pixels.")] = 0,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="End after so many images or frames.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write JSON lines to this file, or - for standard output.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a CSV table to this file.")] = None,
+    save: Annotated[bool, option(IMAGES, "Write overlay pictures.")] = True,
+    save_map: Annotated[bool, option(IMAGES, "Write anomaly maps, float32 .npy.", "--save-map")] = False,
+    map_size: Annotated[MapSize, option(IMAGES, "Size of saved maps: the frame's or the model's.")] = MapSize.frame,
+    project: Annotated[Path, option(IMAGES, "Folder of the runs.")] = Path("runs/infer"),
+    name: Annotated[str, option(IMAGES, "Name of this run.")] = "exp",
+    exist_ok: Annotated[bool, option(IMAGES, "Write into the run's folder if it is there.", "--exist-ok")] = False,
+    camera: Annotated[str | None, option(STREAMS, "The same as SOURCE: a camera's number, …")] = None,
+    watch: Annotated[bool, option(STREAMS, "SOURCE is a folder: inspect images as they arrive.", "--watch")] = False,
+    resolution: Annotated[str | None, option(STREAMS, "WIDTHxHEIGHT to ask the camera for.")] = None,
+    fps: Annotated[float | None, option(STREAMS, "Frames per second to ask the camera for.")] = None,
+    every: Annotated[int, option(STREAMS, "Inspect every Nth frame.", min=1)] = 1,
+    give_up: Annotated[
+        float | None, option(STREAMS, "Seconds without a frame after which the run fails; never, if left out.")
+    ] = None,
+    duration: Annotated[float | None, option(STREAMS, "End after so many seconds.", min=0)] = None,
+    vote: Annotated[str, option(STREAMS, "K/N: alarm where K of the last N frames are anomalous.")] = "1/1",
+    events: Annotated[Path | None, option(STREAMS, "Save the frames around each alarm in this folder.")] = None,
+    events_size: Annotated[str, option(STREAMS, "Bound of that folder; the oldest go.")] = "1GB",
+    show: Annotated[bool, option(STREAMS, "A window with the overlay.", "--show")] = False,
+    video: Annotated[Path | None, option(STREAMS, "Write the overlays to this Motion JPEG file (.avi).")] = None,
+    mqtt: Annotated[str | None, option(STREAMS, "mqtt://user:password@host:port/prefix of a broker.")] = None,
+    webhook: Annotated[str | None, option(STREAMS, "Address that alarms and notices are posted to.")] = None,
+    metrics_port: Annotated[int | None, option(STREAMS, "Port of 127.0.0.1 for Prometheus.", min=1, max=65535)] = None,
+) -> None:
+    """Score images, or the frames of a camera, and draw where the defects are."""
+    from fbclip.runtime.decisions import Vote
+    from fbclip.runtime.events import parse_size
+    from fbclip.runtime.images import list_images
+    from fbclip.runtime.infer import Outputs, infer, new_run, report
+    from fbclip.runtime.live_infer import Stream, find_stream, infer_stream, parse_resolution
+    from fbclip.runtime.pipeline import Limits
+    from fbclip.runtime.predictor import Predictor
+    from fbclip.runtime.roi import Roi
+    from fbclip.runtime.sinks import SinkOptions
+    from fbclip.runtime.sources import CaptureOptions
+
+    console = make_console(stderr=json == "-")
+    stream = find_stream(source or [], camera, watch)
+    _refuse(context, *(("a stream", OF_IMAGES) if stream else ("images", OF_STREAMS)))
+    region = Roi.parse(roi) if roi else None
+    predictor = Predictor(bundle, device, precision, _threshold(threshold), roi=region, min_area=min_area)
+    if threshold == "auto":
+        console.print(predictor.explain_threshold(), soft_wrap=True, highlight=False)
+    if stream:
+        setup = Stream(
+            stream,
+            CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch),
+            SinkOptions(show, video, json=json, csv=csv, mqtt=mqtt, webhook=webhook, metrics_port=metrics_port),
+            Vote.parse(vote),
+            events,
+            parse_size(events_size),
+            Limits(max_frames, duration),
+        )
+        infer_stream(predictor, setup, console)
+    else:
+        images = list_images(source or [])[:max_frames]
+        folder = new_run(project, name, exist_ok) if save or save_map else None
+        outputs = Outputs(folder, save, save_map, map_size.value, json, csv)
+        summary = infer(predictor, images, outputs, console)
+        report(summary, outputs, console)
+        if summary.skipped:
+            raise typer.Exit(2)
+
+
+def _threshold(text: str) -> float | None:
+    from fbclip.errors import UsageError
+
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError as error:
+        raise UsageError(f"--threshold is auto or a probability between 0 and 1; got {text!r}") from error
+
+
+def _refuse(context: typer.Context, source: str, options: tuple[str, ...]) -> None:
+    """Options that this kind of source would ignore."""
+    from fbclip.errors import UsageError
+
+    sources = {name: context.get_parameter_source(name) for name in options}
+    if given := [name for name, from_ in sources.items() if from_ and from_.name == "COMMANDLINE"]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"SOURCE is {source}, which {names} can't be used with: leave it out, or see fbclip infer -h")

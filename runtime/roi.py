@@ -1,0 +1,86 @@
+"""Where a frame is inspected: `--roi x0,y0,x1,y1` or a mask."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from fbclip.errors import ImageError, UsageError
+from fbclip.reading import read_mask
+
+
+@dataclass(frozen=True)
+class Roi:
+    """A region of interest. The model sees its box alone, as if the frame ended there.
+
+    The image score is the class token's, which looks at everything it is shown and can't be told apart by place: here
+    it is the score of the frame cut to the box. A mask of another shape leaves out some of its box, and what lies there
+    may raise the score. So with such a mask an anomaly also needs a region of the map inside it, and the map is 0
+    outside.
+
+    Attributes:
+        text: what was asked for.
+        box: (x0, y0, x1, y1) in pixels of the frame; x1 and y1 are exclusive.
+        inside: uint8 (y1 - y0, x1 - x0) of 0 and 1, what counts of the box; None where all of it does.
+        frame_hw: height and width of the mask, which frames must have; None for a rectangle.
+    """
+
+    text: str
+    box: tuple[int, int, int, int]
+    inside: NDArray[np.uint8] | None = field(default=None, repr=False)
+    frame_hw: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Roi:
+        """`x0,y0,x1,y1` in pixels, or the path of a mask: what isn't black counts (see `read_mask`).
+
+        Raises:
+            UsageError: neither, an empty rectangle, or a mask that is all black.
+        """
+        if numbers := re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text):
+            x0, y0, x1, y1 = (int(number) for number in numbers.groups())
+            if x0 >= x1 or y0 >= y1:
+                raise UsageError(f"--roi is x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1; got {text}")
+            return cls(text, (x0, y0, x1, y1))
+        if not Path(text).exists():
+            raise UsageError(f"--roi is x0,y0,x1,y1 in pixels, or the path of a mask; got {text!r}")
+        mask = read_mask(Path(text))
+        x, y, width, height = cv2.boundingRect(mask)
+        if not width:
+            raise UsageError(f"--roi {text} is black all over: paint white where frames are to be inspected")
+        inside = mask[y : y + height, x : x + width]
+        return cls(text, (x, y, x + width, y + height), None if inside.all() else inside, mask.shape)
+
+    @property
+    def identity(self) -> str:
+        """What distinguishes it, wherever a mask's file may be."""
+        x0, y0, x1, y1 = self.box
+        if self.inside is None:
+            return f"{x0},{y0},{x1},{y1}"
+        return f"MASK (sha256 {hashlib.sha256(self.inside.tobytes()).hexdigest()[:16]}) in {x0},{y0},{x1},{y1}"
+
+    def crop(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The box of a frame uint8 (H, W, 3).
+
+        Raises:
+            ImageError: the frame has another size than the mask, or doesn't hold the rectangle.
+        """
+        height, width = frame.shape[:2]
+        x0, y0, x1, y1 = self.box
+        if self.frame_hw not in (None, (height, width)):
+            raise ImageError(
+                f"--roi {self.text} is a mask of {self.frame_hw[1]}x{self.frame_hw[0]} (width x height); the frame has "
+                f"{width}x{height}: make a mask of that size, or set the camera's with --resolution"
+            )
+        if x1 > width or y1 > height:
+            raise ImageError(
+                f"--roi {self.text} reaches beyond the frame of {width}x{height} (width x height): "
+                f"pass a smaller one, or set the camera's size with --resolution"
+            )
+        return np.ascontiguousarray(frame[y0:y1, x0:x1])

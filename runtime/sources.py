@@ -1,0 +1,161 @@
+"""Where frames come from: `open_source("0", options)`, a stream, a video, a folder, as an iterator of `Frame`."""
+
+from __future__ import annotations
+
+import glob
+import re
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fbclip.errors import ImageError, UsageError
+from fbclip.reading import SUFFIXES, read_image
+from fbclip.runtime import devices
+from fbclip.runtime.capture import CaptureOptions, LiveSource, Source
+from fbclip.runtime.devices import Device, Fault
+from fbclip.runtime.images import list_images
+from fbclip.runtime.live import Frame
+from fbclip.runtime.watch import arrivals
+
+__all__ = ["CaptureOptions", "FileSource", "Source", "open_source"]
+
+KINDS = "a camera (0, /dev/video0, csi://0), a stream (rtsp://, http://), a video, or images (file, folder, glob)"
+Retrieve = Callable[[], NDArray[np.uint8]]
+Connect = Callable[[], Device]
+
+
+class FileSource(Source):
+    """Images and videos, one after the other, none dropped. What can't be read is reported and skipped.
+
+    Args:
+        paths: their files. Read lazily: it may go on for ever.
+
+    Iterating raises UsageError at the end where nothing could be read.
+    """
+
+    def __init__(self, name: str, paths: Iterable[Path], options: CaptureOptions) -> None:
+        super().__init__(name, options)
+        self._paths = paths
+        self._frames = self._read()
+
+    def __next__(self) -> Frame:
+        if self._closed.is_set():
+            raise StopIteration
+        frame = next(self._frames)
+        self._counters["frames"] += 1
+        return frame
+
+    def close(self) -> None:
+        super().close()
+        with suppress(ValueError):  # another thread is in it, and ends it
+            self._frames.close()
+
+    def _read(self) -> Generator[Frame]:
+        skipped = ""
+        pictures = (picture for path in self._paths for picture in _pictures(path))
+        for index, (name, retrieve) in enumerate(pictures):
+            if self._closed.is_set():
+                return
+            if index % self.options.every:
+                continue
+            try:
+                image = retrieve()
+            except (ImageError, Fault) as error:
+                skipped = f"{name}: {error}" if isinstance(error, Fault) else str(error)
+                self._counters["garbage"] += 1
+                self._tell("live", f"skipped {skipped}")
+            else:
+                yield Frame(image, name, index, time.monotonic(), time.time())
+        if skipped and not self._counters["frames"] and not self._closed.is_set():
+            raise UsageError(f"nothing of {self.name} could be read: {skipped}")
+        self._tell("ended", f"{self._counters['frames']} frames")
+
+
+class WatchSource(FileSource):
+    """Images that another program drops into a folder, each once, until it is closed; see `arrivals`."""
+
+    def __init__(self, folder: Path, options: CaptureOptions) -> None:
+        super().__init__(str(folder), (), options)
+        self._paths = arrivals(folder, self._closed, self._tell, options.give_up)
+
+
+def _pictures(path: Path) -> Iterator[tuple[str, Retrieve]]:
+    """Name of each picture in a file, one or a video's, and what reads it, raising ImageError or Fault."""
+    if path.suffix.lower() in SUFFIXES or _is_image(path):
+        yield str(path), partial(read_image, path)
+        return
+    try:
+        video = devices.open_ffmpeg(str(path), patience=0)
+    except Fault:
+        yield str(path), partial(_refuse, path)
+        return
+    number = 0
+    with closing(video), suppress(Fault):  # its end
+        while True:
+            video.grab()
+            yield f"{path}#{number}", video.retrieve
+            number += 1
+    if not number:
+        yield str(path), partial(_refuse, path)
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def _refuse(path: Path) -> NDArray[np.uint8]:
+    raise ImageError(f"{path} is neither an image that Pillow nor a video that FFmpeg can read")
+
+
+def open_source(text: str, options: CaptureOptions | None = None) -> Source:
+    """A camera, stream, video or images by what the command line calls them. Cameras and streams open at the first frame.
+
+    Args:
+        text: a camera's number or device file, `csi://N`, `rtsp://…`, `http://…`, a video, an image, a folder, a glob;
+            with `options.watch` the folder to watch.
+        options: how to read it.
+
+    Raises:
+        UsageError: none of these, what can't be asked of it, or a CSI camera without GStreamer in OpenCV. A camera that
+            is not there is none: it may be plugged in later.
+    """
+    devices.prepare_opencv()
+    options = options or CaptureOptions()
+    if not options.watch and (camera := _camera(text, options)):
+        return camera
+    stream = "://" in text and not options.watch
+    name = devices.public_name(devices.check_url(text)) if stream else text
+    if options.resolution or options.fps:
+        raise UsageError(f"--resolution and --fps are asked of cameras; {name} has its own: leave them out")
+    if stream:
+        return LiveSource(name, partial(devices.connect_stream, text, options.stall), options)
+    if options.watch:
+        if not Path(text).is_dir():
+            raise UsageError(f"--watch takes the folder that images are dropped into; make {text} first")
+        return WatchSource(Path(text), options)
+    if not Path(text).exists() and not glob.has_magic(text):
+        raise UsageError(f"SOURCE is {KINDS}; there is no {text}")
+    return FileSource(text, list_images([text]), options)
+
+
+def _camera(text: str, options: CaptureOptions) -> LiveSource | None:
+    if match := re.fullmatch(r"csi://(\d{1,2})", text):
+        devices.require_gstreamer(text)
+        connect: Connect = partial(devices.connect_csi, int(match[1]), options.resolution, options.fps)
+        return LiveSource(text, connect, options)
+    if re.fullmatch(r"\d{1,3}|/dev/(?!shm\b).+", text):  # what the system's rules call cameras may be any name there
+        device = Path(text if text.startswith("/") else f"/dev/video{text}")
+        return LiveSource(
+            str(device), partial(devices.connect_camera, device, options.resolution, options.fps), options
+        )
+    return None
