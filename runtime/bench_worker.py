@@ -1,0 +1,242 @@
+"""A process of `fbclip bench` that holds one subject and runs it when it is told to, over pipes.
+
+In a process of its own a subject has its own peak of memory and its own start; told round by round when to run, it
+shares the machine's good and bad moments with the others. Requests and answers are lines of JSON; the worker ends when
+its input does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fbclip.bundle import IMAGE, TEXT, Bundle
+from fbclip.errors import FBClipError
+from fbclip.image import in_order, resize
+
+Results = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+# Warm-up ends when the last three runs lie within 5 % of their median, or after 20 runs or 10 seconds.
+STABLE_RUNS, STABLE_SPREAD = 3, 0.05
+WARMUP_RUNS, WARMUP_SECONDS = 20, 10.0
+PROFILED_RUNS = 5
+DEVICE_RUNS = 10
+SLOW_SECONDS = 1.0  # a run this long cares little for what others left in the caches
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a worker measures.
+
+    Attributes:
+        backend: "torch-reference", "torch", "torch-compile", or a device of `make_backend`.
+        precision: "fp32", "fp16", … of the bundle.
+        batch: images per run.
+        bundle: folder.
+        frames: .npy file of uint8 (F, H, W, 3) RGB, which every subject gets.
+        outputs: .npz file to write for the comparison.
+        checkpoint, clip, clip_weights: of the torch backends; the embedded model's if None.
+    """
+
+    backend: str
+    precision: str
+    batch: int
+    bundle: str
+    frames: str
+    outputs: str
+    checkpoint: str | None = None
+    clip: str | None = None
+    clip_weights: str | None = None
+
+
+class Subject:
+    """A backend with the same work as every other: from frames in host memory, uint8, to scores and to maps of the
+    frames' size in host memory, float32. Resizes where the backend does not."""
+
+    def __init__(self, **values: Any) -> None:
+        self.spec = spec = Spec(**values)
+        self.bundle = bundle = Bundle.load(spec.bundle)
+        manifest = bundle.manifest
+        order, self.taken_hw = manifest.channel_order, manifest.input_size
+        if spec.backend.startswith("torch"):
+            from fbclip.export.backend import bundle_backend
+
+            path = Path(spec.checkpoint) if spec.checkpoint else None
+            self.backend = bundle_backend(bundle, spec.backend, path, spec.clip, spec.clip_weights)
+            order, self.taken_hw = "rgb", (manifest.image_size,) * 2
+        else:
+            from fbclip.runtime.backends import make_backend
+
+            self.backend, _ = make_backend(bundle, spec.backend, spec.precision, spec.batch)
+        frames = in_order(np.load(spec.frames, allow_pickle=False), order)
+        self.frame_hw = frames.shape[1:3]
+        indices = np.arange(len(frames) * spec.batch).reshape(-1, spec.batch) % len(frames)
+        self.inputs = [np.ascontiguousarray(frames[i]) for i in indices]
+        self.outputs: dict[int, Results] = {}
+        self.done = 0
+        self.last_seconds = 0.0
+        self._once()
+
+    def ready(self) -> dict[str, Any]:
+        """The first result is there."""
+        return {"device": self.backend.device, "reads": self._bytes()}
+
+    def _bytes(self) -> int:
+        """What a run has to read and write at least: weights, frames, maps."""
+        files = self.bundle.manifest.files
+        graph = self.bundle.graph(self.spec.precision)
+        weights = sum((self.bundle.path / f).stat().st_size for f in files if f.startswith(graph.name))
+        height, width = self.frame_hw
+        return weights + self.spec.batch * height * width * (3 + 4)
+
+    def work(self, images: NDArray[np.uint8]) -> Results:
+        if self.frame_hw != self.taken_hw:
+            images = np.stack([resize(image, self.taken_hw) for image in images])
+        scores, maps = self.backend.run(images)
+        if maps.shape[1:] != self.frame_hw:
+            import cv2
+
+            height, width = self.frame_hw
+            maps = np.stack([cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in maps])
+        return scores, maps
+
+    def _once(self) -> float:
+        """The next run's seconds; the first over all frames is kept for the comparison."""
+        index = self.done % len(self.inputs)
+        start = time.perf_counter()
+        scores, maps = self.work(self.inputs[index])
+        self.last_seconds = time.perf_counter() - start
+        if index == self.done:
+            self.outputs[index] = scores, maps
+        self.done += 1
+        return self.last_seconds
+
+    def warm(self) -> dict[str, Any]:
+        """Run until the times are stable."""
+        seconds: list[float] = []
+        while len(seconds) < WARMUP_RUNS and sum(seconds) < WARMUP_SECONDS and not is_stable(seconds):
+            seconds.append(self._once())
+        return {"runs": len(seconds), "stable": is_stable(seconds), "seconds": seconds[-1]}
+
+    def run(self, runs: int) -> dict[str, Any]:
+        """A turn: one run that is not timed, because others had the caches meanwhile, then `runs` that are."""
+        before = time.perf_counter(), time.process_time()
+        count = self.done
+        if self.last_seconds < SLOW_SECONDS:
+            self._once()
+        seconds = [self._once() for _ in range(runs)]
+        wall, cpu = time.perf_counter() - before[0], time.process_time() - before[1]
+        return {"seconds": seconds, "wall_s": wall, "cpu_s": cpu, "runs": self.done - count}
+
+    def finish(self) -> dict[str, Any]:
+        """Peak of memory; where there is a GPU, upload, compute and download apart; results to the file."""
+        peak = peak_host_mb()
+        order = sorted(self.outputs)
+        scores, maps = (np.concatenate([self.outputs[i][k] for i in order]) for k in (0, 1))
+        np.savez(self.spec.outputs, scores=scores, maps=maps)
+        return {"peak_host_mb": peak, "device_ms": self._device_times()}
+
+    def _device_times(self) -> dict[str, float] | None:
+        """Medians by the device's own events."""
+        measure = getattr(self.backend, "device_times", None)
+        if measure is None or self.backend.device == "cpu":
+            return None
+        times = [measure(self.inputs[0]) for _ in range(DEVICE_RUNS)]
+        return {name: float(np.median([t[name] for t in times])) for name in times[0]}
+
+    def profile(self, operations: dict[str, int]) -> dict[str, Any] | None:
+        """Where ONNX Runtime spends its time; None for other backends."""
+        session = getattr(self.backend, "session", None)
+        if session is None:
+            return None
+        from fbclip.runtime.limits import profile, summarise
+
+        inputs = {IMAGE: self.inputs[0], TEXT: self.bundle.text}
+        if self.frame_hw != self.taken_hw:
+            inputs[IMAGE] = np.stack([resize(image, self.taken_hw) for image in self.inputs[0]])
+        providers = [(name, values) for name, values in session.get_provider_options().items()]
+        graph, options = self.bundle.graph(self.spec.precision), session.get_session_options()
+        nodes = profile(graph, options, providers, inputs, PROFILED_RUNS)
+        return summarise(nodes, PROFILED_RUNS, operations, self.spec.batch)
+
+
+class Machine:
+    """The machine itself, measured in turn like a subject."""
+
+    def __init__(self, use_torch: bool) -> None:
+        from fbclip.runtime.limits import Rates
+
+        self.rates = Rates(use_torch)
+
+    def ready(self) -> dict[str, Any]:
+        return {}
+
+    def run(self) -> dict[str, Any]:
+        before = time.process_time()
+        return {"rates": self.rates.measure(), "cpu_s": time.process_time() - before}
+
+
+class Work:
+    """The graph's operations for one image, by stage."""
+
+    def __init__(self, bundle: str, frames: str) -> None:
+        from fbclip.runtime.limits import count_operations
+
+        loaded = Bundle.load(bundle)
+        manifest = loaded.manifest
+        image = resize(np.load(frames, allow_pickle=False)[0], manifest.input_size)[None]
+        self.operations = count_operations(loaded.graph(manifest.precisions[0]), loaded.text, image)
+
+    def ready(self) -> dict[str, Any]:
+        return {"operations": self.operations}
+
+
+def is_stable(seconds: list[float]) -> bool:
+    """Whether the last runs took about the same."""
+    last = np.array(seconds[-STABLE_RUNS:])
+    return len(last) == STABLE_RUNS and bool(np.ptp(last) <= STABLE_SPREAD * np.median(last))
+
+
+def peak_host_mb() -> float:
+    """The largest resident memory so far in MB; /proc's, where there is one, can't hold the parent's from before exec."""
+    status = Path("/proc/self/status")
+    if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+KINDS: dict[str, type[Any]] = {"subject": Subject, "machine": Machine, "work": Work}
+
+
+def main(kind: str, arguments: str) -> None:
+    """Serve until the input ends. Ctrl-C reaches the whole process group; the parent decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    try:
+        served = KINDS[kind](**json.loads(arguments))
+        _answer(channel, served.ready())
+        for line in sys.stdin:
+            request = json.loads(line)
+            _answer(channel, getattr(served, request.pop("do"))(**request))
+    except (FBClipError, ImportError) as error:
+        _answer(channel, {"error": str(error), "usage": getattr(error, "exit_code", 2) == 2})
+    except Exception as error:  # whatever a library raises ends this subject, not the benchmark
+        _answer(channel, {"error": f"{type(error).__name__}: {error}", "usage": False})
+
+
+def _answer(channel: Any, values: Any) -> None:
+    channel.write(json.dumps(values) + "\n")
+    channel.flush()
