@@ -8,20 +8,17 @@ itself, whose matrix products and copies are timed between them.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import FBClipError, UsageError
 from fbclip.image import resize
@@ -39,7 +35,7 @@ from fbclip.reading import read_image
 from fbclip.runtime.backends import DEVICES
 from fbclip.runtime.bench_worker import Spec
 from fbclip.runtime.images import samples_folder
-from fbclip.runtime.limits import cores, least_seconds, product_rate
+from fbclip.runtime.limits import least_seconds, product_rate
 from fbclip.runtime.meters import Meters
 
 SCHEMA = "fbclip-bench/1"
@@ -52,8 +48,6 @@ BACKENDS = {  # what --backends takes, and the worker's name of it
 }
 ROUNDS = 10
 PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime.bench_worker import main; main(*sys.argv[2:])"
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -129,11 +123,9 @@ class Worker:
             WorkerFailed: it could not, or has gone.
         """
         assert self._process.stdin
-        try:
+        with suppress(BrokenPipeError):  # then there is no answer, which says why
             self._process.stdin.write(json.dumps({"do": do, **values}) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer will be none, and says why
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -150,15 +142,13 @@ class Worker:
         return values
 
     def close(self) -> None:
-        """Its input ends, and with it the process; one that does not listen is killed."""
-        self._process.kill() if self._process.poll() is None else None
+        """End the process."""
+        self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                pass
+            with suppress(BrokenPipeError):
+                if pipe:
+                    pipe.close()
 
 
 @dataclass
@@ -250,7 +240,7 @@ class Bench:
         conditions = self._run_rounds(machine)
         self._step("comparing results")
         for contender in list(self.contenders):
-            self._guarded(contender, lambda c=contender: self._finish(c, operations))  # type: ignore[misc]
+            self._guarded(contender, partial(self._finish, contender, operations))
         return self._assemble(operations, conditions)
 
     def _specs(self) -> list[tuple[str, Spec]]:
@@ -263,13 +253,13 @@ class Bench:
             names = [name for name in BACKENDS if name in (options.backends or ())]
         else:
             names = [name for name in BACKENDS if name not in SLOW_TO_START or options.backends]
-        specs = []
+        specs: list[tuple[str, Spec]] = []
         for name in names:
             torch = BACKENDS[name].startswith("torch")
             if torch and (reason := self._no_torch()):
                 if options.named:
                     raise UsageError(f"--backends {name} can't run: {reason}")
-                self.left_out.append({"backend": name, "precision": "fp32", "batch": None, "reason": reason})
+                self._leave_out(name, None, None, reason)
                 continue
             for precision in ("fp32",) if torch else options.precisions or there:
                 for batch in options.batches:
@@ -303,29 +293,34 @@ class Bench:
         return worker
 
     def _start(self, name: str, spec: Spec) -> None:
-        """First result and warm-up."""
+        """First result and warm-up; a backend that is not there is left out once for all its subjects."""
+        if any(entry["backend"] == name and entry["precision"] is None for entry in self.left_out):
+            return
         try:
             worker = self._worker("subject", asdict(spec))
             self.contenders.append(Contender(name, spec, worker, worker.ask("warm")))
         except WorkerFailed as error:
             if self.options.named and error.usage:
                 raise UsageError(f"--backends {name} can't run: {error}") from error
-            entry = {"backend": name, "precision": spec.precision, "batch": spec.batch, "reason": str(error)}
-            self.left_out.append(entry)
+            precision, batch = (None, None) if error.usage else (spec.precision, spec.batch)
+            self._leave_out(name, precision, batch, str(error))
 
-    def _guarded(self, contender: Contender, work: Any) -> None:
+    def _guarded(self, contender: Contender, work: Callable[[], None]) -> None:
         """Work of one subject; if it fails, that one is out and the others go on."""
         try:
             work()
         except WorkerFailed as error:
             self.contenders.remove(contender)
-            self.left_out.append({**contender.key, "reason": str(error)})
+            self._leave_out(contender.name, contender.spec.precision, contender.spec.batch, str(error))
+
+    def _leave_out(self, name: str, precision: str | None, batch: int | None, reason: str) -> None:
+        self.left_out.append({"backend": name, "precision": precision, "batch": batch, "reason": reason})
 
     def _run_rounds(self, machine: Worker) -> dict[str, Any]:
         """All turns; returns the conditions under which they ran."""
         everyone = tuple(self.contenders)
         start, busy, throttled = time.perf_counter(), self.meters.busy_seconds(), self.meters.throttle_count()
-        own = -_cpu_seconds()
+        own = -time.process_time()
         for number in range(self.rounds):
             runs = runs_of_round(self.options.runs, self.rounds, number)
             measured = machine.ask("run")
@@ -337,9 +332,9 @@ class Bench:
                 contender = everyone[index]
                 self._step(f"round {number + 1} of {self.rounds}: {contender.name} {contender.spec.precision}")
                 if contender in self.contenders:
-                    self._guarded(contender, lambda c=contender, n=runs: self._turn(c, n))  # type: ignore[misc]
+                    self._guarded(contender, partial(self._turn, contender, runs))
         wall, after = time.perf_counter() - start, self.meters.busy_seconds()
-        own += _cpu_seconds() + sum(contender.cpu for contender in everyone)
+        own += time.process_time() + sum(contender.cpu for contender in everyone)
         later = self.meters.throttle_count()
         return {
             "seconds": wall,
@@ -380,7 +375,7 @@ class Bench:
         return {
             "schema": SCHEMA,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "environment": environment(self.meters),
+            "environment": self.meters.environment(),
             "bundle": {
                 "name": manifest.name,
                 "image_size": manifest.image_size,
@@ -478,42 +473,6 @@ def _drift(contender: Contender, reference: Contender, frames: int) -> dict[str,
         "map_max": float(maps.max()),
         "map_p999": float(np.quantile(maps, 0.999)),
     }
-
-
-def environment(meters: Meters) -> dict[str, Any]:
-    """What the figures must be read with."""
-    machine = meters.machine
-    memory = re.match(r"MemTotal: +(\d+) kB", machine.read("proc/meminfo"))
-    versions = {"fbclip": fbclip.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "processor": processor(machine.read("proc/cpuinfo")) or platform.processor() or platform.machine(),
-        "device": machine.read("proc/device-tree/model") or None,
-        "gpu": meters.gpu_name(),
-        "cores": cores(),
-        "memory_gb": None if memory is None else round(int(memory[1]) * 1024 / 1e9, 1),
-        "system": platform.platform(),
-        "governor": machine.read("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
-        "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
-        "versions": versions,
-    }
-
-
-def processor(cpuinfo: str) -> str:
-    """The name of the processor with its family and model, which virtual machines often leave out of the name."""
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", cpuinfo, re.MULTILINE))
-    if "model name" not in found:
-        return ""
-    numbers = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
-    return found["model name"] + numbers
-
-
-def _cpu_seconds() -> float:
-    return time.process_time()
 
 
 def _progress(console: Console) -> Progress:

@@ -8,6 +8,7 @@ its input does.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from fbclip.bundle import IMAGE, TEXT, Bundle
 from fbclip.errors import FBClipError
 from fbclip.image import in_order, resize
+from fbclip.runtime.backends import Backend, make_backend
 
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -69,6 +71,7 @@ class Subject:
         self.bundle = bundle = Bundle.load(spec.bundle)
         manifest = bundle.manifest
         order, self.taken_hw = manifest.channel_order, manifest.input_size
+        self.backend: Backend
         if spec.backend.startswith("torch"):
             from fbclip.export.backend import bundle_backend
 
@@ -76,8 +79,6 @@ class Subject:
             self.backend = bundle_backend(bundle, spec.backend, path, spec.clip, spec.clip_weights)
             order, self.taken_hw = "rgb", (manifest.image_size,) * 2
         else:
-            from fbclip.runtime.backends import make_backend
-
             self.backend, _ = make_backend(bundle, spec.backend, spec.precision, spec.batch)
         frames = in_order(np.load(spec.frames, allow_pickle=False), order)
         self.frame_hw = frames.shape[1:3]
@@ -97,8 +98,8 @@ class Subject:
         files = self.bundle.manifest.files
         graph = self.bundle.graph(self.spec.precision)
         weights = sum((self.bundle.path / f).stat().st_size for f in files if f.startswith(graph.name))
-        height, width = self.frame_hw
-        return weights + self.spec.batch * height * width * (3 + 4)
+        frame_and_map = math.prod(self.frame_hw) * (3 + 4)
+        return weights + self.spec.batch * frame_and_map
 
     def work(self, images: NDArray[np.uint8]) -> Results:
         if self.frame_hw != self.taken_hw:
@@ -162,7 +163,7 @@ class Subject:
             return None
         from fbclip.runtime.limits import profile, summarise
 
-        inputs = {IMAGE: self.inputs[0], TEXT: self.bundle.text}
+        inputs: dict[str, NDArray[Any]] = {IMAGE: self.inputs[0], TEXT: self.bundle.text}
         if self.frame_hw != self.taken_hw:
             inputs[IMAGE] = np.stack([resize(image, self.taken_hw) for image in self.inputs[0]])
         providers = [(name, values) for name, values in session.get_provider_options().items()]

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ class Rates:
         threads = cores()
         self.pool = ThreadPoolExecutor(threads)
         bounds = np.linspace(0, len(self.source), threads + 1).astype(int)
-        self.parts = [slice(start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        self.parts = [slice(start, end) for start, end in pairwise(bounds)]
 
     def measure(self) -> dict[str, float]:
         """Operations per second of each library's float32 product, and bytes per second read and written in a copy."""

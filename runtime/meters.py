@@ -7,14 +7,18 @@ Sources, each where it is there: Linux's RAPL counters and cpufreq, NVIDIA's NVM
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import threading
 import time
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import fbclip
+from fbclip.runtime.limits import cores
 from fbclip.runtime.machine import Machine
 
 # Bits of nvmlDeviceGetCurrentClocksThrottleReasons that mean slower than could be (nvml.h)
@@ -26,6 +30,8 @@ THROTTLE_REASONS = {
     0x80: "power brake",
 }
 TEGRASTATS_MS = 100
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Meters:
@@ -98,7 +104,7 @@ class Meters:
         if self._gpu is None:
             return None
         name = self._nvml.nvmlDeviceGetName(self._gpu)
-        return name.decode() if isinstance(name, bytes) else str(name)  # bytes in older releases
+        return str(name.decode() if isinstance(name, bytes) else name)  # bytes in older releases
 
     def busy_seconds(self) -> tuple[float, float] | None:
         """Core-seconds since the start of the machine that any process computed, and that a hypervisor took away."""
@@ -106,6 +112,28 @@ class Meters:
             return None
         user, nice, system, _, _, irq, softirq, steal = (int(n) / os.sysconf("SC_CLK_TCK") for n in cpu[1].split()[:8])
         return user + nice + system + irq + softirq, steal
+
+    def environment(self) -> dict[str, Any]:
+        """What the figures must be read with."""
+        machine = self.machine
+        memory = re.match(r"MemTotal: +(\d+) kB", machine.read("proc/meminfo"))
+        versions = {"fbclip": fbclip.__version__, "python": platform.python_version()}
+        for package in PACKAGES:
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        return {
+            "processor": processor(machine.read("proc/cpuinfo")) or platform.processor() or platform.machine(),
+            "device": machine.read("proc/device-tree/model") or None,
+            "gpu": self.gpu_name(),
+            "cores": cores(),
+            "memory_gb": None if memory is None else round(int(memory[1]) * 1024 / 1e9, 1),
+            "system": platform.platform(),
+            "governor": machine.read("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
+            "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+            "versions": versions,
+        }
 
     def close(self) -> None:
         if self._tegrastats:
@@ -165,3 +193,12 @@ def _nvml() -> tuple[Any, Any]:
         return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
     except pynvml.NVMLError:
         return None, None
+
+
+def processor(cpuinfo: str) -> str:
+    """The name of the processor with its family and model, which virtual machines often leave out of the name."""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", cpuinfo, re.MULTILINE))
+    if "model name" not in found:
+        return ""
+    numbers = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
+    return found["model name"] + numbers
