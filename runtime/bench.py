@@ -223,21 +223,19 @@ class Bench:
 
     def report(self) -> dict[str, Any]:
         specs = self._specs()
-        self.progress.update(self.task, total=len(specs) * (1 + self.rounds) + 2)
+        self.progress.update(self.task, total=len(specs) * (1 + self.rounds) + 1)
         arguments = {"bundle": str(self.bundle.path), "frames": str(self.folder / "frames.npy")}
         counting = self._worker("work", arguments)
         operations: dict[str, int] = counting.ready["operations"]
         counting.close()
-        self._step("measuring the machine")
-        uses_torch = any(spec.backend.startswith("torch") for _, spec in specs)
-        machine = self._worker("machine", {"use_torch": uses_torch})
         for name, spec in specs:
             self._step(f"starting {name} {spec.precision}")
             self._start(name, spec)
         if not self.contenders:
             reasons = "; ".join(f"{entry['backend']}: {entry['reason']}" for entry in self.left_out)
             raise FBClipError(f"no backend could be measured: {reasons}")
-        conditions = self._run_rounds(machine)
+        uses_torch = any(contender.spec.backend.startswith("torch") for contender in self.contenders)
+        conditions = self._run_rounds(self._worker("machine", {"use_torch": uses_torch}))
         self._step("comparing results")
         for contender in list(self.contenders):
             self._guarded(contender, partial(self._finish, contender, operations))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -76,10 +77,13 @@ def ratio_interval(before: Rounds, after: Rounds, seed: int = 0) -> tuple[float,
     return float(low), float(high)
 
 
-def _resampled_medians(rounds: Rounds, generator: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float64]]:
-    arrays = [np.asarray(one, float) for one in rounds]
-    drawn = generator.integers(0, len(arrays), (RESAMPLES, len(arrays)))
-    return np.array([np.median(np.concatenate([arrays[i] for i in row])) for row in drawn])
+def _resampled_medians(rounds: Rounds, generator: np.random.Generator) -> NDArray[np.float64]:
+    padded = np.full((len(rounds), max(map(len, rounds))), np.nan)  # rounds may differ by a run
+    for row, one in zip(padded, rounds, strict=True):
+        row[: len(one)] = one
+    drawn = generator.integers(0, len(rounds), (RESAMPLES, len(rounds)))
+    medians: NDArray[np.float64] = np.nanmedian(padded[drawn].reshape(RESAMPLES, -1), axis=1)
+    return medians
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:

@@ -228,6 +228,7 @@ def draw(axes: Axes, report: Mapping[str, Any]) -> None:
         )
     axes.set_yticks(list(places), [_subject(result) for result in results])
     axes.invert_yaxis()
+    axes.set_axisbelow(True)
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
     axes.set_xlabel("milliseconds per image: median, line to the 99th percentile")

@@ -15,17 +15,19 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.bundle import IMAGE, TEXT, Bundle
+from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import FBClipError
 from fbclip.image import in_order, resize
-from fbclip.runtime.backends import Backend, make_backend
+from fbclip.runtime.backends import Backend, OnnxRuntimeBackend, make_backend
 
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -102,15 +104,19 @@ class Subject:
         return weights + self.spec.batch * frame_and_map
 
     def work(self, images: NDArray[np.uint8]) -> Results:
-        if self.frame_hw != self.taken_hw:
-            images = np.stack([resize(image, self.taken_hw) for image in images])
-        scores, maps = self.backend.run(images)
+        scores, maps = self.backend.run(self._taken(images))
         if maps.shape[1:] != self.frame_hw:
             import cv2
 
             height, width = self.frame_hw
             maps = np.stack([cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in maps])
         return scores, maps
+
+    def _taken(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Frames in the size that the backend takes."""
+        if self.frame_hw == self.taken_hw:
+            return images
+        return np.stack([resize(image, self.taken_hw) for image in images])
 
     def _once(self) -> float:
         """The next run's seconds; the first over all frames is kept for the comparison."""
@@ -149,23 +155,27 @@ class Subject:
         return {"peak_host_mb": peak, "device_ms": self._device_times()}
 
     def _device_times(self) -> dict[str, float] | None:
-        """Medians by the device's own events."""
-        measure = getattr(self.backend, "device_times", None)
-        if measure is None or self.backend.device == "cpu":
+        """Medians by the device's own events; of ONNX Runtime, which shows none, by the clock."""
+        if self.backend.device == "cpu":
             return None
-        times = [measure(self.inputs[0]) for _ in range(DEVICE_RUNS)]
+        images = self._taken(self.inputs[0])
+        measure: Callable[[NDArray[np.uint8]], dict[str, float]] | None
+        measure = getattr(self.backend, "device_times", None)
+        if isinstance(self.backend, OnnxRuntimeBackend):
+            measure = partial(clocked_device_times, self.backend.session, self.bundle.text, "cuda")
+        if measure is None:
+            return None
+        times = [measure(images) for _ in range(DEVICE_RUNS)]
         return {name: float(np.median([t[name] for t in times])) for name in times[0]}
 
     def profile(self, operations: dict[str, int]) -> dict[str, Any] | None:
         """Where ONNX Runtime spends its time; None for other backends."""
-        session = getattr(self.backend, "session", None)
-        if session is None:
+        if not isinstance(self.backend, OnnxRuntimeBackend):
             return None
         from fbclip.runtime.limits import profile, summarise
 
-        inputs: dict[str, NDArray[Any]] = {IMAGE: self.inputs[0], TEXT: self.bundle.text}
-        if self.frame_hw != self.taken_hw:
-            inputs[IMAGE] = np.stack([resize(image, self.taken_hw) for image in self.inputs[0]])
+        session = self.backend.session
+        inputs: dict[str, NDArray[Any]] = {IMAGE: self._taken(self.inputs[0]), TEXT: self.bundle.text}
         providers = [(name, values) for name, values in session.get_provider_options().items()]
         graph, options = self.bundle.graph(self.spec.precision), session.get_session_options()
         nodes = profile(graph, options, providers, inputs, PROFILED_RUNS)
@@ -201,6 +211,29 @@ class Work:
 
     def ready(self) -> dict[str, Any]:
         return {"operations": self.operations}
+
+
+def clocked_device_times(
+    session: Any, text: NDArray[np.float32], place: str, images: NDArray[np.uint8]
+) -> dict[str, float]:
+    """Milliseconds of one run of an ONNX Runtime session, its tensors on the device: upload, compute, download."""
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    binding.bind_ortvalue_input(TEXT, ort.OrtValue.ortvalue_from_numpy(text, place, 0))
+    moments = [time.perf_counter()]
+    binding.bind_ortvalue_input(IMAGE, ort.OrtValue.ortvalue_from_numpy(images, place, 0))
+    for name in (SCORE, ANOMALY_MAP):
+        binding.bind_output(name, place)
+    binding.synchronize_inputs()
+    moments.append(time.perf_counter())
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+    moments.append(time.perf_counter())
+    binding.copy_outputs_to_cpu()
+    moments.append(time.perf_counter())
+    upload, compute, download = np.diff(moments) * 1e3
+    return {"upload": float(upload), "compute": float(compute), "download": float(download)}
 
 
 def is_stable(seconds: list[float]) -> bool:

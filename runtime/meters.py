@@ -155,7 +155,8 @@ class Tegrastats:
         self._process = subprocess.Popen(
             ["tegrastats", "--interval", str(TEGRASTATS_MS)], stdout=subprocess.PIPE, text=True, env={"PATH": path}
         )
-        threading.Thread(target=self._read, daemon=True).start()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
 
     def _read(self) -> None:
         assert self._process.stdout
@@ -167,6 +168,7 @@ class Tegrastats:
 
     def close(self) -> None:
         self._process.terminate()
+        self._thread.join()
         self._process.wait()
 
 
@@ -197,7 +199,7 @@ def _nvml() -> tuple[Any, Any]:
 
 def processor(cpuinfo: str) -> str:
     """The name of the processor with its family and model, which virtual machines often leave out of the name."""
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", cpuinfo, re.MULTILINE))
+    found: dict[str, str] = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", cpuinfo, re.MULTILINE))
     if "model name" not in found:
         return ""
     numbers = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""

@@ -29,8 +29,8 @@ for name in ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safeten
     sys.modules[name] = None
 import fbclip.cli, fbclip.bundle, fbclip.engines, fbclip.export.engine, fbclip.image, fbclip.metrics
 from fbclip.data import dataset, inspect, layouts, procedural, trees
-from fbclip.runtime import backends, cuda_graph, draw, evaluate, gpu, images, infer, predictor, report, results
-from fbclip.runtime import tensorrt
+from fbclip.runtime import backends, bench, bench_compare, bench_report, bench_worker, cuda_graph, draw, evaluate, gpu
+from fbclip.runtime import images, infer, limits, meters, predictor, report, results, tensorrt
 prediction = fbclip.Predictor()(sys.argv[1])
 print(prediction.score, prediction.overlay().shape)
 """
