@@ -148,6 +148,9 @@ class Tegrastats:
 
     Attributes:
         joules: so far.
+
+    Raises:
+        OSError: the command is not there, or says nothing.
     """
 
     def __init__(self, path: str) -> None:
@@ -155,13 +158,16 @@ class Tegrastats:
         self._process = subprocess.Popen(
             ["tegrastats", "--interval", str(TEGRASTATS_MS)], stdout=subprocess.PIPE, text=True, env={"PATH": path}
         )
+        assert self._process.stdout
+        self._lines = self._process.stdout
+        if not self._lines.readline():
+            raise OSError("tegrastats says nothing")
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
-        assert self._process.stdout
         before = time.perf_counter()
-        for line in self._process.stdout:
+        for line in self._lines:
             now = time.perf_counter()
             self.joules += board_watts(line) * (now - before)
             before = now

@@ -86,11 +86,7 @@ def test_side_by_side_then_compared(fbclip: Run, tmp_path: Path) -> None:
     new = tmp_path / "slower.json"
     new.write_text(json.dumps(before))
     assert "3.000" in fbclip("bench", "--compare", old, new, "--fail-over", "5%", code=1).stdout
-    assert "slower" in fbclip("bench", "--compare", old, new).stdout
     assert "faster" in fbclip("bench", "--compare", new, old, "--fail-over", "0").stdout
-    before["results"] = [reference]
-    new.write_text(json.dumps(before))
-    assert "only before: onnxruntime" in fbclip("bench", "--compare", old, new, "--fail-over", "5%", code=1).stdout
 
 
 def test_wrong_usage(fbclip: Run, tmp_path: Path) -> None:
@@ -261,6 +257,9 @@ def test_other_circumstances_are_told_and_other_work_is_refused() -> None:
     )
     with pytest.raises(UsageError, match="same frames"):
         compare(report(), report(frames={"size": [9, 10], "count": 4}))
+    vanished = compare(report(), report(results=[]))
+    assert vanished.gone == ("onnxruntime fp32 batch 1",)
+    assert vanished.fails(1.0)
     few = {**report()["results"][0], "rounds_ms": [[30.0], [31.0]]}
     with pytest.raises(UsageError, match="3 rounds"):
         compare(report(), report(results=[few]))
@@ -309,8 +308,12 @@ def test_power_of_jetsons(tmp_path: Path) -> None:
     older = "RAM 1/2MB POM_5V_IN 2500/2400 POM_5V_GPU 80/80"
     assert [board_watts(line) for line in (nano, agx, older)] == pytest.approx([4.94, 5.826, 2.5])
     command = tmp_path / "tegrastats"
-    command.write_text(f"#!/bin/sh\ntrap '' TERM\n/bin/sleep 0.05\necho '{nano}'\n")  # ends when it has spoken
+    speak = f"echo '{nano}'"
+    command.write_text(f"#!/bin/sh\ntrap '' TERM\n{speak}\n/bin/sleep 0.05\n{speak}\n")  # ends when it has spoken
     command.chmod(0o755)
     meter = Tegrastats(str(tmp_path))
     meter.close()
-    assert 0.05 * 4.94 <= meter.joules < 60 * 4.94
+    assert 0.04 * 4.94 <= meter.joules < 60 * 4.94
+    command.write_text("#!/bin/sh\n")
+    with pytest.raises(OSError, match="says nothing"):
+        Tegrastats(str(tmp_path))
