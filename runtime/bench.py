@@ -267,7 +267,8 @@ class Bench:
     def _no_torch(self) -> str | None:
         if find_spec("torch") is None or find_spec("open_clip") is None:
             return "torch is not installed: pip install 'fbclip[train]'"
-        if self.bundle.path != Bundle.load().path and self.options.checkpoint is None:
+        embedded = np.array_equal(self.bundle.text, Bundle.load().text)
+        if not embedded and self.options.checkpoint is None:
             return "which checkpoint is it? pass the bundle's --checkpoint"
         return None
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.bundle import EMBEDDED, Bundle, sha256
 from fbclip.errors import UsageError
 from fbclip.runtime.bench import Options, Worker, WorkerFailed, runs_of_round, turn_order
 from fbclip.runtime.bench_compare import compare, parse_share, ratio_interval, read_report
@@ -94,6 +94,10 @@ def test_wrong_usage(fbclip: Run, tmp_path: Path) -> None:
     text.write_text('{"schema": "fbclip-bench/0"}')
     copy = tmp_path / "copy.fbclip"
     shutil.copytree(EMBEDDED, copy)
+    np.save(copy / "text.npy", -Bundle.load().text)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["text.npy"] = sha256(copy / "text.npy")
+    (copy / "manifest.json").write_text(json.dumps(manifest))
     for arguments, message in (
         (["--backends", "onnxruntime-cuda"], "CUDAExecutionProvider"),
         (["--precision", "fp16"], "fp32 in this bundle"),
