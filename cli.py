@@ -425,7 +425,9 @@ def bench(
     report = bench(loaded, options, console)
     show(report, console)
     if missing := write_bench(report, folder):
-        console.print(f"no chart and page without {' and '.join(missing)}: pip install 'fbclip[eval]'", highlight=False)
+        console.print(
+            f"no chart and page without {' and '.join(missing)}: pip install 'fbclip\\[eval]'", highlight=False
+        )
     if json:
         write_text(to_json(report), json)
     console.print(f"results are in {folder}", soft_wrap=True, highlight=False)

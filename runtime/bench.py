@@ -7,15 +7,12 @@ itself, whose matrix products and copies are timed between them.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -33,7 +30,7 @@ from fbclip.errors import FBClipError, UsageError
 from fbclip.image import resize
 from fbclip.reading import read_image
 from fbclip.runtime.backends import DEVICES
-from fbclip.runtime.bench_worker import Spec
+from fbclip.runtime.bench_worker import Spec, Worker, WorkerFailed
 from fbclip.runtime.images import samples_folder
 from fbclip.runtime.limits import least_seconds, product_rate
 from fbclip.runtime.meters import Meters
@@ -47,7 +44,6 @@ BACKENDS = {  # what --backends takes, and the worker's name of it
     **{NAMES.get(device, device): device for device in DEVICES},
 }
 ROUNDS = 10
-PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime.bench_worker import main; main(*sys.argv[2:])"
 
 
 @dataclass(frozen=True)
@@ -84,74 +80,7 @@ class Options:
         return self.backends is not None and "all" not in self.backends
 
 
-class WorkerFailed(Exception):
-    """A worker that did not answer; `usage` where what was asked for is not there."""
-
-    def __init__(self, message: str, usage: bool = False) -> None:
-        super().__init__(message)
-        self.usage = usage
-
-
-class Worker:
-    """A process of `bench_worker`, until it is closed.
-
-    Attributes:
-        ready: its first answer.
-        start_seconds: from the start of the process to that answer, which a subject gives with its first result.
-    """
-
-    def __init__(self, kind: str, arguments: dict[str, Any], log: Path) -> None:
-        self._log = log
-        command = [sys.executable, "-c", PROGRAM, json.dumps(sys.path), kind, json.dumps(arguments)]
-        start = time.perf_counter()
-        with log.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-            )
-        self.pid = self._process.pid
-        try:
-            self.ready = self._answer()
-        except BaseException:
-            self.close()
-            raise
-        self.start_seconds = time.perf_counter() - start
-
-    def ask(self, do: str, **values: Any) -> dict[str, Any]:
-        """Let it do something, and wait.
-
-        Raises:
-            WorkerFailed: it could not, or has gone.
-        """
-        assert self._process.stdin
-        with suppress(BrokenPipeError):  # then there is no answer, which says why
-            self._process.stdin.write(json.dumps({"do": do, **values}) + "\n")
-            self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            said = self._log.read_text(errors="replace").strip().splitlines() or ["no word why"]
-            killed = f"killed by signal {-code} (9 is often: out of memory)"
-            raise WorkerFailed(killed if code < 0 else said[-1])
-        values: dict[str, Any] = json.loads(line) or {}
-        if "error" in values:
-            raise WorkerFailed(values["error"], values["usage"])
-        return values
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(BrokenPipeError):
-                if pipe:
-                    pipe.close()
-
-
-@dataclass
+@dataclass(eq=False)
 class Contender:
     """A subject in the running, and what was measured of it.
 
@@ -292,17 +221,14 @@ class Bench:
         return worker
 
     def _start(self, name: str, spec: Spec) -> None:
-        """First result and warm-up; a backend that is not there is left out once for all its subjects."""
-        if any(entry["backend"] == name and entry["precision"] is None for entry in self.left_out):
-            return
+        """First result and warm-up."""
         try:
             worker = self._worker("subject", asdict(spec))
             self.contenders.append(Contender(name, spec, worker, worker.ask("warm")))
         except WorkerFailed as error:
             if self.options.named and error.usage:
                 raise UsageError(f"--backends {name} can't run: {error}") from error
-            precision, batch = (None, None) if error.usage else (spec.precision, spec.batch)
-            self._leave_out(name, precision, batch, str(error))
+            self._leave_out(name, spec.precision, spec.batch, str(error))
 
     def _guarded(self, contender: Contender, work: Callable[[], None]) -> None:
         """Work of one subject; if it fails, that one is out and the others go on."""

@@ -84,9 +84,13 @@ def _subject(result: Mapping[str, Any]) -> str:
     return f"{result['backend']} {result['precision']}{batch}"
 
 
-def left_out(entry: Mapping[str, Any]) -> str:
-    """A whole backend, or one of its subjects."""
-    return entry["backend"] if entry["precision"] is None else _subject(entry)
+def left_out(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Backends or subjects, and why; a backend whose subjects all have the same reason is named once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for entry in report["left_out"]:
+        name = entry["backend"] if entry["precision"] is None else _subject(entry)
+        reasons.setdefault((entry["backend"], entry["reason"]), []).append(name)
+    return [(names[0] if len(names) == 1 else backend, reason) for (backend, reason), names in reasons.items()]
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
@@ -102,8 +106,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     for line in remarks(report):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for entry in report["left_out"]:
-        line = f"left out: {left_out(entry)}: {entry['reason']}"
+    for name, reason in left_out(report):
+        line = f"left out: {name}: {reason}"
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     for result in report["results"]:
         if result["profile"]:
@@ -192,7 +196,7 @@ def write_bench(report: Mapping[str, Any], folder: Path) -> list[str]:
             remarks=remarks(report),
             chart=chart(lambda axes: draw(axes, report), size),
             subject=_subject,
-            left_out=left_out,
+            left_out=left_out(report),
             operators=OPERATORS_SHOWN,
         )
     return missing

@@ -1,4 +1,4 @@
-"""A process of `fbclip bench` that holds one subject and runs it when it is told to, over pipes.
+"""Processes of `fbclip bench`: each holds one subject and runs it when it is told to, over pipes.
 
 In a process of its own a subject has its own peak of memory and its own start; told round by round when to run, it
 shares the machine's good and bad moments with the others. Requests and answers are lines of JSON; the worker ends when
@@ -13,9 +13,11 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ STABLE_RUNS, STABLE_SPREAD = 3, 0.05
 WARMUP_RUNS, WARMUP_SECONDS = 20, 10.0
 PROFILED_RUNS = 5
 DEVICE_RUNS = 10
+PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime.bench_worker import main; main(*sys.argv[2:])"
 SLOW_SECONDS = 1.0  # a run this long cares little for what others left in the caches
 
 
@@ -249,6 +252,73 @@ def peak_host_mb() -> float:
         return int(match[1]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+class WorkerFailed(FBClipError):
+    """A worker that did not answer; `usage` where what was asked for is not there."""
+
+    def __init__(self, message: str, usage: bool = False) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class Worker:
+    """A process that serves one of `KINDS`, from the side of the one that asks, until it is closed.
+
+    Attributes:
+        ready: its first answer.
+        start_seconds: from the start of the process to that answer, which a subject gives with its first result.
+    """
+
+    def __init__(self, kind: str, arguments: dict[str, Any], log: Path) -> None:
+        self._log = log
+        command = [sys.executable, "-c", PROGRAM, json.dumps(sys.path), kind, json.dumps(arguments)]
+        start = time.perf_counter()
+        with log.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
+        self.pid = self._process.pid
+        try:
+            self.ready = self._answer()
+        except BaseException:
+            self.close()
+            raise
+        self.start_seconds = time.perf_counter() - start
+
+    def ask(self, do: str, **values: Any) -> dict[str, Any]:
+        """Let it do something, and wait.
+
+        Raises:
+            WorkerFailed: it could not, or has gone.
+        """
+        assert self._process.stdin
+        with suppress(BrokenPipeError):  # then there is no answer, which says why
+            self._process.stdin.write(json.dumps({"do": do, **values}) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            said = self._log.read_text(errors="replace").strip().splitlines() or ["no word why"]
+            killed = f"killed by signal {-code} (9 is often: out of memory)"
+            raise WorkerFailed(killed if code < 0 else said[-1])
+        values: dict[str, Any] = json.loads(line) or {}
+        if "error" in values:
+            raise WorkerFailed(values["error"], values["usage"])
+        return values
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):
+                if pipe:
+                    pipe.close()
 
 
 KINDS: dict[str, type[Any]] = {"subject": Subject, "machine": Machine, "work": Work}

@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fbclip.bundle import EMBEDDED, Bundle, sha256
 from fbclip.errors import UsageError
-from fbclip.runtime.bench import Options, Worker, WorkerFailed, runs_of_round, turn_order
+from fbclip.runtime.bench import Options, runs_of_round, turn_order
 from fbclip.runtime.bench_compare import compare, parse_share, ratio_interval, read_report
-from fbclip.runtime.bench_worker import clocked_device_times, is_stable
+from fbclip.runtime.bench_worker import Worker, WorkerFailed, clocked_device_times, is_stable
 from fbclip.runtime.limits import MATMUL, STAGES, count_operations, least_seconds, read_profile
 from fbclip.runtime.machine import Machine
 from fbclip.runtime.meters import Meters, Tegrastats, board_watts, processor
