@@ -57,7 +57,7 @@ class TorchBackend:
     @torch.no_grad()
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Images uint8 (B, S, S, 3) -> scores float32 (B,), maps float32 (B, S, S), both 0..1."""
-        score, maps = self._compute(torch.from_numpy(images).to(self.device))
+        score, maps = self._compute(torch.tensor(images, device=self.device))
         return score.cpu().numpy(), maps.cpu().numpy()
 
     def _compute(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class TorchBackend:
         """Milliseconds of one run by the GPU's events: upload, compute, download."""
         begin, uploaded, computed, end = (torch.cuda.Event(enable_timing=True) for _ in range(4))
         begin.record()
-        on_device = torch.from_numpy(images).to(self.device)
+        on_device = torch.tensor(images, device=self.device)
         uploaded.record()
         results = self._compute(on_device)
         computed.record()
