@@ -30,7 +30,7 @@ from fbclip.errors import FBClipError, UsageError
 from fbclip.image import resize
 from fbclip.reading import read_image
 from fbclip.runtime.backends import DEVICES
-from fbclip.runtime.bench_worker import Spec, Worker, WorkerFailed
+from fbclip.runtime.bench_worker import ON_GPU, Spec, Worker, WorkerFailed
 from fbclip.runtime.images import samples_folder
 from fbclip.runtime.limits import least_seconds, product_rate
 from fbclip.runtime.meters import Meters
@@ -277,7 +277,7 @@ class Bench:
         before = self.meters.joules()
         answer = contender.worker.ask("run", runs=runs)
         for source, joules in self.meters.joules().items():
-            contender.joules[source] += joules - before.get(source, joules)
+            contender.joules[source] += max(joules - before.get(source, joules), 0.0)  # RAPL's counters wrap around
         for name, clock in self.meters.clocks_mhz().items():
             self.clocks[name].append(clock)
         self.slowed.update(self.meters.gpu_throttled())
@@ -323,7 +323,7 @@ class Bench:
     ) -> dict[str, Any]:
         seconds = np.array([s for one in contender.rounds for s in one])
         device, batch = contender.worker.ready["device"], contender.spec.batch
-        place = "cpu" if device == "cpu" else "cuda"
+        place = "cuda" if device in ON_GPU else "cpu"
         rate = product_rate(rates, place, contender.spec.precision)
         median, p90, p99 = (float(v) for v in np.percentile(seconds, (50, 90, 99)) * 1e3)
         reads = contender.worker.ready["reads"]

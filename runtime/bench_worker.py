@@ -37,6 +37,7 @@ Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 STABLE_RUNS, STABLE_SPREAD = 3, 0.05
 WARMUP_RUNS, WARMUP_SECONDS = 20, 10.0
 PROFILED_RUNS = 5
+ON_GPU = ("cuda", "tensorrt", "ort-tensorrt")
 DEVICE_RUNS = 10
 PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime.bench_worker import main; main(*sys.argv[2:])"
 SLOW_SECONDS = 1.0  # a run this long cares little for what others left in the caches
@@ -159,7 +160,7 @@ class Subject:
 
     def _device_times(self) -> dict[str, float] | None:
         """Medians by the device's own events; of ONNX Runtime, which shows none, by the clock."""
-        if self.backend.device == "cpu":
+        if self.backend.device not in ON_GPU:
             return None
         images = self._taken(self.inputs[0])
         measure: Callable[[NDArray[np.uint8]], dict[str, float]] | None

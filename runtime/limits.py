@@ -2,7 +2,7 @@
 
 Counts come from ONNX Runtime's profile of the graph as exported, which states the shapes of every node as executed, so
 that no package beyond the runtime is needed. Matrix products and convolutions are counted, two operations for each
-multiplication with its addition; element-wise work is not: it is less than a hundredth, and bound by memory.
+multiplication with its addition; element-wise work is not: it is about a hundredth of it, and bound by memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STAGE_OF = {
     "scores": "suppression and scoring",
 }
 
-SIDE = 1536  # of the square matrices whose product is timed: 7 billion operations, in no cache
+SIDE = 1536  # of the square matrices whose product is timed: 7 billion operations, beyond the second cache
 COPIED_BYTES = 1 << 27  # beyond the last cache of most machines
 REPEATS = 3  # per turn, the best of which counts
 # An ONNX model of one MatMul of float32 (n, n) matrices a and b to c, opset 18. ONNX Runtime's products are often the
