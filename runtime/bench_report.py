@@ -40,12 +40,12 @@ HEADINGS = {
     "median": "median\nms",
     "p90": "p90",
     "p99": "p99",
-    "images": "images\n/s",
+    "images": "img/s",
     "cold": "cold\ns",
     "memory": "peak\nMB",
     "cores": "cores",
     "energy": "J /\nimage",
-    "share": "of the\nlimit",
+    "share": "of\nlimit",
     "score": "score\ndrift",
     "map": "map\ndrift",
 }
@@ -98,7 +98,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     cells = rows(report)
     used = {k: v for k, v in HEADINGS.items() if any(row[k] != NOTHING for row in cells)}
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("subject", no_wrap=True)
+    table.add_column("subject", overflow="fold")
     for heading in used.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for row in cells:
