@@ -1,8 +1,10 @@
 PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
+FBCLIP ?= fbclip
+BUNDLE ?= runs/bench-gpu.fbclip
 
-.PHONY: demo test test-gpu lint nano clean
+.PHONY: demo test test-gpu bench bench-gpu lint nano clean
 
 demo: $(DEMO)/.installed ## install the torch-free runtime and find the defects in the sample images
 	$(DEMO)/bin/fbclip infer
@@ -12,6 +14,18 @@ test: $(DEV)/.installed ## everything that runs without a GPU
 
 test-gpu: $(DEV)/.installed ## the tests of engines and of the TensorRT backend on this machine's GPU (see docs/tensorrt.md)
 	$(DEV)/bin/python -m pytest -m gpu -rs
+
+bench: $(DEV)/.installed ## every backend that runs here, on the embedded model (under a minute)
+	$(DEV)/bin/fbclip bench --profile
+
+# On a device the installed command is used, because docs/jetson.md sets its environment up; FBCLIP= names another.
+bench-gpu: $(BUNDLE) ## the same report on a device with a GPU, its engine built first; BUNDLE= names another model
+	$(FBCLIP) export --engine --bundle $(BUNDLE) --batch 1,1,4
+	$(FBCLIP) bench --bundle $(BUNDLE) --batch 1,4 --profile --project runs/bench-gpu
+
+runs/bench-gpu.fbclip:
+	mkdir -p runs
+	cp -r fbclip/assets/fbclip-nano.fbclip $@
 
 lint: $(DEV)/.installed
 	$(DEV)/bin/ruff check .

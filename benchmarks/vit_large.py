@@ -30,7 +30,7 @@ from fbclip.clip import build_clip, clip_config
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.parity import Proof
 from fbclip.image import upsampling_matrix
-from fbclip.model import FBCLIP, default_config
+from fbclip.model import FBCLIP, Config, default_config
 from fbclip.runtime.backends import OnnxRuntimeBackend
 
 ROUNDS = 5
@@ -40,11 +40,15 @@ Run = Callable[[], tuple[NDArray[Any], NDArray[Any]]]
 
 def large_model() -> FBCLIP:
     """ViT-L-14-336 with weights by the rule of the recorded numbers."""
-    config = clip_config("ViT-L-14-336", "openai")
+    return generated_model(default_config(clip_config("ViT-L-14-336", "openai")))
+
+
+def generated_model(config: Config) -> FBCLIP:
+    """Any model with weights by the rule of the recorded numbers."""
     with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in build_clip(config, None).state_dict().items()}
-    clip = build_clip(config, {name: golden.weight(name, shape) for name, shape in shapes.items()})
-    model = FBCLIP(default_config(config), clip)
+        shapes = {k: tuple(v.shape) for k, v in build_clip(config.clip, None).state_dict().items()}
+    clip = build_clip(config.clip, {name: golden.weight(name, shape) for name, shape in shapes.items()})
+    model = FBCLIP(config, clip)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.startswith(("text.", "visual.tower.")):

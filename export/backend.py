@@ -1,21 +1,26 @@
-"""The trained model behind the runtime's interface, to be measured like a deployed one."""
+"""The trained model behind the runtime's interface, to be measured and timed like a deployed one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from fbclip.bundle import sha256
+from fbclip import reference
+from fbclip.bundle import EMBEDDED, Bundle, sha256
 from fbclip.checkpoint import fingerprint, load
-from fbclip.errors import DeviceError
+from fbclip.errors import CheckpointError, DeviceError
 from fbclip.image import upsampling_matrix
 from fbclip.model import FBCLIP
 from fbclip.runtime.evaluate import Subject
 
 DEFAULT_THRESHOLD = 0.5  # a checkpoint has none; calibration and export set a bundle's
+SAME_TEXT = 1e-3  # largest difference of text features that are the same model's
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class TorchBackend:
@@ -24,6 +29,8 @@ class TorchBackend:
     Args:
         model: used, not copied; moved to the device.
         device: "auto" (CUDA where it is there), "cpu" or "cuda".
+        forward: normalised images (B, 3, S, S) and text (2, E) to score (B,) and patch map (B, g, g) with the model's
+            weights; its own forward pass if None.
 
     Attributes:
         device: where the model is.
@@ -33,26 +40,81 @@ class TorchBackend:
         DeviceError: another device, or one that is not there.
     """
 
-    def __init__(self, model: FBCLIP, device: str = "cpu") -> None:
+    def __init__(self, model: FBCLIP, device: str = "cpu", forward: Forward | None = None) -> None:
         if device not in ("auto", "cpu", "cuda"):
             raise DeviceError(f"--device is auto, cpu or cuda for a checkpoint; got {device!r}: export it for others")
         if device == "cuda" and not torch.cuda.is_available():
             raise DeviceError("--device cuda needs a GPU that torch can use; this torch has cpu only")
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.eval().to(self.device)
-        self.upsampling = upsampling_matrix(model.config.image_size, model.config.grid)
+        self.forward = forward or model.visual
+        size, clip = model.config.image_size, model.config.clip
+        self._upsampling = torch.from_numpy(upsampling_matrix(size, model.config.grid)).to(self.device)
+        self._mean, self._std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (clip.mean, clip.std))
         with torch.no_grad():
             self.text = model.encode_text()
 
     @torch.no_grad()
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Images uint8 (B, S, S, 3) -> scores float32 (B,), maps float32 (B, S, S), both 0..1."""
-        clip = self.model.config.clip
-        mean, std = (np.asarray(v, np.float32) for v in (clip.mean, clip.std))
-        normalised = ((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
-        score, patch_map = self.model.visual(torch.from_numpy(normalised).to(self.device), self.text)
-        maps: NDArray[np.float32] = self.upsampling @ patch_map.cpu().numpy() @ self.upsampling.T
-        return score.cpu().numpy(), maps
+        score, maps = self._compute(torch.tensor(images, device=self.device))
+        return score.cpu().numpy(), maps.cpu().numpy()
+
+    def _compute(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        normalised = (images.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+        score, patch_map = self.forward(normalised.contiguous(), self.text)
+        return score, self._upsampling @ patch_map @ self._upsampling.mT
+
+    @torch.no_grad()
+    def device_times(self, images: NDArray[np.uint8]) -> dict[str, float]:
+        """Milliseconds of one run by the GPU's events: upload, compute, download."""
+        begin, uploaded, computed, end = (torch.cuda.Event(enable_timing=True) for _ in range(4))
+        begin.record()
+        on_device = torch.tensor(images, device=self.device)
+        uploaded.record()
+        results = self._compute(on_device)
+        computed.record()
+        for result in results:
+            result.cpu()
+        end.record()
+        end.synchronize()
+        return {
+            "upload": begin.elapsed_time(uploaded),
+            "compute": uploaded.elapsed_time(computed),
+            "download": computed.elapsed_time(end),
+        }
+
+
+def bundle_backend(
+    bundle: Bundle, kind: str, checkpoint: Path | None, clip: str | None, clip_weights: str | None
+) -> TorchBackend:
+    """The torch model that a bundle was exported from, for a benchmark; on CUDA where torch has it.
+
+    Args:
+        kind: "torch"; "torch-compile", the same through torch.compile; "torch-reference", `fbclip.reference`.
+        checkpoint: the bundle's; the embedded model's if None.
+        clip, clip_weights: the CLIP underneath, as `fbclip.checkpoint.load` takes it.
+
+    Raises:
+        CheckpointError: not the checkpoint of this bundle.
+    """
+    manifest = bundle.manifest
+    path = checkpoint or EMBEDDED.with_suffix(".safetensors")
+    model = load(path, clip, clip_weights, manifest.image_size, manifest.feature_layers)
+    model.prompts.set_prompts(manifest.prompts, model.text)
+    forward: Forward | None = None
+    if kind == "torch-reference":
+        forward = lambda image, text: reference.forward(model.visual, image, text)  # noqa: E731
+    elif kind == "torch-compile":
+        forward = torch.compile(model.visual)
+    backend = TorchBackend(model, "auto", forward)
+    text = backend.text.cpu().numpy()
+    if text.shape != bundle.text.shape or np.abs(text - bundle.text).max() > SAME_TEXT:
+        raise CheckpointError(
+            f"torch runs the checkpoint that the bundle was exported from; {path.name} has other text features than "
+            f"{bundle.path.name}: pass its --checkpoint (and --clip, --clip-weights)"
+        )
+    return backend
 
 
 def checkpoint_subject(

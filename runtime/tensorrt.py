@@ -160,6 +160,26 @@ class TensorRTBackend:
             raise DeviceError(f"TensorRT could not run {self.plan.name}: {self._gpu.error()}")
         slot.is_prepared = True
 
+    def device_times(self, images: NDArray[np.uint8]) -> dict[str, float]:
+        """Milliseconds of one run by the GPU's events: upload, compute, download. Nothing may be in flight."""
+        with self._on_gpu():
+            assert self._gpu and not self._pending
+            slot = self._slots[self._turn]
+            begin, uploaded, computed, end = (self._gpu.cuda.Event() for _ in range(4))
+            begin.record(slot.stream)
+            slot.upload(images)
+            uploaded.record(slot.stream)
+            self._start(slot)
+            computed.record(slot.stream)
+            slot.download()
+            end.record(slot.stream)
+            end.synchronize()
+            return {
+                "upload": begin.time_till(uploaded),
+                "compute": uploaded.time_till(computed),
+                "download": computed.time_till(end),
+            }
+
     def close(self) -> None:
         """Give everything on the device back; safe to call again. Results that were not collected are lost."""
         self._close(None)
