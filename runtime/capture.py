@@ -150,9 +150,8 @@ class LiveSource(Source):
             if self._supervisor is None and not self._closed.is_set():
                 self._supervisor = Thread(target=self._supervise, name=f"supervise {self.name}", daemon=True)
                 self._supervisor.start()
-                atexit.register(
-                    self.close
-                )  # a thread that comes back to an interpreter in ruins ends the process by abort
+                # a thread that comes back from OpenCV to an interpreter in ruins would end the process by abort
+                atexit.register(self.close)
             while not (self._slot or self._failure or self._closed.is_set()):
                 self._arrived.wait()
             if self._closed.is_set():
@@ -183,6 +182,7 @@ class LiveSource(Source):
         except BaseException as error:  # what listeners raise too: whoever iterates must not wait for ever
             with self._lock:
                 self._failure = error
+                self._link.abandoned = True
                 self._arrived.notify_all()
             self._tell("ended", reason(error))
 
@@ -222,10 +222,10 @@ class LiveSource(Source):
         self._readers = [reader for reader in self._readers if reader.is_alive()]
         if self._closed.is_set():
             return None
-        if len(self._readers) >= STUCK:
-            return Fault("stalled", f"{STUCK} connections hang, waiting for one to end")
         with self._lock:
             link = self._link = _Link()
+        if len(self._readers) >= STUCK:
+            return Fault("stalled", f"{STUCK} connections hang, waiting for one to end")
         self._readers.append(Thread(target=self._read, args=(link,), name=f"read {self.name}", daemon=True))
         self._readers[-1].start()
         while True:

@@ -215,5 +215,7 @@ def print_summary(summary: LiveSummary, console: Console) -> None:
     for name, sink in summary.status["sinks"].items():
         if sink["dropped"]:
             console.print(
-                f"{name} lost {sink['dropped']}: {sink['error'] or 'it was too slow'}", soft_wrap=True, markup=False
+                f"{name} lost {sink['dropped']} results and notices: {sink['error'] or 'it was too slow'}",
+                soft_wrap=True,
+                markup=False,
             )

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fbclip.errors import UsageError
@@ -40,6 +40,7 @@ def literal_alarms(anomalous: list[bool], needed: int, of: int) -> list[bool]:
     return alarms
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.booleans(), max_size=60), st.integers(1, 8).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n)))
 )
@@ -62,6 +63,7 @@ def test_votes_that_are_none(text: str) -> None:
     assert Vote.parse(" 3 / 5 ") == Vote(3, 5)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.lists(st.integers(0, 9), min_size=1, max_size=20))
 def test_the_gap_against_its_definition(sample: list[int], reference: list[int]) -> None:
     literal = max(

@@ -47,7 +47,7 @@ def test_the_frames_around_an_alarm(tmp_path: Path) -> None:
     assert Image.open(event / "overlay.jpg").size[0] >= 320
 
 
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 @given(st.sets(st.integers(0, 150), max_size=12))
 def test_every_alarm_is_in_an_event_with_its_surroundings(alarms: set[int]) -> None:
     tiny = np.zeros((2, 2, 3), np.uint8)

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from conftest import Run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 import fbclip
+from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
 from fbclip.runtime.predictor import Region, find_regions
 from fbclip.runtime.roi import Roi
@@ -33,6 +35,7 @@ def labelled_regions(anomaly_map: NDArray[np.float32], threshold: float, min_are
     return regions
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 14),
     st.integers(1, 14),
@@ -100,6 +103,16 @@ def test_regions_that_do_not_fit(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((7, 9), np.uint8)).save(tmp_path / "black.png")
     with pytest.raises(UsageError, match="black all over"):
         Roi.parse(str(tmp_path / "black.png"))
+
+
+def test_a_calibration_is_for_its_region(fbclip: Run, tmp_path: Path) -> None:
+    shutil.copytree(Bundle.load().path, tmp_path / "copy.fbclip")
+    fbclip("calibrate", "copy.fbclip", SAMPLES, "--false-alarm-rate", 0.2, "--roi", "0, 0,200,200")
+    error = fbclip("infer", "--bundle", "copy.fbclip", code=2).stderr
+    assert "was calibrated with --roi 0,0,200,200" in error
+    assert "calibrate without --roi, or pass a --threshold" in error
+    fbclip("infer", "--bundle", "copy.fbclip", "--roi", "0,0,200,200")
+    fbclip("infer", "--bundle", "copy.fbclip", "--threshold", 0.5)
 
 
 @pytest.mark.parametrize("text", ["5,5,5,9", "1,2,3", "nowhere.png", "9,1,2,3"])

@@ -120,7 +120,8 @@ class FakeDevice:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy that the environment names stands before the servers of the tests."""
     monkeypatch.setenv("no_proxy", "*")
 
 
@@ -441,13 +442,20 @@ def test_a_reader_that_hangs_is_abandoned(fake: Any) -> None:
     fresh.script.put(Fault("cut", "over"))
 
 
-def test_connections_that_hang_for_ever_are_few(fake: Any) -> None:
-    source, line, _ = fake(stall=0.01, give_up=1.0)
-    with pytest.raises(FBClipError, match=r"belt gave no frame for 1 s \(--give-up\): 4 connections hang"):
-        next(source)
+@pytest.mark.parametrize("lives", [False, True])
+def test_connections_that_hang_for_ever_are_few(fake: Any, lives: bool) -> None:
+    source, line, notices = fake(stall=0.05, give_up=0.6)
+    stuck = [FakeDevice() for _ in range(capture.STUCK)]
+    for device in stuck if lives else ():
+        device.script.put(1)
+        line.put(device)
+    with pytest.raises(FBClipError, match=r"belt gave no frame for 0.6 s \(--give-up\): 4 connections hang"):
+        list(source)
     assert sum(thread.name == "read belt" for thread in threading.enumerate()) == capture.STUCK
-    for _ in range(capture.STUCK):
-        line.put(Fault("refused", "let them go"))
+    assert notices.states.count("lost") == source.counters["stalled"] == (capture.STUCK if lives else 1)
+    for device in stuck:
+        device.script.put(Fault("cut", "let it go"))
+        line.put(Fault("refused", "let it go"))
 
 
 def test_garbage_is_skipped_and_counted(fake: Any) -> None:
