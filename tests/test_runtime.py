@@ -30,7 +30,7 @@ for name in ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "safeten
 import fbclip.cli, fbclip.bundle, fbclip.engines, fbclip.export.engine, fbclip.image, fbclip.metrics
 from fbclip.data import dataset, inspect, layouts, procedural, trees
 from fbclip.runtime import backends, cuda_graph, draw, evaluate, gpu, images, infer, predictor, report, results
-from fbclip.runtime import live_infer, sinks_network, tensorrt
+from fbclip.runtime import live_infer, serve, sinks_network, tensorrt
 prediction = fbclip.Predictor()(sys.argv[1])
 print(prediction.score, prediction.overlay().shape)
 """

@@ -1,4 +1,4 @@
-"""The server by real requests over real sockets, and the page in a real browser."""
+"""The server by real requests over real sockets."""
 
 from __future__ import annotations
 
@@ -6,33 +6,27 @@ import base64
 import io
 import json
 import os
-import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import schemathesis
-import uvicorn
 from conftest import Run
 from hypothesis import HealthCheck, given, settings
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -40,162 +34,22 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from serving import GOOD, SCRATCH, TOKEN, Server, eventually, news, png, running, until
 from websockets.exceptions import InvalidStatus
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 from fbclip import Predictor
 from fbclip.errors import UsageError
-from fbclip.reading import read_image
 from fbclip.runtime.guard import Access
-from fbclip.runtime.images import samples_folder
-from fbclip.runtime.live import Frame, Notice
 from fbclip.runtime.monitor import Monitor
-from fbclip.runtime.pipeline import Pipeline
 from fbclip.runtime.serve import listen
-from fbclip.runtime.server import create_app
-from fbclip.runtime.sinks_network import Metrics
 from fbclip.runtime.uploads import InTurn, Limits
-
-GOOD, SCRATCH = (samples_folder() / f"brushed-steel-{name}.jpg" for name in ("good", "scratch"))
-TOKEN = "not-a-secret-1234"
-CHROMIUM = Path("/usr/bin/chromium")
-T = TypeVar("T")
-expect.set_options(timeout=30_000)
-
-
-class Belt:
-    """A source whose parts the test puts down one by one."""
-
-    name = "belt"
-    live = True
-
-    def __init__(self) -> None:
-        self.parts: queue.Queue[Path | None] = queue.Queue()
-        self.counters = {"frames": 0, "dropped": 0, "reconnects": 0}
-        self.callback: Callable[[Notice], None] = lambda notice: None
-
-    def listen(self, callback: Callable[[Notice], None]) -> None:
-        self.callback = callback
-
-    def turn(self, state: str) -> None:
-        self.callback(Notice(time.time(), "source", "belt", state, f"the belt is {state}", self.counters))
-
-    def __iter__(self) -> Iterator[Frame]:
-        self.turn("live")
-        while part := self.parts.get():
-            index = self.counters["frames"]
-            self.counters["frames"] += 1
-            yield Frame(read_image(part), f"belt, {part.stem}", index, time.monotonic(), time.time())
-        self.turn("ended")
-
-    def close(self) -> None:
-        self.parts.put(None)
-
-
-@dataclass
-class Server:
-    url: str
-    port: int
-    predictor: Predictor
-    belt: Belt
-
-    def ask(
-        self, path: str, method: str = "GET", body: bytes | Iterator[bytes] | None = None, **headers: str
-    ) -> tuple[int, bytes]:
-        """Status and body; underscores in header names become hyphens."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        request = urllib.request.Request(self.url + path, body, named, method=method)  # type: ignore[arg-type]
-        opener = urllib.request.build_opener(_NoRedirect)
-        try:
-            with opener.open(request, timeout=30) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
-
-    def json(self, path: str, method: str = "GET", body: bytes | None = None, **headers: str) -> Any:
-        status, text = self.ask(path, method, body, **headers)
-        assert status == 200, text
-        return json.loads(text)
-
-    def predict(self, image: bytes | Iterator[bytes], query: str = "", **headers: str) -> tuple[int, Any]:
-        status, text = self.ask(f"/v1/predict{query}", "POST", image, **{"Content_Type": "image/png", **headers})
-        return status, json.loads(text)
-
-    def watch(self, **options: Any) -> ClientConnection:
-        return connect(self.url.replace("http", "ws") + "/v1/live", **options)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-@contextmanager
-def running(
-    predictor: Predictor, token: str | None = None, limits: Limits | None = None, live: bool = True
-) -> Iterator[Server]:
-    belt, monitor = Belt(), Monitor()
-    predictor.threshold = 0.6
-    metrics = Metrics(lambda: belt.counters)
-    pipeline = Pipeline(belt, predictor, [monitor, metrics]) if live else None
-    listening = listen("127.0.0.1", 0)
-    port = listening.getsockname()[1]
-    app = create_app(predictor, Access("127.0.0.1", port, token), monitor, pipeline, metrics, limits)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
-    with ThreadPoolExecutor(2) as threads:
-        web = threads.submit(server.run, [listening])
-        run = threads.submit(pipeline.run) if pipeline else None
-        try:
-            yield Server(f"http://127.0.0.1:{port}", port, predictor, belt)
-        finally:
-            server.should_exit = True
-            if pipeline:
-                pipeline.stop()
-    web.result()
-    if run:
-        run.result()
-
-
-@pytest.fixture(scope="module")
-def predictor() -> Predictor:
-    shared = Predictor()
-    shared.backend = InTurn(shared.backend)
-    return shared
 
 
 @pytest.fixture
-def server(predictor: Predictor) -> Iterator[Server]:
-    with running(predictor) as started:
+def server() -> Iterator[Server]:
+    with running() as started:
         yield started
-
-
-def png(height: int, width: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), (90, 90, 90)).save(file, "PNG")
-    return file.getvalue()
-
-
-def eventually(ask: Callable[[], T]) -> T:
-    """Ask until the answer is true; each question is a request, so there is nothing to sleep for."""
-    deadline = time.monotonic() + 60
-    while not (answer := ask()):
-        assert time.monotonic() < deadline, "it never came"
-    return answer
-
-
-def news(viewer: ClientConnection) -> tuple[dict[str, Any], bytes | None]:
-    """The next message and its picture."""
-    message = json.loads(viewer.recv(timeout=30))
-    return message, bytes(viewer.recv(timeout=30)) if message["picture"] else None  # type: ignore[arg-type]
-
-
-def until(viewer: ClientConnection, wanted: Callable[[dict[str, Any]], bool]) -> tuple[dict[str, Any], bytes | None]:
-    """Go on as a page does until a message is as wanted; it is not answered."""
-    while True:
-        message, picture = news(viewer)
-        if wanted(message):
-            return message, picture
-        viewer.send("next")
 
 
 def test_a_prediction_is_the_predictors(server: Server) -> None:
@@ -243,10 +97,8 @@ def chunks(total: int) -> Iterator[bytes]:
     ],
     ids=["text", "empty", "cut", "eps", "multipart", "pixels", "bytes", "chunked"],
 )
-def test_what_is_not_taken(
-    predictor: Predictor, body: bytes | Iterator[bytes], kind: str, status: int, message: str
-) -> None:
-    with running(predictor, limits=Limits(upload_bytes=400_000, upload_pixels=1_000_000), live=False) as server:
+def test_what_is_not_taken(body: bytes | Iterator[bytes], kind: str, status: int, message: str) -> None:
+    with running(limits=Limits(upload_bytes=400_000, upload_pixels=1_000_000), live=False) as server:
         headers = (
             {"Content_Type": kind}
             if isinstance(body, bytes)
@@ -260,8 +112,8 @@ def test_what_is_not_taken(
         assert server.predict(png(8, 8))[0] == 200
 
 
-def test_a_body_that_takes_too_long(predictor: Predictor) -> None:
-    with running(predictor, limits=Limits(upload_seconds=0.05), live=False) as server:
+def test_a_body_that_takes_too_long() -> None:
+    with running(limits=Limits(upload_seconds=0.05), live=False) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as slow:
             slow.sendall(
                 b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\nx"
@@ -295,7 +147,7 @@ def test_a_full_queue_says_so() -> None:
     predictor = Predictor()
     held = Held(predictor.backend)
     predictor.backend = held
-    with running(predictor, limits=Limits(queue=3), live=False) as server, ThreadPoolExecutor(3) as clients:
+    with running(limits=Limits(queue=3), live=False, predictor=predictor) as server, ThreadPoolExecutor(3) as clients:
         waiting = [clients.submit(server.predict, png(8, 8)) for _ in range(3)]
         eventually(lambda: server.json("/v1/status")["uploads"] == 3)  # answered meanwhile
         status, problem = server.predict(png(8, 8))
@@ -360,8 +212,8 @@ def test_other_sites_can_not_watch(server: Server) -> None:
         assert news(viewer)[0]["status"]["viewers"] == 1
 
 
-def test_nothing_is_served_without_the_token(predictor: Predictor) -> None:
-    with running(predictor, token=TOKEN) as server:
+def test_nothing_is_served_without_the_token() -> None:
+    with running(token=TOKEN) as server:
         api = json.loads(server.ask("/openapi.json", Authorization=f"Bearer {TOKEN}")[1])
         pages = ["/", "/api", "/app.js", "/api.js", "/style.css", "/icon.svg", "/openapi.json", "/nowhere"]
         paths = [*((path, "GET") for path in pages), ("/logout", "POST")]
@@ -435,133 +287,14 @@ def test_a_threshold_is_for_camera_and_uploads(server: Server) -> None:
     assert server.json("/v1/status")["threshold"] == 0.5
 
 
-def test_too_many_viewers(predictor: Predictor) -> None:
-    with running(predictor, limits=Limits(viewers=1)) as server:
+def test_too_many_viewers() -> None:
+    with running(limits=Limits(viewers=1)) as server:
         with server.watch() as first, server.watch() as second:
             assert news(first)[0]["status"]
             with pytest.raises(Exception, match="1013"):
                 second.recv(timeout=30)
         with server.watch() as later:
             assert news(later)[0]["status"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"no browser at {CHROMIUM}: apt install chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page that has asked nobody but the server, and met no error, at the end."""
-    opened = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
-    asked: set[str] = set()
-    errors: list[str] = []
-    opened.on("request", lambda request: asked.add(urlsplit(request.url).hostname or "localhost"))
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.on("console", lambda message: errors.append(message.text) if "Content Security" in message.text else None)
-    yield opened
-    opened.context.close()
-    assert asked <= {"127.0.0.1", "localhost"}
-    assert errors == []
-
-
-def test_the_page_shows_the_belt(server: Server, page: Page) -> None:
-    page.goto(server.url)
-    expect(page.locator("#camera")).to_have_text("camera live")
-    server.belt.parts.put(GOOD)
-    expect(page.locator("#verdict")).to_contain_text("Good")
-    picture = page.get_by_role("img", name="Heat map of belt, brushed-steel-good: good")
-    expect(picture).to_be_visible()
-    assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [720, 523]
-    expect(page.locator("#gallery li")).to_have_count(0)
-    server.belt.parts.put(SCRATCH)
-    expect(page.locator("#verdict")).to_contain_text("Defect")
-    expect(page.locator("#alarm")).to_be_visible()
-    expect(page.locator("#announcer")).to_contain_text("Alarm, score 0.8")
-    expect(page.get_by_role("img", name="threshold 0.600, 1 alarm")).to_be_visible()  # the graph
-    page.get_by_role("button", name="Event at").click()
-    dialog = page.get_by_role("dialog")
-    expect(dialog.get_by_role("img", name="brushed-steel-scratch")).to_be_visible()
-    page.keyboard.press("Escape")
-    expect(dialog).to_be_hidden()
-    server.belt.turn("lost")
-    expect(page.locator("#camera")).to_have_text("camera lost")
-    expect(page.locator("#notices")).to_contain_text("the belt is lost")
-
-
-def test_the_slider_changes_the_verdict(server: Server, page: Page) -> None:
-    page.goto(server.url)
-    slider, number = page.get_by_role("slider", name="Threshold"), page.get_by_label("Threshold, exact")
-    expect(number).to_have_value("0.600")
-    server.belt.parts.put(SCRATCH)
-    expect(page.locator("#verdict")).to_contain_text("Defect")
-    slider.press("End")
-    expect(number).to_have_value("1.000")
-    eventually(lambda: server.json("/v1/status")["threshold"] == 1)
-    server.belt.parts.put(SCRATCH)
-    expect(page.locator("#verdict")).to_contain_text("Good")
-    number.fill("0.25")
-    number.press("Enter")
-    expect(slider).to_have_value("0.25")
-    eventually(lambda: server.json("/v1/status")["threshold"] == 0.25)
-    server.belt.parts.put(GOOD)
-    expect(page.locator("#verdict")).to_contain_text("Defect")
-    other = page.context.new_page()  # everyone sees the same
-    other.goto(server.url)
-    expect(other.get_by_label("Threshold, exact")).to_have_value("0.250")
-
-
-def test_an_image_is_dropped(predictor: Predictor, page: Page) -> None:
-    with running(predictor, live=False) as server:
-        page.goto(server.url)
-        expect(page.locator("#upload")).to_be_visible()
-        expect(page.locator("#live")).to_be_hidden()
-        page.set_input_files("#file", SCRATCH)
-        picture = page.get_by_role("img", name="Heat map of brushed-steel-scratch.jpg: defect")
-        expect(picture).to_be_visible()
-        assert picture.evaluate("image => image.naturalWidth") == 720
-        expect(page.locator("#scored-text")).to_contain_text("Defect")
-        page.get_by_role("slider", name="Threshold").press("End")  # it is scored anew
-        expect(page.locator("#scored-text")).to_contain_text("threshold 1.000")
-        expect(page.locator("#scored-text")).to_contain_text("Good")
-        drop = """([zone, text, name]) => {
-            const data = new DataTransfer();
-            data.items.add(new File([text], name, {type: "image/png"}));
-            document.querySelector(zone).dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
-        }"""
-        page.evaluate(drop, ["#drop", "not an image", "<b>note</b>.png"])
-        expect(page.locator("#upload-error")).to_contain_text(
-            "<b>note</b>.png: The image is no image that Pillow can read"
-        )
-        page.set_viewport_size({"width": 360, "height": 740})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    expect(page.locator("#connection")).to_have_text("disconnected")
-
-
-def test_logging_in(predictor: Predictor, page: Page) -> None:
-    with running(predictor, token=TOKEN) as server:
-        page.goto(server.url)
-        token = page.get_by_label("Token")
-        token.fill("not the token, no")
-        token.press("Enter")
-        expect(page.get_by_role("alert")).to_have_text("That is not the token.")
-        token.fill(TOKEN)
-        token.press("Enter")
-        expect(page.locator("#camera")).to_have_text("camera live")
-        cookie = page.context.cookies()[0]
-        assert (cookie["httpOnly"], cookie["sameSite"], cookie["value"] == TOKEN) == (True, "Strict", False)
-        page.get_by_role("link", name="API").click()
-        expect(page.get_by_role("heading", name="/v1/predict")).to_be_visible()
-        page.go_back()
-        page.get_by_role("button", name="Log out").click()
-        expect(token).to_be_visible()
-        page.goto(server.url)
-        expect(token).to_be_visible()
 
 
 @contextmanager
@@ -647,9 +380,9 @@ def test_addresses_and_tokens() -> None:
         listen("no.such.host.invalid", 0)
 
 
-def test_the_api_keeps_its_word(predictor: Predictor) -> None:
+def test_the_api_keeps_its_word() -> None:
     """Requests made from the description; answers, statuses and errors are as described, none is 5xx."""
-    with running(predictor, limits=Limits(upload_seconds=2)) as server:
+    with running(limits=Limits(upload_seconds=2)) as server:
         server.belt.parts.put(SCRATCH)
         eventually(lambda: server.json("/v1/events"))
         api = schemathesis.openapi.from_url(server.url + "/openapi.json")
