@@ -13,6 +13,7 @@ import typer
 
 from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console
 from fbclip.cli_infer import infer
+from fbclip.cli_serve import serve
 
 if TYPE_CHECKING:
     from fbclip.engines import EngineOptions
@@ -58,6 +59,7 @@ def options(
 
 
 app.command()(infer)
+app.command()(serve)
 
 
 @app.command()

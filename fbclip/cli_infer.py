@@ -38,6 +38,27 @@ def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
 
+# those that fbclip serve has too
+PrecisionOption = Annotated[str, typer.Option(help="auto, fp32 or fp16.")]
+ThresholdOption = Annotated[str, typer.Option(help="auto (calibrated, else the bundle's), or 0 to 1.")]
+MinAreaOption = Annotated[int, typer.Option(min=0, help="An anomaly needs a region of so many pixels.")]
+JsonOption = Annotated[str | None, typer.Option(help="Write JSON lines to this file, or - for standard output.")]
+CsvOption = Annotated[Path | None, typer.Option(help="Write a CSV table to this file.")]
+CameraOption = Annotated[str | None, option(STREAMS, "The same as SOURCE: a camera's number, …")]
+WatchOption = Annotated[bool, option(STREAMS, "SOURCE is a folder: inspect images as they arrive.", "--watch")]
+ResolutionOption = Annotated[str | None, option(STREAMS, "WIDTHxHEIGHT to ask the camera for.")]
+FpsOption = Annotated[float | None, option(STREAMS, "Frames per second to ask the camera for.")]
+EveryOption = Annotated[int, option(STREAMS, "Inspect every Nth frame.", min=1)]
+GiveUpOption = Annotated[
+    float | None, option(STREAMS, "Seconds without a frame after which the run fails; never, if left out.")
+]
+VoteOption = Annotated[str, option(STREAMS, "K/N: alarm where K of the last N frames are anomalous.")]
+EventsOption = Annotated[Path | None, option(STREAMS, "Save the frames around each alarm in this folder.")]
+EventsSizeOption = Annotated[str, option(STREAMS, "Bound of that folder; the oldest go.")]
+MqttOption = Annotated[str | None, option(STREAMS, "mqtt://user:password@host:port/prefix of a broker.")]
+WebhookOption = Annotated[str | None, option(STREAMS, "Address that alarms and notices are posted to.")]
+
+
 def infer(
     context: typer.Context,
     source: Annotated[
@@ -49,35 +70,33 @@ def infer(
     ] = None,
     bundle: BundleOption = None,
     device: DeviceOption = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16.")] = "auto",
-    threshold: Annotated[str, typer.Option(help="auto (calibrated, else the bundle's), or 0 to 1.")] = "auto",
+    precision: PrecisionOption = "auto",
+    threshold: ThresholdOption = "auto",
     roi: RoiOption = None,
-    min_area: Annotated[int, typer.Option(min=0, help="An anomaly needs a region of so many pixels.")] = 0,
+    min_area: MinAreaOption = 0,
     max_frames: Annotated[int | None, typer.Option(min=1, help="End after so many images or frames.")] = None,
-    json: Annotated[str | None, typer.Option(help="Write JSON lines to this file, or - for standard output.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write a CSV table to this file.")] = None,
+    json: JsonOption = None,
+    csv: CsvOption = None,
     save: Annotated[bool, option(IMAGES, "Write overlay pictures.")] = True,
     save_map: Annotated[bool, option(IMAGES, "Write anomaly maps, float32 .npy.", "--save-map")] = False,
     map_size: Annotated[MapSize, option(IMAGES, "Size of saved maps: the frame's or the model's.")] = MapSize.frame,
     project: Annotated[Path, option(IMAGES, "Folder of the runs.")] = Path("runs/infer"),
     name: Annotated[str, option(IMAGES, "Name of this run.")] = "exp",
     exist_ok: Annotated[bool, option(IMAGES, "Write into the run's folder if it is there.", "--exist-ok")] = False,
-    camera: Annotated[str | None, option(STREAMS, "The same as SOURCE: a camera's number, …")] = None,
-    watch: Annotated[bool, option(STREAMS, "SOURCE is a folder: inspect images as they arrive.", "--watch")] = False,
-    resolution: Annotated[str | None, option(STREAMS, "WIDTHxHEIGHT to ask the camera for.")] = None,
-    fps: Annotated[float | None, option(STREAMS, "Frames per second to ask the camera for.")] = None,
-    every: Annotated[int, option(STREAMS, "Inspect every Nth frame.", min=1)] = 1,
-    give_up: Annotated[
-        float | None, option(STREAMS, "Seconds without a frame after which the run fails; never, if left out.")
-    ] = None,
+    camera: CameraOption = None,
+    watch: WatchOption = False,
+    resolution: ResolutionOption = None,
+    fps: FpsOption = None,
+    every: EveryOption = 1,
+    give_up: GiveUpOption = None,
     duration: Annotated[float | None, option(STREAMS, "End after so many seconds.", min=0)] = None,
-    vote: Annotated[str, option(STREAMS, "K/N: alarm where K of the last N frames are anomalous.")] = "1/1",
-    events: Annotated[Path | None, option(STREAMS, "Save the frames around each alarm in this folder.")] = None,
-    events_size: Annotated[str, option(STREAMS, "Bound of that folder; the oldest go.")] = "1GB",
+    vote: VoteOption = "1/1",
+    events: EventsOption = None,
+    events_size: EventsSizeOption = "1GB",
     show: Annotated[bool, option(STREAMS, "A window with the overlay.", "--show")] = False,
     video: Annotated[Path | None, option(STREAMS, "Write the overlays to this Motion JPEG file (.avi).")] = None,
-    mqtt: Annotated[str | None, option(STREAMS, "mqtt://user:password@host:port/prefix of a broker.")] = None,
-    webhook: Annotated[str | None, option(STREAMS, "Address that alarms and notices are posted to.")] = None,
+    mqtt: MqttOption = None,
+    webhook: WebhookOption = None,
     metrics_port: Annotated[int | None, option(STREAMS, "Port of 127.0.0.1 for Prometheus.", min=1, max=65535)] = None,
 ) -> None:
     """Score images, or the frames of a camera, and draw where the defects are."""
@@ -94,9 +113,9 @@ def infer(
 
     console = make_console(stderr=json == "-")
     stream = find_stream(source or [], camera, watch)
-    _refuse(context, *(("a stream", OF_IMAGES) if stream else ("images", OF_STREAMS)))
+    refuse(context, *(("a stream", OF_IMAGES) if stream else ("images", OF_STREAMS)))
     region = Roi.parse(roi) if roi else None
-    predictor = Predictor(bundle, device, precision, _threshold(threshold), roi=region, min_area=min_area)
+    predictor = Predictor(bundle, device, precision, parse_threshold(threshold), roi=region, min_area=min_area)
     if threshold == "auto":
         console.print(predictor.explain_threshold(), soft_wrap=True, highlight=False)
     if stream:
@@ -120,7 +139,7 @@ def infer(
             raise typer.Exit(2)
 
 
-def _threshold(text: str) -> float | None:
+def parse_threshold(text: str) -> float | None:
     from fbclip.errors import UsageError
 
     try:
@@ -129,11 +148,13 @@ def _threshold(text: str) -> float | None:
         raise UsageError(f"--threshold is auto or a probability between 0 and 1; got {text!r}") from error
 
 
-def _refuse(context: typer.Context, source: str, options: tuple[str, ...]) -> None:
+def refuse(context: typer.Context, source: str, options: tuple[str, ...]) -> None:
     """Options that this kind of source would ignore."""
     from fbclip.errors import UsageError
 
     sources = {name: context.get_parameter_source(name) for name in options}
     if given := [name for name, from_ in sources.items() if from_ and from_.name == "COMMANDLINE"]:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(f"SOURCE is {source}, which {names} can't be used with: leave it out, or see fbclip infer -h")
+        raise UsageError(
+            f"SOURCE is {source}, which {names} can't be used with: leave it out, or see fbclip {context.info_name} -h"
+        )

@@ -31,6 +31,10 @@ class ImageError(UsageError):
     """An image that cannot be read."""
 
 
+class SizeError(ImageError):
+    """An image with more pixels than are taken."""
+
+
 class Interrupted(FBClipError):
     """Asked to stop by a signal; exit code 128 and its number, as shells have it."""
 

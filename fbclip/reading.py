@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fbclip.errors import ImageError
+from fbclip.errors import ImageError, SizeError
 
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of what SUFFIXES are
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 CLASS_LEVELS = 5  # grey levels of a mask drawn in flat greys, black included; soft edges make more
 
@@ -25,6 +27,18 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         ImageError: missing, empty, damaged, no image, or more pixels than Pillow takes for honest (179 million).
     """
     return _read(path, to_rgb)
+
+
+def decode_image(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    """What `read_image` makes of a file's content, for content of unknown origin; uint8 (H, W, 3) RGB.
+
+    Of Pillow's decoders only those of `FORMATS` see it, and the size in its header decides before any pixel.
+
+    Raises:
+        ImageError: as `read_image`.
+        SizeError: more pixels than allowed.
+    """
+    return _read(BytesIO(data), to_rgb, max_pixels)
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
@@ -69,17 +83,24 @@ def _to_mask(image: Image.Image) -> NDArray[np.uint8]:
     return mask
 
 
-def _read(path: Path, convert: Callable[[Image.Image], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def _read(
+    source: Path | BytesIO, convert: Callable[[Image.Image], NDArray[np.uint8]], max_pixels: int | None = None
+) -> NDArray[np.uint8]:
+    name, formats = (source, None) if isinstance(source, Path) else ("the image", FORMATS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow refuses twice that size
-            with Image.open(path) as file:
+            with Image.open(source, formats=formats) as file:
+                if max_pixels is not None and file.width * file.height > max_pixels:
+                    raise SizeError(f"at most {max_pixels:,} pixels are taken; {name} has {file.width} × {file.height}")
                 ImageOps.exif_transpose(file, in_place=True)  # a copy would forget its format
                 return convert(file)
     except FileNotFoundError as error:
-        raise ImageError(f"no file at {path}") from error
+        raise ImageError(f"no file at {name}") from error
     except UnidentifiedImageError as error:
-        empty = path.is_file() and path.stat().st_size == 0
-        raise ImageError(f"{path} is {'empty' if empty else 'no image that Pillow can read'}") from error
+        empty = source.is_file() and source.stat().st_size == 0 if isinstance(source, Path) else not source.getvalue()
+        raise ImageError(f"{name} is {'empty' if empty else 'no image that Pillow can read'}") from error
+    except SizeError:
+        raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} can't be read: {error}") from error
+        raise ImageError(f"{name} can't be read: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from fbclip.runtime.live import Notice, Result, Sink
 from fbclip.runtime.pipeline import Limits, LiveSummary, Pipeline
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sinks import SinkOptions, make_sinks
-from fbclip.runtime.sources import CaptureOptions, open_source
+from fbclip.runtime.sources import CaptureOptions, Source, open_source
 from fbclip.stopping import StopRequest
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm", ".wmv"})
@@ -107,20 +108,32 @@ def infer_stream(predictor: Predictor, stream: Stream, console: Console) -> None
         Interrupted: a signal ended it; frames in work were finished, sinks closed.
         FBClipError: of the source or the model, frames that could not be inspected, or a sink that failed at the end.
     """
-    calibration = predictor.calibration
-    decider = Decider(stream.vote, Drift(calibration.scores) if calibration else None)
-    recorder = [EventRecorder(stream.events, stream.events_bytes)] if stream.events else []
     with open_source(stream.source, stream.capture) as source:
-        sinks: list[Sink] = [ConsoleLog(console), *recorder, *make_sinks(stream.sinks, lambda: source.counters)]
-        pipeline = Pipeline(source, predictor, sinks, decider, stream.limits)
+        pipeline = make_pipeline(source, predictor, stream, console)
         summary, signal = run(pipeline, console)
     print_summary(summary, console)
     if signal:
         raise Interrupted(f"stopped by {Signals(signal).name}; everything is written", signal)
+    insist_on_all(summary)
+
+
+def insist_on_all(summary: LiveSummary) -> None:
+    """Raise ImageError where frames could not be inspected, FBClipError where a sink failed at the end."""
     if summary.unfit:
         raise ImageError(f"{summary.unfit} frames could not be inspected: {summary.misfit}")
     if broken := [name for name, sink in summary.status["sinks"].items() if sink["error"]]:
         raise FBClipError(f"results are missing in {', '.join(broken)}, which failed till the end")
+
+
+def make_pipeline(
+    source: Source, predictor: Predictor, stream: Stream, console: Console, sinks: Sequence[Sink] = ()
+) -> Pipeline:
+    """The pipeline of a source that is open, with the sinks that were asked for and more."""
+    calibration = predictor.calibration
+    decider = Decider(stream.vote, Drift(calibration.scores) if calibration else None)
+    recorder = [EventRecorder(stream.events, stream.events_bytes)] if stream.events else []
+    asked = make_sinks(stream.sinks, lambda: source.counters)
+    return Pipeline(source, predictor, [ConsoleLog(console), *sinks, *recorder, *asked], decider, stream.limits)
 
 
 def run(pipeline: Pipeline, console: Console) -> tuple[LiveSummary, int | None]:

@@ -31,7 +31,7 @@ import fbclip.cli, fbclip.bundle, fbclip.engines, fbclip.export.engine, fbclip.i
 from fbclip.data import dataset, inspect, layouts, procedural, trees
 from fbclip.runtime import backends, bench, bench_compare, bench_report, bench_worker, calibrate, cuda_graph, draw
 from fbclip.runtime import evaluate, gpu, histogram, images, infer, limits, live_infer, meters, predictor, report, results
-from fbclip.runtime import sinks, sinks_network, sources, tensorrt
+from fbclip.runtime import serve, sinks, sinks_network, sources, tensorrt
 prediction = fbclip.Predictor()(sys.argv[1])
 print(prediction.score, prediction.overlay().shape)
 """

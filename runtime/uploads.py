@@ -1,0 +1,142 @@
+"""Images that clients send to be scored: bounded in bytes, pixels, time and number."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import numpy as np
+from anyio.to_thread import run_sync
+from fastapi import HTTPException
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect, Request
+
+from fbclip.reading import decode_image
+from fbclip.runtime.backends import Backend
+from fbclip.runtime.monitor import encode, overlay
+from fbclip.runtime.predictor import Predictor
+
+MAP_SCALE = 65535  # of a map's value 1 in its 16-bit picture
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server takes from clients.
+
+    Attributes:
+        upload_bytes: of one image as it is sent.
+        upload_pixels: of one image; its header is asked before anything is decoded.
+        upload_seconds: to send it in.
+        queue: images at once, being sent, waiting or in work.
+        viewers: pages at once that watch.
+    """
+
+    upload_bytes: int = 20 << 20
+    upload_pixels: int = 25_000_000
+    upload_seconds: float = 30
+    queue: int = 8
+    viewers: int = 16
+
+
+class Uploads:
+    """Scores images of clients, one after the other, away from the event loop."""
+
+    def __init__(self, predictor: Predictor, limits: Limits) -> None:
+        self.predictor = predictor
+        self.limits = limits
+        self.under_way = 0
+        self._turns = anyio.Semaphore(1)  # decoded images and maps are large: one at a time
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue for one request, from before its body is read.
+
+        Raises:
+            HTTPException: 429, none is free.
+        """
+        if self.under_way >= self.limits.queue:
+            detail = f"at most {self.limits.queue} images are taken at once: try again in a second"
+            raise HTTPException(429, detail, {"Retry-After": "1"})
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+
+    async def read(self, request: Request) -> bytes:
+        """The body, an encoded image.
+
+        Raises:
+            HTTPException: 408 too slow, 413 too long, 415 no image by its Content-Type.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not kind.startswith("image/") and kind != "application/octet-stream":
+            raise HTTPException(415, f"the body is the image itself, with Content-Type image/…; got {kind or 'none'}")
+        return await read_body(request, self.limits.upload_bytes, self.limits.upload_seconds)
+
+    async def score(self, data: bytes, with_overlay: bool, with_map: bool) -> dict[str, Any]:
+        """What the model says of an encoded image, and pictures of it in base64.
+
+        Raises:
+            ImageError: no image, damaged, or not of the size the bundle takes.
+            HTTPException: 413, more pixels than allowed.
+        """
+        async with self._turns:
+            return await run_sync(self._score, data, with_overlay, with_map)
+
+    def _score(self, data: bytes, with_overlay: bool, with_map: bool) -> dict[str, Any]:
+        prediction = self.predictor(decode_image(data, self.limits.upload_pixels))
+        height, width = prediction.image.shape[:2]
+        grey = np.round(prediction.anomaly_map.clip(0, 1) * MAP_SCALE).astype(np.uint16) if with_map else None
+        return {
+            **prediction.to_dict(),
+            "width": width,
+            "height": height,
+            "overlay_png": _base64(encode(overlay(prediction), ".png")) if with_overlay else None,
+            "map_png": None if grey is None else _base64(encode(grey, ".png")),
+        }
+
+
+class InTurn:
+    """A backend that the pipeline and uploads share: one thread runs it, in the order they ask."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.device = backend.device
+        self._backend = backend
+        self._thread = ThreadPoolExecutor(1, "model")
+
+    def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H', W'), both 0..1."""
+        return self._thread.submit(self._backend.run, images).result()
+
+
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
+    """A request's body, of at most `limit` bytes.
+
+    Raises:
+        HTTPException: 408 not there in time, 413 longer; told from Content-Length before any of it is read.
+    """
+    too_long = HTTPException(413, f"at most {limit:,} bytes are taken")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_long
+    data = bytearray()
+    try:
+        with anyio.fail_after(seconds):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > limit:
+                    raise too_long
+    except TimeoutError as error:
+        raise HTTPException(408, f"the body was not there in {seconds:g} s") from error
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the connection ended within the body") from error
+    return bytes(data)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

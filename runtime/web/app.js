@@ -1,0 +1,400 @@
+// The page: one WebSocket brings pictures and news, the rest is fetched. No library, no build step.
+
+const $ = (id) => document.getElementById(id);
+const WINDOW = 120; // seconds of the graph
+const STALE = 3000; // ms without news before the picture is dimmed
+const FORMATS = { bmp: "image/bmp", jpeg: "image/jpeg", jpg: "image/jpeg", png: "image/png", tif: "image/tiff", tiff: "image/tiff", webp: "image/webp" };
+
+const state = { threshold: 0.5, scores: [], events: [], now: 0, heard: 0, serverTime: 0, upload: null, started: false };
+
+// Requests ---------------------------------------------------------------------------------------------------------
+
+async function ask(path, options = {}) {
+  const response = await fetch(path, options);
+  if (response.status === 401) location.assign("login");
+  const body = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Error(body.detail || `the server answered ${response.status}`);
+  return body;
+}
+
+function explain(error) {
+  return error instanceof TypeError ? "The server can't be reached." : `${error.message[0].toUpperCase()}${error.message.slice(1)}.`;
+}
+
+// Live -------------------------------------------------------------------------------------------------------------
+
+let pause = 500;
+
+function connect() {
+  const socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/live`);
+  socket.binaryType = "blob";
+  let news = null;
+  socket.onopen = () => {
+    pause = 500;
+    state.scores = []; // the server sends what it remembers
+    state.events = [];
+    $("gallery").replaceChildren();
+    $("notices").replaceChildren();
+    setChip($("connection"), "good", "connected");
+  };
+  socket.onmessage = async ({ data }) => {
+    state.heard = performance.now();
+    if (typeof data === "string") {
+      news = JSON.parse(data);
+      if (news.picture) return; // shown with it
+    } else {
+      await showPicture(data);
+    }
+    show(news);
+    if (socket.readyState === WebSocket.OPEN) socket.send("next");
+  };
+  socket.onclose = ({ code }) => {
+    setChip($("connection"), "bad", code === 1013 ? "too many viewers" : "disconnected");
+    $("live").classList.add("stale");
+    setTimeout(connect, pause);
+    pause = Math.min(pause * 2, 5000);
+    if (code === 1006) ask("v1/status").catch(() => {}); // a session that has ended leads to the login
+  };
+}
+
+async function showPicture(blob) {
+  const picture = $("picture");
+  const before = picture.src;
+  picture.src = URL.createObjectURL(blob);
+  await picture.decode().catch(() => {});
+  picture.hidden = false;
+  $("no-picture").hidden = true;
+  if (before) URL.revokeObjectURL(before);
+}
+
+function show(news) {
+  state.now = state.serverTime = news.time;
+  state.scores.push(...news.scores);
+  const first = state.scores.findIndex(([time]) => time > state.now - WINDOW - 5);
+  if (first > 0) state.scores.splice(0, first);
+  if (news.status) showStatus(news.status);
+  if (news.result) showResult(news.result, news.age_ms);
+  for (const notice of news.notices) addNotice(notice);
+  for (const event of news.events) addEvent(event);
+  if (news.events.length && state.started) announce(`Alarm, score ${news.events.at(-1).score.toFixed(3)}`);
+  state.started = true;
+  $("live").classList.remove("stale");
+  drawSoon();
+}
+
+function showResult(result, age) {
+  const bad = result.is_anomalous;
+  $("verdict").dataset.state = bad ? "bad" : "good";
+  setText($("verdict-word"), bad ? "✕ Defect" : "✓ Good");
+  setText($("verdict-score"), result.score.toFixed(3));
+  $("alarm").hidden = !result.alarm;
+  setText($("source"), result.source);
+  $("picture").alt = `Heat map of ${result.source}: ${bad ? "defect" : "good"}, score ${result.score.toFixed(2)}, ${count(result.regions, "region")}`;
+  state.age = age;
+}
+
+const CAMERA = { live: "good", connecting: "waiting", lost: "bad", ended: "idle" };
+
+function showStatus(status) {
+  setText($("model"), `${status.model.name} · ${status.model.device} · ${status.model.precision}`);
+  $("logout").hidden = !status.login;
+  const pipeline = status.pipeline;
+  for (const id of ["live", "history", "verdict", "events", "log", "camera"]) $(id).hidden = !pipeline;
+  $("main").classList.toggle("uploads-only", !pipeline);
+  if (status.threshold !== state.threshold || !state.tuned) setThreshold(status.threshold);
+  if (!pipeline) return;
+  setChip($("camera"), CAMERA[pipeline.source.state] ?? "waiting", `${pipeline.source.live ? "camera" : "source"} ${pipeline.source.state}`);
+  const counters = pipeline.source.counters;
+  const rows = [
+    ["frames per second", fixed(pipeline.fps, 1)],
+    ["age", `${fixed(state.age, 0)} ms`],
+    ["age, 95 %", `${fixed(pipeline.age_ms?.p95, 0)} ms`],
+    ["frames", counters.frames ?? 0],
+    ["dropped", counters.dropped ?? 0],
+    ["reconnects", counters.reconnects ?? 0],
+  ];
+  const list = $("figures");
+  if (list.childElementCount !== rows.length) {
+    list.replaceChildren(...rows.map(([name]) => element("div", {}, element("dt", {}, name), element("dd"))));
+  }
+  rows.forEach(([, value], i) => setText(list.children[i].lastChild, String(value)));
+}
+
+// Threshold --------------------------------------------------------------------------------------------------------
+
+let wanted = null; // what the person has set and the server not confirmed
+let sending = false;
+
+function setThreshold(value) {
+  state.threshold = value;
+  state.tuned = true;
+  if (wanted !== null) return; // a hand is on it
+  $("slider").value = $("number").value = value.toFixed(3);
+  $("slider").setAttribute("aria-valuetext", value.toFixed(3));
+  drawSoon();
+}
+
+async function sendThreshold() {
+  if (sending) return;
+  sending = true;
+  try {
+    while (wanted !== null && wanted !== state.threshold) {
+      const threshold = wanted;
+      await ask("v1/threshold", { method: "PUT", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ threshold }) });
+      state.threshold = threshold;
+      setText($("tuning-error"), "");
+    }
+    if (state.upload) await inspect(state.upload); // its verdict follows
+  } catch (error) {
+    setText($("tuning-error"), explain(error));
+  } finally {
+    sending = false;
+    wanted = null;
+    setThreshold(state.threshold);
+  }
+}
+
+function onThreshold({ target }) {
+  if (!target.reportValidity()) return;
+  wanted = Number(target.value);
+  const other = target === $("slider") ? $("number") : $("slider");
+  other.value = wanted.toFixed(3);
+  $("slider").setAttribute("aria-valuetext", wanted.toFixed(3));
+  drawSoon();
+  sendThreshold();
+}
+
+$("slider").addEventListener("input", onThreshold);
+$("number").addEventListener("change", onThreshold);
+
+// Graph ------------------------------------------------------------------------------------------------------------
+
+let drawing = false;
+
+function drawSoon() {
+  if (drawing || $("history").hidden) return;
+  drawing = true;
+  requestAnimationFrame(() => {
+    drawing = false;
+    draw();
+  });
+}
+
+function draw() {
+  const canvas = $("chart");
+  const { clientWidth: width, clientHeight: height } = canvas;
+  const ratio = devicePixelRatio || 1;
+  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(height * ratio);
+  }
+  const context = canvas.getContext("2d");
+  const css = getComputedStyle(document.documentElement);
+  const colour = (name) => css.getPropertyValue(`--${name}`).trim();
+  const box = { left: 34, right: width - 8, top: 8, bottom: height - 22 };
+  const x = (time) => box.right - ((state.now - time) / WINDOW) * (box.right - box.left);
+  const y = (score) => box.bottom - score * (box.bottom - box.top);
+  const threshold = wanted ?? state.threshold;
+  const points = state.scores.filter(([time]) => time >= state.now - WINDOW);
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, width, height);
+  context.font = `12px ${css.fontFamily || "system-ui"}`;
+
+  context.fillStyle = colour("bad-back");
+  for (const [from, to] of alarms(points)) context.fillRect(x(from), box.top, Math.max(x(to) - x(from), 2), box.bottom - box.top);
+
+  context.strokeStyle = colour("grid");
+  context.fillStyle = colour("quiet");
+  context.textBaseline = "middle";
+  for (const level of [0, 0.25, 0.5, 0.75, 1]) {
+    line(context, [[box.left, y(level)], [box.right, y(level)]]);
+    context.textAlign = "right";
+    context.fillText(level.toString(), box.left - 6, y(level));
+  }
+  for (let ago = 0; ago <= WINDOW; ago += 30) {
+    context.textAlign = ago === 0 ? "right" : ago === WINDOW ? "left" : "center";
+    context.fillText(ago ? `−${ago} s` : "now", x(state.now - ago), height - 8);
+  }
+
+  context.lineWidth = 1.5;
+  context.strokeStyle = colour("accent");
+  line(context, points.map(([time, score]) => [x(time), y(score)]));
+  context.fillStyle = colour("bad");
+  for (const [time, score] of points) if (score >= threshold) context.fillRect(x(time) - 1.5, y(score) - 1.5, 3, 3);
+
+  context.strokeStyle = colour("ink");
+  context.setLineDash([6, 4]);
+  line(context, [[box.left, y(threshold)], [box.right, y(threshold)]]);
+  context.setLineDash([]);
+  describe(canvas, points, threshold);
+}
+
+function line(context, points) {
+  context.beginPath();
+  points.forEach(([px, py], i) => (i ? context.lineTo(px, py) : context.moveTo(px, py)));
+  context.stroke();
+}
+
+function alarms(points) {
+  const spans = [];
+  let from = null;
+  points.forEach(([time, , alarm], i) => {
+    if (alarm && from === null) from = time;
+    if (from !== null && (!alarm || i === points.length - 1)) {
+      spans.push([from, time]);
+      from = null;
+    }
+  });
+  return spans;
+}
+
+function describe(canvas, points, threshold) {
+  if (!points.length) return;
+  const highest = points.reduce((most, [, score]) => Math.max(most, score), 0);
+  const text = `Now ${points.at(-1)[1].toFixed(2)}, highest ${highest.toFixed(2)}, threshold ${threshold.toFixed(3)}, ${count(alarms(points).length, "alarm")}`;
+  if (canvas.getAttribute("aria-label") !== text) canvas.setAttribute("aria-label", text);
+}
+
+new ResizeObserver(drawSoon).observe($("chart"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawSoon);
+
+// Upload -----------------------------------------------------------------------------------------------------------
+
+async function inspect(file) {
+  const kind = FORMATS[file.name.split(".").pop().toLowerCase()] ?? (file.type || "application/octet-stream");
+  state.upload = file;
+  $("drop").classList.add("busy");
+  $("upload").setAttribute("aria-busy", "true");
+  setText($("upload-error"), "");
+  try {
+    const found = await ask("v1/predict?overlay=1", { method: "POST", headers: { "Content-Type": kind }, body: file });
+    if (file === state.upload) showScored(file.name, found);
+  } catch (error) {
+    $("scored").hidden = true;
+    setText($("upload-error"), `${file.name}: ${explain(error)}`);
+  } finally {
+    $("drop").classList.remove("busy");
+    $("upload").removeAttribute("aria-busy");
+  }
+}
+
+function showScored(name, found) {
+  const verdict = found.is_anomalous ? "Defect" : "Good";
+  const regions = count(found.regions.length, "region");
+  $("scored-picture").src = `data:image/png;base64,${found.overlay_png}`;
+  $("scored-picture").alt = `Heat map of ${name}: ${verdict.toLowerCase()}, ${regions}`;
+  const mark = element("span", { class: found.is_anomalous ? "bad" : "good" }, `${found.is_anomalous ? "✕" : "✓"} ${verdict}`);
+  const milliseconds = Object.values(found.timings_ms).reduce((sum, value) => sum + value, 0);
+  $("scored-text").replaceChildren(
+    element("span", {}, mark, `  ${found.score.toFixed(3)}, threshold ${found.threshold.toFixed(3)}`),
+    element("span", { class: "quiet" }, `${name}, ${found.width} × ${found.height}, ${regions}, ${milliseconds.toFixed(0)} ms`),
+  );
+  $("scored").hidden = false;
+}
+
+$("file").addEventListener("change", ({ target }) => {
+  if (target.files.length) inspect(target.files[0]);
+  target.value = ""; // the same file may be chosen again
+});
+for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault()); // else the browser opens it
+$("drop").addEventListener("dragover", () => $("drop").classList.add("over"));
+$("drop").addEventListener("dragleave", () => $("drop").classList.remove("over"));
+$("drop").addEventListener("drop", ({ dataTransfer }) => {
+  $("drop").classList.remove("over");
+  if (dataTransfer.files.length) inspect(dataTransfer.files[0]);
+});
+
+// Events and notices -----------------------------------------------------------------------------------------------
+
+const picture = (event) => `v1/events/${event.id}/picture`;
+const KEPT = 60;
+let viewed = 0; // index in state.events, newest first
+
+function addEvent(event) {
+  state.events.unshift(event);
+  $("no-events").hidden = true;
+  const text = `Event at ${clock(event.time)}, score ${event.score.toFixed(3)}`;
+  const button = element(
+    "button",
+    { type: "button", "aria-label": text },
+    element("img", { src: picture(event), alt: "", loading: "lazy" }),
+    element("span", {}, element("time", {}, clock(event.time)), element("b", {}, event.score.toFixed(3))),
+  );
+  button.addEventListener("click", () => view(state.events.indexOf(event)));
+  $("gallery").prepend(element("li", {}, button));
+  if (state.events.length > KEPT) {
+    state.events.pop();
+    $("gallery").lastChild.remove();
+  }
+}
+
+function view(index) {
+  if (index < 0 || index >= state.events.length) return;
+  viewed = index;
+  const event = state.events[index];
+  setText($("viewer-title"), `Event ${event.id}, ${new Date(event.time * 1000).toLocaleString()}`);
+  $("viewer-picture").src = picture(event);
+  $("viewer-picture").alt = `Heat map of ${event.source}, score ${event.score.toFixed(3)}`;
+  setText($("viewer-text"), `${event.source}: score ${event.score.toFixed(3)}, threshold ${event.threshold.toFixed(3)}, ${count(event.regions.length, "region")}`);
+  $("older").disabled = index === state.events.length - 1;
+  $("newer").disabled = index === 0;
+  if (!$("viewer").open) $("viewer").showModal();
+}
+
+$("older").addEventListener("click", () => view(viewed + 1));
+$("newer").addEventListener("click", () => view(viewed - 1));
+$("viewer").addEventListener("keydown", ({ key }) => {
+  if (key === "ArrowLeft") view(viewed + 1);
+  if (key === "ArrowRight") view(viewed - 1);
+});
+
+const SERIOUS = new Set(["lost", "failing", "drifting", "on"]);
+const RELIEF = new Set(["live", "working", "steady", "off"]);
+
+const KINDS = { source: "Source", sink: "Output", drift: "Scores", alarm: "Alarm", run: "Run" };
+
+function addNotice(notice) {
+  const mood = SERIOUS.has(notice.state) ? "bad" : RELIEF.has(notice.state) ? "good" : "";
+  $("notices").prepend(element("li", { "data-state": mood }, element("time", {}, clock(notice.time)), element("b", {}, `${KINDS[notice.kind] ?? notice.kind} ${notice.state}`), ` ${notice.message}`));
+  while ($("notices").childElementCount > 200) $("notices").lastChild.remove();
+  if (state.started && mood === "bad" && notice.kind !== "alarm") announce(notice.message);
+}
+
+// Small things -----------------------------------------------------------------------------------------------------
+
+function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children); // strings become text, never HTML
+  return made;
+}
+
+function setText(target, text) {
+  if (target.textContent !== text) target.textContent = text; // screen readers repeat what is set anew
+}
+
+function count(number, noun) {
+  return `${number} ${noun}${number === 1 ? "" : "s"}`;
+}
+
+function setChip(chip, mood, text) {
+  chip.dataset.state = mood;
+  setText(chip, text);
+}
+
+function announce(text) {
+  setText($("announcer"), text);
+}
+
+function clock(seconds) {
+  return new Date(seconds * 1000).toLocaleTimeString();
+}
+
+function fixed(value, digits) {
+  return Number.isFinite(value) ? value.toFixed(digits) : "–";
+}
+
+setInterval(() => {
+  if (state.heard && performance.now() - state.heard > STALE) $("live").classList.add("stale");
+}, 1000);
+connect();
