@@ -50,13 +50,13 @@ def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console
     failed, the build leaves nothing behind, and an older plan stays as it is.
 
     Args:
-        precision: "auto" (half where the bundle has it), or of one of the bundle's graphs.
+        precision: "auto" (half where the bundle has it), or of one of the bundle's graphs; of 8 bit the static form.
 
     Returns:
         The plan's path.
 
     Raises:
-        DeviceError: no GPU, or less memory than the build needs at least.
+        DeviceError: no GPU, less memory than the build needs at least, or 8 bit in the form for CPUs.
         UsageError: a bundle that can't be written to, or that lacks the graph.
         FBClipError: TensorRT could not build it; names the layer.
     """

@@ -83,7 +83,7 @@ class Predictor:
     Args:
         bundle: a bundle, its path, or None for the embedded default model.
         device: "auto", "cpu", "cuda" or "tensorrt"; never another than the one asked for.
-        precision: "auto", "fp32" or "fp16".
+        precision: "auto", "fp32", "fp16" or "int8".
         threshold: 0..1, or None for the bundle's.
 
     Raises:

@@ -112,7 +112,7 @@ def check_taps(bundle: Bundle, folder: Path) -> None:
     faulty = folder / "faulty.onnx"
     onnx.save(graph, faulty)
     image = resize(EXPECTED["raw_image"], golden.IMAGE_SIZE)[None]
-    assert first_diverging(compare_stages(bundle.graph("fp32"), faulty, bundle.text, image)) == "block 3"
+    assert first_diverging(compare_stages("fp16", bundle.graph("fp32"), faulty, bundle.text, image)) == "block 3"
     assert [f.name for f in folder.glob("*.tapped*")] == []
 
 
