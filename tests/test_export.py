@@ -7,7 +7,7 @@ import golden
 import numpy as np
 import onnx
 import pytest
-from conftest import Run
+from conftest import Run, export_arguments
 from PIL import Image
 
 from fbclip import Predictor
@@ -23,32 +23,15 @@ EXPECTED = golden.arrays()
 PROOF = parity.Proof([EXPECTED["raw_image"]], ("raw.png",))
 
 
-def export_arguments(folder: Path) -> list[object]:
-    return [
-        "export",
-        "--clip",
-        folder / "clip.json",
-        "--clip-weights",
-        folder / "clip.pt",
-        "--checkpoint",
-        folder / "official.pth",
-        "--image-size",
-        golden.IMAGE_SIZE,
-        "--feature-layers",
-        ",".join(map(str, golden.FEATURE_LAYERS)),
-        "--parity-images",
-        folder / "raw.png",
-    ]
-
-
-def test_from_an_official_checkpoint_to_the_recorded_map(fbclip: Run, golden_files: Path, tmp_path: Path) -> None:
-    fbclip(*export_arguments(golden_files), "--fp16", "--out", "b.fbclip")
-    for precision, score_budget, map_budget in (("fp32", 1e-5, 1e-5), ("fp16", 2e-3, 5e-3)):
+def test_from_an_official_checkpoint_to_the_recorded_map(
+    fbclip: Run, golden_files: Path, golden_bundle: Path, tmp_path: Path
+) -> None:
+    for precision, score_budget, map_budget in (("fp32", 1e-5, 1e-5), ("fp16", 2e-3, 5e-3), ("int8", 2e-2, 5e-2)):
         fbclip(
             "infer",
             golden_files / "raw.png",
             "--bundle",
-            "b.fbclip",
+            golden_bundle,
             "--precision",
             precision,
             "--json",
@@ -62,14 +45,14 @@ def test_from_an_official_checkpoint_to_the_recorded_map(fbclip: Run, golden_fil
         record = json.loads((tmp_path / f"{precision}.jsonl").read_text())
         assert abs(record["score"] - EXPECTED["raw_image_score"]) <= score_budget
         assert np.abs(np.load(tmp_path / record["map"]) - EXPECTED["raw_anomaly_map"]).max() <= map_budget
-    bundle = Bundle.load(tmp_path / "b.fbclip")
+    bundle = Bundle.load(golden_bundle)
     check_graphs(bundle)
     check_report(bundle)
     check_taps(bundle, tmp_path)
 
 
 def check_graphs(bundle: Bundle) -> None:
-    for precision in ("fp32", "fp16"):
+    for precision in ("fp32", "fp16", "int8"):
         graph = onnx.load(bundle.graph(precision))
         onnx.checker.check_model(graph, full_check=True)
         assert [i.name for i in graph.graph.input] == [IMAGE, TEXT]
