@@ -30,13 +30,12 @@ Feed = dict[str, NDArray[Any]]  # values of a graph's inputs
 PRODUCTS = ["MatMul", "Gemm"]
 THINNEST = 16  # least side of a weight matrix; a product with less is no large one
 
-# What TensorRT wants: zero points of 0, weights by output channel, nothing quantised but the inputs of products, and a
-# pair of nodes for each product alone, so that nothing else reads rounded values (docs.nvidia.com, explicit quantization).
+# What TensorRT wants: zero points of 0, weights by output channel, nothing quantised but the inputs of products
+# (docs.nvidia.com, explicit quantization).
 TENSORRT = {
     "ActivationSymmetric": True,
     "WeightSymmetric": True,
     "MatMulConstBOnly": True,
-    "DedicatedQDQPair": True,
     "OpTypesToExcludeOutputQuantization": PRODUCTS,
     "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
 }
@@ -117,6 +116,7 @@ class Quantizer:
             quantizer.model.save_model_to_file(apart)
         quantized = onnx.load(apart)
         del quantized.metadata_props[:]
+        round_for_products_only(quantized.graph, set(products))
         name_by_stage(quantized.graph)
         save_in_pieces(quantized, path)
 
@@ -135,6 +135,20 @@ class _Inputs(CalibrationDataReader):  # type: ignore[misc]
 
     def get_next(self) -> Feed | None:
         return next(self._left, None)
+
+
+def round_for_products_only(graph: onnx.GraphProto, products: Collection[str]) -> None:
+    """Give every other node the values as they were: the quantiser lets all readers of a product's input read them
+    rounded, which the separation attention's gate shares with its branches."""
+    quantized = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    exact = {
+        node.output[0]: quantized[node.input[0]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in quantized
+    }
+    for node in graph.node:
+        if node.name not in products:
+            node.input[:] = [exact.get(name, name) for name in node.input]
 
 
 def name_by_stage(graph: onnx.GraphProto) -> None:
