@@ -14,9 +14,9 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization import (
     CalibrationDataReader,
+    MinMaxCalibrater,
     QDQQuantizer,
     QuantType,
-    create_calibrator,
     quant_pre_process,
     quantize_dynamic,
 )
@@ -123,10 +123,24 @@ class Quantizer:
     @cached_property
     def _ranges(self) -> Any:
         """Smallest and largest value of each product's inputs over the calibration images."""
-        augmented = self._folder / "augmented.onnx"
-        calibrator = create_calibrator(self._graph, PRODUCTS, str(augmented), use_external_data_format=True)
+        augmented = str(self._folder / "augmented.onnx")
+        calibrator = _Calibrater(self._graph, PRODUCTS, augmented, use_external_data_format=True)
+        calibrator.products = set(self._parts)
+        calibrator.augment_graph()
+        calibrator.create_inference_session()
         calibrator.collect_data(_Inputs(self._calibration))
         return calibrator.compute_data()
+
+
+class _Calibrater(MinMaxCalibrater):  # type: ignore[misc]
+    """Measures the inputs of some products alone: each measured value is kept until the end of a run, and those of all
+    products, attention's among them, are 17 GB in ViT-L/14 at 518 px."""
+
+    products: Collection[str]
+
+    def select_tensors_to_calibrate(self, model: onnx.ModelProto) -> tuple[set[str], Any]:
+        tensors, values = super().select_tensors_to_calibrate(model)
+        return tensors & {node.input[0] for node in model.graph.node if node.name in self.products}, values
 
 
 class _Inputs(CalibrationDataReader):  # type: ignore[misc]

@@ -103,6 +103,11 @@ class Predictor:
             raise UsageError(f"--threshold is a probability between 0 and 1; got {self.threshold}")
         self.backend, self.precision = make_backend(self.bundle, device, precision)
 
+    @property
+    def launches(self) -> str | None:
+        """How TensorRT's executions are started: "CUDA graph", or "enqueue" and why. None with other runtimes."""
+        return getattr(self.backend, "launches", None)
+
     def __call__(self, image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str = "rgb") -> Prediction:
         """Score one image.
 

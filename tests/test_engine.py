@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import golden
 import numpy as np
@@ -37,8 +38,9 @@ def build(bundle: Bundle, precision: str = "auto", **options: object) -> Path:
     return build_engine(bundle, precision, EngineOptions(**options), Console(quiet=True))  # type: ignore[arg-type]
 
 
-def score(fbclip: Run, *arguments: object) -> float:
-    return float(json.loads(fbclip("infer", *arguments, "--no-save", "--json", "-").stdout)["score"])
+def infer(fbclip: Run, *arguments: object) -> dict[str, Any]:
+    """The record of one image."""
+    return json.loads(fbclip("infer", *arguments, "--no-save", "--json", "-").stdout)  # type: ignore[no-any-return]
 
 
 def test_an_engine_scores_like_the_cpu(tensorrt: str, fbclip: Run, bundle: Bundle) -> None:
@@ -51,8 +53,10 @@ def test_an_engine_scores_like_the_cpu(tensorrt: str, fbclip: Run, bundle: Bundl
     assert sidecar["plan_sha256"] == sha256(plan)
     assert sidecar["batch"] == [1, 1, 2]
     assert sorted(f.suffix for f in bundle.engines.iterdir()) == [".json", ".plan", ".timing"]
-    on_gpu, on_cpu = (score(fbclip, SAMPLE, "--bundle", bundle.path, "--device", d) for d in ("tensorrt", "cpu"))
-    assert abs(on_gpu - on_cpu) <= (1e-6 if tensorrt in RELEASES else 1e-4)
+    on_gpu, on_cpu = (infer(fbclip, SAMPLE, "--bundle", bundle.path, "--device", d) for d in ("tensorrt", "cpu"))
+    assert abs(on_gpu["score"] - on_cpu["score"]) <= (1e-6 if tensorrt in RELEASES else 1e-4)
+    assert on_gpu["launches"].startswith(("CUDA graph", "enqueue ("))
+    assert "launches" not in on_cpu
 
 
 @pytest.mark.parametrize(("precision", "budget"), [("fp16", 2e-3), ("int8", 2e-2)])
@@ -75,7 +79,7 @@ def test_lower_precision_from_the_checkpoint_to_the_score(
             if not plan.is_file():  # the export built the first one
                 assert build(bundle, precision) == plan
             arguments = ("--bundle", bundle.path, "--device", "tensorrt", "--precision", precision)
-            assert abs(score(fbclip, image, *arguments) - on_cpu) <= 1e-6
+            assert abs(infer(fbclip, image, *arguments)["score"] - on_cpu) <= 1e-6
 
 
 def test_a_device_builds_and_runs_without_torch_onnx_and_onnx_runtime(standin: str, bundle: Bundle) -> None:

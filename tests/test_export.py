@@ -18,6 +18,7 @@ from fbclip.export import parity
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.stages import compare_stages, first_diverging
 from fbclip.image import resize
+from fbclip.runtime import probes
 
 EXPECTED = golden.arrays()
 PROOF = parity.Proof([EXPECTED["raw_image"]], ("raw.png",))
@@ -128,6 +129,7 @@ def test_whole_frames_of_a_camera(fbclip: Run, golden_files: Path, tmp_path: Pat
     assert swapped.score == prediction.score
     with pytest.raises(ImageError, match=r"takes frames of 123x201 .* got 201x123"):
         predictor(np.ascontiguousarray(image.transpose(1, 0, 2)))
+    assert 0 < probes.inference(str(bundle.path))["score"] < 1  # fbclip doctor's sample image is of another size
     done = fbclip("eval", "set", "--bundle", "frames.fbclip", code=2)
     assert "without --frame-size" in done.stderr
 
