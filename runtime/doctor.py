@@ -154,7 +154,13 @@ def _plans(machine: Machine, bundle: Path) -> Iterator[Check]:
     """TensorRT plans, and whether they run here: those that fit do so, which also shows how executions are started."""
     if not list(bundle.glob("engines/*.plan")):
         return
-    found = machine.probe("plans", str(bundle))
+    try:
+        found = machine.probe("plans", str(bundle))
+    except ProbeFailed as error:
+        yield Check(
+            "Bundle", "engines", "broken", str(error), f"fbclip --debug infer --bundle {bundle} --device tensorrt"
+        )
+        return
     for name, plan in found["plans"].items():
         precision = plan.get("precision", "auto")
         cure = f"fbclip export --engine --bundle {bundle} --precision {precision}"

@@ -171,6 +171,24 @@ def test_plans(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("program", "status"), [("raise OSError('libnvinfer.so.10')", "info"), ("import os; os.abort()", "broken")]
+)
+def test_a_broken_tensorrt_beside_a_plan_leaves_inference_working(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, status: str
+) -> None:
+    path = shutil.copytree(Bundle.load().path, tmp_path / "copy.fbclip")
+    write(path, "engines/orin-trt10.3.0-fp32.plan", "")
+    engine = Engine(Platform("Orin", "8.7", "10.3.0"), "fp32", EngineOptions(), "", "")
+    write(path, "engines/orin-trt10.3.0-fp32.json", engine.to_json())
+    fake_package(tmp_path, monkeypatch, "pycuda", "")
+    write(tmp_path, "fakes/pycuda/driver.py", "")
+    fake_package(tmp_path, monkeypatch, "tensorrt", program)
+    checks = by_name(check_bundle(Machine(), path))
+    assert checks["inference"].status == "ok"
+    assert checks["orin-trt10.3.0-fp32.plan" if status == "info" else "engines"].status == status
+
+
+@pytest.mark.parametrize(
     ("variable", "launches"),
     [
         ("STANDIN_UNUSED", "CUDA graph"),

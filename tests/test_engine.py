@@ -187,6 +187,10 @@ def test_a_build_that_can_not_fit_is_refused_before_it_starts(
     with pytest.raises(DeviceError, match=f"{decimal(3 * weights)} of the 12.3 MB that are free for CPU and GPU"):
         build(bundle)
     assert not bundle.engines.exists()
+    meminfo.unlink()  # not Linux: only the GPU is known
+    assert build(bundle).is_file()
+    with pytest.raises(DeviceError, match="free on the GPU: stop other programs"):
+        build(bundle, workspace_mib=100)
 
 
 def test_no_gpu(standin: str, fbclip: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
