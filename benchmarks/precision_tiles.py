@@ -25,6 +25,7 @@ from fbclip.bundle import GRAPHS, Bundle
 from fbclip.data.layouts import open_dataset
 from fbclip.metrics import image_metrics
 from fbclip.runtime.predictor import Predictor
+from fbclip.writing import write_text
 
 TILES = Path(os.environ.get("FBCLIP_DATA", "../shared/data")) / "magnetic_tile"
 GOOD = 300
@@ -83,7 +84,7 @@ def compare(found: Outputs, reference: Outputs, labels: list[int]) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundles", type=Path, nargs="*", help="exported anew if left out")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(arguments.bundles or export(Path(folder)))
@@ -94,9 +95,7 @@ def main() -> None:
         table.add_row(name, *(f"{v:.5f}" if isinstance(v, float) else str(v) for v in values.values()))
     Console().print(table)
     if arguments.json:
-        temporary = arguments.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
-        temporary.replace(arguments.json)
+        write_text(json.dumps(figures, indent=1) + "\n", arguments.json)
 
 
 if __name__ == "__main__":
