@@ -31,14 +31,14 @@ class Parts:
 
 
 def parts_by_stage(blocks: int) -> dict[str, str]:
-    """The last part that takes part in each stage of a graph with so many blocks."""
+    """The last part that takes part in each stage of a graph with so many blocks, in the order of the model."""
     size = math.ceil(blocks / BLOCK_GROUPS)
     stages: dict[str, str] = {}
     for first in range(1, blocks + 1, size):
         last = min(first + size - 1, blocks)
         part = f"blocks {first}-{last}" if last > first else f"block {first}"
-        stages |= dict.fromkeys((*(f"block {n}" for n in range(first, last + 1)), MASK, VIEWS), part)
-    return {**stages, SEPARATION: SEPARATION, SCORES: "projection"}
+        stages |= dict.fromkeys((f"block {n}" for n in range(first, last + 1)), part)
+    return {**stages, MASK: part, VIEWS: part, SEPARATION: SEPARATION, SCORES: "projection"}
 
 
 def widen(

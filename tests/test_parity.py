@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 from fbclip.errors import ParityError, UsageError
 from fbclip.export.graph import DeployedModel
 from fbclip.export.half import HalfWeights
-from fbclip.export.islands import widen
+from fbclip.export.islands import BLOCK_GROUPS, parts_by_stage, widen
 from fbclip.export.parity import Differences, Drift, Parity, Proof, auroc_budget, find_proof
 
 probabilities = arrays(np.float32, st.integers(1, 300), elements=st.floats(0, 1, width=32))
@@ -72,6 +72,17 @@ def test_a_proof_from_a_labelled_set(tmp_path: Path) -> None:
     assert find_proof([str(tmp_path / "good")])[1] is None
     with pytest.raises(UsageError, match="--parity-images"):
         Proof([], ())
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4, 6, 24])
+def test_parts_are_in_the_order_of_the_model(blocks: int) -> None:
+    stages = parts_by_stage(blocks)
+    assert list(stages)[:blocks] == [f"block {number}" for number in range(1, blocks + 1)]
+    parts = list(dict.fromkeys(stages.values()))
+    assert len(parts) <= BLOCK_GROUPS + 2
+    numbers = [int(n) for part in parts[:-2] for n in part.split()[1].split("-")]
+    assert numbers == sorted(numbers)
+    assert stages["foreground mask"] == stages["views"] == stages[f"block {blocks}"] == parts[-3]
 
 
 @torch.no_grad()
