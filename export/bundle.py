@@ -234,7 +234,7 @@ class Gate:
     def say_overrun(self, parity: Parity) -> None:
         where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
         self.say(
-            f"{parity.precision} drifts by {parity.overrun:.1f} of its budget{where}; "
+            f"{parity.precision} drifts by {parity.overrun:.2f} of its budget{where}; "
             f"looking for what must stay float32"
         )
 
