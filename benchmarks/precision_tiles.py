@@ -1,8 +1,8 @@
 """What precision costs on the magnetic tiles: python benchmarks/precision_tiles.py [BUNDLE ...] [--json F].
 
-Exports the embedded model twice (float32, float16 and dynamic 8 bit; static 8 bit, calibrated on good tiles) with a proof on 64 tiles, then scores all
-defective tiles and 300 good ones ($FBCLIP_DATA/magnetic_tile) with every graph: sizes, nodes, drift from float32, AUROC. With bundles
-given, measures their graphs instead of exporting.
+Exports the embedded model twice (float32, float16 and dynamic 8 bit; static 8 bit calibrated on good tiles), each proven
+on 64 tiles. Then scores all defective tiles and 300 good ones ($FBCLIP_DATA/magnetic_tile) with every graph: size, AUROC,
+drift from float32. With bundles given, measures their graphs instead of exporting.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main() -> None:
         table.add_column(column)
     for name, values in figures.items():
         table.add_row(name, *(f"{v:.5f}" if isinstance(v, float) else str(v) for v in values.values()))
-    Console().print(table)
+    Console(width=120).print(table)
     if arguments.json:
         write_text(json.dumps(figures, indent=1) + "\n", arguments.json)
 
