@@ -73,6 +73,14 @@ def export(
     feature_layers: LayersOption = None,
     object: Annotated[str, typer.Option(help="What the prompts call the inspected thing.")] = "object",
     fp16: Annotated[bool, typer.Option("--fp16", "--half", help="Also write a half-precision graph.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Also write an 8-bit graph, for CPUs.")] = False,
+    int8_static: Annotated[
+        bool, typer.Option("--int8-static", help="Also write an 8-bit graph with fixed ranges, for TensorRT.")
+    ] = False,
+    calibration_images: Annotated[
+        list[str] | None,
+        typer.Option(help="Good images that --int8-static takes the ranges from, or a data set; else the samples."),
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Scores from here on are anomalous; 0.5, or what the embedded model has.")
     ] = None,
@@ -96,7 +104,9 @@ def export(
         Path | None,
         typer.Option(help="With --engine or --triton: use this bundle, which needs no torch; exports none."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Of the engine or the Triton model: auto, fp32 or fp16.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="Of the engine or the Triton model: auto, fp32, fp16 or int8.")
+    ] = "auto",
     batch: Annotated[str, typer.Option(help="Images at once the engine takes: MIN,OPT,MAX.")] = "1,1,1",
     workspace: Annotated[int | None, typer.Option(min=1, help="Limit of the engine's scratch memory in MiB.")] = None,
     optimization_level: Annotated[
@@ -121,7 +131,7 @@ def export(
 
     options = EngineOptions(parse_batch(batch), workspace, optimization_level, hardware_compatible, version_compatible)
     if bundle:
-        if not (engine or triton) or checkpoint or clip or out or fp16:
+        if not (engine or triton) or checkpoint or clip or out or fp16 or int8 or int8_static:
             raise UsageError("--bundle goes with --engine or --triton alone: it takes a bundle that is there")
         _deploy(bundle, triton, precision, options if engine else None)
         return
@@ -131,16 +141,22 @@ def export(
         raise UsageError(f"--precision is an engine's or a Triton model's: pass --engine or --triton; got {precision}")
     if (engine or triton) and find_spec("torch") is None:
         raise UsageError("without --bundle a bundle is exported first, which needs torch: pass --bundle to use yours")
+    if int8 and int8_static:
+        raise UsageError("a bundle holds one 8-bit graph: pass --int8 (for CPUs) or --int8-static (for TensorRT)")
+    if calibration_images and not int8_static:
+        raise UsageError("--calibration-images is for --int8-static; --int8 measures the ranges of each image itself")
     _needs_train_extra()
-    from fbclip.bundle import EMBEDDED, Bundle
+    from fbclip.bundle import DYNAMIC, EMBEDDED, STATIC, Bundle
     from fbclip.checkpoint import load
     from fbclip.export.bundle import Deployment, export_bundle
-    from fbclip.export.parity import find_proof, read_proof
+    from fbclip.export.parity import find_calibration, find_proof, read_calibration, read_proof
+    from fbclip.export.quantize import Quantization
     from fbclip.export.report import print_parity
 
     console = make_console()
     frame_hw = _frame_size(frame_size)
     paths, labels = find_proof(parity_images or [])
+    calibration_paths = find_calibration(calibration_images or []) if int8_static else []
     path = checkpoint or EMBEDDED.with_suffix(".safetensors")
     if checkpoint is None:  # it is deployed larger than it was trained
         embedded = Bundle.load().manifest
@@ -154,10 +170,15 @@ def export(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     size = model.config.image_size
-    proof = read_proof(paths, labels, frame_hw or (size, size), say)
+    size_hw = frame_hw or (size, size)
+    proof = read_proof(paths, labels, size_hw, say)
+    quantization = Quantization(DYNAMIC) if int8 else None
+    if int8_static:
+        quantization = Quantization(STATIC, read_calibration(calibration_paths, size_hw, say))
     deployment = Deployment(
         path.stem,
         fp16,
+        quantization,
         frame_hw,
         channel_order.value,
         0.5 if threshold is None else threshold,
@@ -280,7 +301,7 @@ def eval_(
     feature_layers: LayersOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16; of a bundle.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or int8; of a bundle.")] = "auto",
     layout: Annotated[str | None, typer.Option(help="Layout of the data sets; detected if left out.")] = None,
     classes: Annotated[str | None, typer.Option(help="Only these classes, like bottle,cable.")] = None,
     batch_size: Annotated[
@@ -352,7 +373,7 @@ def calibrate(
     every: Annotated[int, typer.Option(min=1, help="Take each Nth image or frame: neighbours are too alike.")] = 1,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Images or frames to take; a camera needs it.")] = None,
     device: DeviceOption = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or fp16: what will inspect.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or int8: what will inspect.")] = "auto",
     roi: RoiOption = None,
 ) -> None:
     """Set the threshold from good parts alone, with a stated rate of false alarms."""

@@ -2,6 +2,8 @@
 
 python benchmarks/vit_large.py export       # runs/vit-large.fbclip: seconds, peak memory, parity
 python benchmarks/vit_large.py half         # the same with the float16 graph
+python benchmarks/vit_large.py quantize     # both 8-bit forms of the exported graph: seconds, sizes, nodes, drift
+python benchmarks/vit_large.py int8         # interleaved rounds in ONNX Runtime: float32 and both 8-bit forms
 python benchmarks/vit_large.py time         # interleaved rounds: literal reference, model, ONNX Runtime (if exported)
 python benchmarks/vit_large.py memory RUN   # peak of one forward pass: reference, model or onnxruntime
 """
@@ -12,8 +14,9 @@ import json
 import re
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import golden
 
 from fbclip import reference
-from fbclip.bundle import Bundle
+from fbclip.bundle import DYNAMIC, IMAGE, STATIC, TEXT, Bundle
 from fbclip.clip import build_clip, clip_config
 from fbclip.export.bundle import Deployment, export_bundle
+from fbclip.export.check import check_graph
 from fbclip.export.parity import Proof
+from fbclip.export.quantize import Quantizer
+from fbclip.export.stages import compare_stages
 from fbclip.image import upsampling_matrix
 from fbclip.model import FBCLIP, Config, default_config
 from fbclip.runtime.backends import OnnxRuntimeBackend
 
 ROUNDS = 5
 BUNDLE = Path("runs/vit-large.fbclip")
+QUANTIZED = {form: BUNDLE.with_suffix(f".{form}.onnx") for form in (DYNAMIC, STATIC)}
 Run = Callable[[], tuple[NDArray[Any], NDArray[Any]]]
 
 
@@ -91,6 +98,55 @@ def make(which: str) -> Run:
 def compare_times() -> dict[str, Any]:
     names = ["reference", "model", *(["onnxruntime"] if BUNDLE.exists() else [])]
     runs = {name: make(name) for name in names}
+    seconds, results = interleave(runs)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    score, anomaly_map = results["model"]
+    return {
+        **timings(seconds),
+        "model_is_faster_by": {name: round(value / medians["model"], 3) for name, value in medians.items()},
+        "largest_difference_from_model": {
+            name: float(max(np.abs(s - score).max(), np.abs(m - anomaly_map).max())) for name, (s, m) in results.items()
+        },
+    }
+
+
+def compare_int8() -> dict[str, Any]:
+    bundle = Bundle.load(BUNDLE)
+    graphs = {"float32": bundle.graph("fp32"), **QUANTIZED}
+    backends = {name: OnnxRuntimeBackend(graph, bundle.text) for name, graph in graphs.items()}
+    seconds, results = interleave({name: lambda b=b: b.run(frame()) for name, b in backends.items()})
+    float32 = statistics.median(seconds["float32"])
+    score, anomaly_map = results["float32"]
+    return {
+        **timings(seconds),
+        "faster_than_float32_by": {name: round(float32 / statistics.median(s), 3) for name, s in seconds.items()},
+        "score_drift": {name: float(np.abs(s - score).max()) for name, (s, _) in results.items()},
+        "map_drift": {name: float(np.abs(m - anomaly_map).max()) for name, (_, m) in results.items()},
+    }
+
+
+def quantize() -> dict[str, Any]:
+    """Both 8-bit forms of the exported float32 graph, written beside its bundle."""
+    bundle = Bundle.load(BUNDLE)
+    figures = {}
+    for form, path in QUANTIZED.items():
+        with tempfile.TemporaryDirectory(dir=BUNDLE.parent) as folder:
+            start = time.perf_counter()
+            feed = {IMAGE: frame(), TEXT: bundle.text}
+            Quantizer(bundle.graph("fp32"), form, [feed], Path(folder)).write(path)
+            seconds = time.perf_counter() - start
+        stages = compare_stages("int8", bundle.graph("fp32"), path, bundle.text, frame())
+        figures[form] = {
+            "seconds": round(seconds, 1),
+            "megabytes": round(path.stat().st_size / 1e6),
+            "nodes": check_graph(path, for_tensorrt=form == STATIC),
+            "stages": {stage.name: round(stage.error, 5) for stage in stages},
+        }
+    return {**figures, "peak_mb": memory_mb("VmHWM")}
+
+
+def interleave(runs: Mapping[str, Run]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of each run in rounds of all, and what they gave in a first round that is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results = {name: run() for name, run in runs.items()}  # a first round, not timed
     for _ in range(ROUNDS):
@@ -98,15 +154,13 @@ def compare_times() -> dict[str, Any]:
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    score, anomaly_map = results["model"]
+    return seconds, results
+
+
+def timings(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
     return {
-        "seconds": {name: round(value, 2) for name, value in medians.items()},
+        "seconds": {name: round(statistics.median(values), 2) for name, values in seconds.items()},
         "all": {name: [round(v, 2) for v in values] for name, values in seconds.items()},
-        "model_is_faster_by": {name: round(value / medians["model"], 3) for name, value in medians.items()},
-        "largest_difference_from_model": {
-            name: float(max(np.abs(s - score).max(), np.abs(m - anomaly_map).max())) for name, (s, m) in results.items()
-        },
     }
 
 
@@ -143,6 +197,8 @@ def main(task: str, which: str = "model") -> None:
     tasks = {
         "export": lambda: measure_export(False),
         "half": lambda: measure_export(True),
+        "quantize": quantize,
+        "int8": compare_int8,
         "time": compare_times,
         "memory": lambda: measure_memory(which),
     }

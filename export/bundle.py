@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import PIL
 import torch
 from numpy.typing import NDArray
 
 import fbclip
-from fbclip.bundle import GRAPHS, Bundle, Manifest, save
+from fbclip.bundle import DYNAMIC, GRAPHS, IMAGE, TEXT, Bundle, Manifest, save
 from fbclip.errors import ParityError
 from fbclip.export.backend import TorchBackend
 from fbclip.export.check import check_graph
 from fbclip.export.graph import OPSET, DeployedModel, write_onnx
-from fbclip.export.half import HalfWeights, widen
+from fbclip.export.half import HalfWeights
+from fbclip.export.islands import widen
 from fbclip.export.parity import Differences, Parity, Proof, Reference, Say, compare, overrun, run_reference
+from fbclip.export.quantize import Feed, Quantization, Quantizer
 from fbclip.export.report import draw_parity
 from fbclip.export.stages import compare_stages
 from fbclip.image import BLUR_SIGMA, in_order, resize
@@ -39,6 +43,7 @@ class Deployment:
     Attributes:
         name: of the model.
         half: also write the float16 graph.
+        quantization: how to write the 8-bit graph as well; None for none.
         frame_size: height and width of the camera's frames, resized in the graph; None for the model's own square.
         channel_order: of the images that the graphs take, "rgb" or "bgr".
         threshold: scores from here on are anomalous, 0..1.
@@ -47,6 +52,7 @@ class Deployment:
 
     name: str
     half: bool = False
+    quantization: Quantization | None = None
     frame_size: tuple[int, int] | None = None
     channel_order: str = "rgb"
     threshold: float = 0.5
@@ -78,9 +84,11 @@ def export_bundle(
     gate = Gate(model, text, proof, reference, deployment, say)
 
     def write_files(folder: Path) -> Manifest:
-        gate.write_graph("fp32", folder)
+        gate.write_float(folder)
         if deployment.half:
             gate.write_half(folder)
+        if deployment.quantization:
+            gate.write_quantized(folder, deployment.quantization)
         report = {p.precision: p.to_dict() for p in gate.parities}
         (folder / "parity.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         draw_parity(folder / "parity.jpg", proof, reference, gate.parities)
@@ -98,6 +106,7 @@ def export_bundle(
             opset=OPSET,
             frame_size=deployment.frame_size,
             channel_order=deployment.channel_order,
+            int8=deployment.quantization.form if deployment.quantization else None,
             provenance={
                 **deployment.provenance,
                 "clip": config.clip.name,
@@ -105,6 +114,7 @@ def export_bundle(
                 "fbclip": fbclip.__version__,
                 "torch": torch.__version__,
                 "onnx": onnx.__version__,
+                "onnxruntime": onnxruntime.__version__,
                 "pillow": PIL.__version__,  # whose resize a graph of whole frames repeats
             },
             parity={p.precision: p.summary() for p in gate.parities},
@@ -130,60 +140,114 @@ class Gate:
         say: Say,
     ) -> None:
         self.text, self.proof, self.reference, self.say = text, proof, reference, say
-        self.threshold = deployment.threshold
+        self.threshold, self.channel_order = deployment.threshold, deployment.channel_order
         self.deployed = DeployedModel(model, deployment.frame_size, deployment.channel_order)
-        self.inputs = [in_order(frame, deployment.channel_order) for frame in proof.frames]
+        self.inputs = [in_order(frame, self.channel_order) for frame in proof.frames]
         self.parities: list[Parity] = []
 
-    def write_graph(self, precision: str, folder: Path, islands: tuple[str, ...] = ()) -> None:
-        """Write the model as it is typed, measure it, and let it pass or raise ParityError."""
-        self.judge(self.measure(precision, folder, islands))
+    def write_float(self, folder: Path) -> None:
+        """Write the model as it is trained; pass it or raise ParityError, as the others do."""
+        self.judge(self.measure("fp32", folder, self.write_typed))
 
     def write_half(self, folder: Path) -> None:
-        """Type the products float16; where that drifts too far, widen the float32 islands by measurement."""
+        """Type the products float16; where that drifts too far, widen the float32 islands by measurement.
+
+        Leaves the model so typed: the last to be written from it.
+        """
         weights = HalfWeights(self.deployed.visual)
         weights.apply()
-        parity = self.measure("fp16", folder)
-        if parity.overrun <= 1:
-            return self.judge(parity)
-        first = parity.diverges_first
-        where = f", first in {first}" if first else ""
-        self.say(f"fp16 drifts by {parity.overrun:.1f} of its budget{where}; looking for what must stay float32")
-        worst = parity.by_drift[:SEARCH_IMAGES]
-        islands = widen(weights, lambda: self.overrun_in_torch(worst), first, self.say)
-        return self.write_graph("fp16", folder, islands)
+        parity = self.measure("fp16", folder, self.write_typed)
+        if parity.overrun > 1:
+            first, worst = parity.diverges_first, parity.by_drift[:SEARCH_IMAGES]
+            self.say_overrun(parity)
 
-    def measure(self, precision: str, folder: Path, islands: tuple[str, ...] = ()) -> Parity:
+            def overrun_in_torch(islands: Collection[str]) -> float:
+                weights.apply(islands)
+                return self.overrun_in_torch(worst)
+
+            islands = widen("fp16", weights.parts, overrun_in_torch, first, self.say)
+            parity = self.measure("fp16", folder, self.write_typed, islands)
+        self.judge(parity)
+
+    def write_quantized(self, folder: Path, quantization: Quantization) -> None:
+        """Quantise the float32 graph's products; where that drifts too far, leave some float32 by measurement."""
+        frames = (resize(frame, self.deployed.frame_size) for frame in quantization.calibration)
+        inputs: list[Feed] = [{IMAGE: in_order(frame, self.channel_order)[None], TEXT: self.text} for frame in frames]
+        with tempfile.TemporaryDirectory(dir=folder) as working:
+            quantizer = Quantizer(folder / GRAPHS["fp32"], quantization.form, inputs, Path(working))
+            for_tensorrt = quantization.form != DYNAMIC
+            parity = self.measure("int8", folder, quantizer.write, for_tensorrt=for_tensorrt)
+            if parity.overrun > 1:
+                tried = range(len(self.inputs)) if parity.auroc else parity.by_drift[:SEARCH_IMAGES]
+                trial = Path(working, "trial.onnx")
+                self.say_overrun(parity)
+
+                def overrun_in_runtime(islands: Collection[str]) -> float:
+                    quantizer.write(trial, islands)
+                    return self.compare("int8", trial, tried).overrun
+
+                islands = widen("int8", quantizer.parts, overrun_in_runtime, None, self.say)
+                parity = self.measure("int8", folder, quantizer.write, islands, for_tensorrt)
+        self.judge(parity)
+
+    def write_typed(self, path: Path, islands: Collection[str]) -> None:
+        """Write the model as it is typed, whatever its islands."""
+        write_onnx(self.deployed, torch.from_numpy(self.text), path)
+
+    def measure(
+        self,
+        precision: str,
+        folder: Path,
+        write: Callable[[Path, Collection[str]], None],
+        islands: tuple[str, ...] = (),
+        for_tensorrt: bool = True,
+    ) -> Parity:
+        """Write a graph and measure it; prove that TensorRT takes it where it is meant to."""
         path = folder / GRAPHS[precision]
         self.say(f"writing {path.name}")
         start = time.perf_counter()
-        write_onnx(self.deployed, torch.from_numpy(self.text), path)
+        write(path, islands)
         seconds = time.perf_counter() - start
-        nodes = check_graph(path)
+        nodes = check_graph(path, for_tensorrt)
         self.say(f"running {path.name} in ONNX Runtime")
-        parity = compare(
-            precision,
-            OnnxRuntimeBackend(path, self.text, "cpu"),  # kept no longer than this call: a session holds gigabytes
-            self.proof,
-            self.inputs,
-            self.reference,
-            self.threshold,
-        )
+        parity = self.compare(precision, path, range(len(self.inputs)))
         stages = []
         if precision != "fp32":
             worst = self.inputs[parity.by_drift[0]][None]
-            stages = compare_stages(folder / GRAPHS["fp32"], path, self.text, worst)
+            stages = compare_stages(precision, folder / GRAPHS["fp32"], path, self.text, worst)
         size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
         return replace(
             parity, stages=tuple(stages), islands=islands, nodes=nodes, size_bytes=size, seconds=round(seconds, 1)
         )
 
+    def compare(self, precision: str, path: Path, indices: Sequence[int]) -> Parity:
+        """A graph on some images of the proof, in ONNX Runtime, against the torch model."""
+        return compare(
+            precision,
+            OnnxRuntimeBackend(path, self.text, "cpu"),  # kept no longer than this call: a session holds gigabytes
+            self.proof.part(indices),
+            [self.inputs[i] for i in indices],
+            self.reference.part(indices),
+            self.threshold,
+        )
+
+    def say_overrun(self, parity: Parity) -> None:
+        where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
+        self.say(
+            f"{parity.precision} drifts by {parity.overrun:.2f} of its budget{where}; "
+            f"looking for what must stay float32"
+        )
+
     def judge(self, parity: Parity) -> None:
         if parity.overrun > 1:
             where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
+            labelled = ""
+            if parity.auroc and parity.auroc_budget:
+                before, after = parity.auroc
+                labelled = f", and the AUROC by {after - before:+.4f} (at most {parity.auroc_budget:.2g})"
             raise ParityError(
                 f"{parity.precision} must stay within {parity.score_budget:g} (score) and {parity.map_budget:g} (map) "
-                f"of the torch model; it drifts by {parity.score.max:.2g} and {parity.map_drift:.2g}{where}, "
+                f"of the torch model; it drifts by {parity.score.max:.2g} and {parity.map_drift:.2g}{labelled}{where}, "
                 f"so no bundle was written"
             )
         self.parities.append(parity)

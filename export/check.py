@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from fbclip.errors import GraphError
 
@@ -42,6 +42,7 @@ class Graph:
         nodes: in order.
         types: element type of every tensor.
         constants: values known when a plan is built: initializers and Constant nodes.
+        zeros: of the 8-bit ones, those that hold nothing but 0.
 
     Raises:
         GraphError: types or shapes that contradict each other.
@@ -53,6 +54,11 @@ class Graph:
         self.nodes = list(model.graph.node)
         self.inputs, self.outputs = list(model.graph.input), list(model.graph.output)
         self.constants = {c.name for c in model.graph.initializer}
+        self.zeros = {
+            c.name
+            for c in model.graph.initializer
+            if c.data_type == TensorProto.INT8 and not numpy_helper.to_array(c, str(path.parent)).any()
+        }
         self.constants |= {name for node in self.nodes if node.op_type == "Constant" for name in node.output}
         self.opset = next(o.version for o in model.opset_import if o.domain == "")
         self.light = without_weights(model)
@@ -103,15 +109,18 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def check_graph(path: Path) -> int:
+def check_graph(path: Path, for_tensorrt: bool = True) -> int:
     """Prove a written graph; returns how many nodes it has.
+
+    Args:
+        for_tensorrt: operators and their types are held against NVIDIA's table; a graph for CPUs alone need not be.
 
     Raises:
         GraphError: names the first node and the rule it breaks.
     """
     graph = Graph(path)
     check_inputs(graph)
-    for node in graph.nodes:
+    for node in graph.nodes if for_tensorrt else ():
         for rule in (check_operator, check_types, check_integers):
             if broken := rule(graph, node):
                 raise GraphError(
@@ -148,11 +157,18 @@ def _constant_axes(index: int) -> Callable[[Graph, onnx.NodeProto], bool]:
     return lambda graph, node: len(node.input) <= index or not node.input[index] or node.input[index] in graph.constants
 
 
+def _symmetric(graph: Graph, node: onnx.NodeProto) -> bool:
+    """A zero point that is there, since it names the 8-bit type, and is 0; a scale that is known in advance."""
+    return len(node.input) == 3 and node.input[2] in graph.zeros and node.input[1] in graph.constants
+
+
 # Restrictions of the table that can be checked here; an operator whose restriction can't be is refused.
 RESTRICTIONS: dict[str, Callable[[Graph, onnx.NodeProto], bool]] = {
     "Constant": lambda graph, node: [a.name for a in node.attribute] == ["value"],
     "LayerNormalization": lambda graph, node: len(node.output) == 1,
+    "DequantizeLinear": _symmetric,
     "Pad": _constant_axes(3),
+    "QuantizeLinear": _symmetric,
     "Slice": _constant_axes(3),
     "Squeeze": _constant_axes(1),
     "Unsqueeze": _constant_axes(1),
@@ -170,7 +186,9 @@ def check_types(graph: Graph, node: onnx.NodeProto) -> str | None:
     for name, type_str, out in graph.parameters(node):
         kind = graph.types[name]
         if kind not in TYPES:
-            return f"tensors are float16, float32, bool, int64 or uint8; {name} is {TensorProto.DataType.Name(kind)}"
+            return (
+                f"tensors are float16, float32, bool, int8, int64 or uint8; {name} is {TensorProto.DataType.Name(kind)}"
+            )
         if kind == TensorProto.UINT8 and node.op_type != "Cast":
             return "uint8 is for the input and its Cast only"
         computed = type_str in ("T", "T1", "V") and (not out or type_str in taken or node.op_type == "Constant")

@@ -50,13 +50,13 @@ def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console
     failed, the build leaves nothing behind, and an older plan stays as it is.
 
     Args:
-        precision: "auto" (half where the bundle has it), or of one of the bundle's graphs.
+        precision: "auto" (half where the bundle has it), or of one of the bundle's graphs; of 8 bit the static form.
 
     Returns:
         The plan's path.
 
     Raises:
-        DeviceError: no GPU, or less memory than the build needs at least.
+        DeviceError: no GPU, less memory than the build needs at least, or 8 bit in the form for CPUs.
         UsageError: a bundle that can't be written to, or that lacks the graph.
         FBClipError: TensorRT could not build it; names the layer.
     """
@@ -135,8 +135,11 @@ def _check_memory(gpu: Gpu, graph: Path, workspace_mib: int | None) -> str:
     with gpu.current():
         free_gpu, total_gpu = gpu.cuda.mem_get_info()
     host = _host_memory()
-    free_host = host["MemAvailable"]
-    if abs(total_gpu - host["MemTotal"]) < 0.05 * total_gpu:
+    free_host = host.get("MemAvailable", 0)
+    if not host:  # then only the GPU's is known
+        fits = on_gpu <= free_gpu
+        needs = f"{decimal(on_gpu)} of {decimal(free_gpu)} free on the GPU"
+    elif abs(total_gpu - host["MemTotal"]) < 0.05 * total_gpu:
         fits = on_gpu + on_host <= free_host
         needs = f"{decimal(on_gpu + on_host)} of the {decimal(free_host)} that are free for CPU and GPU"
     else:
@@ -151,7 +154,9 @@ def _check_memory(gpu: Gpu, graph: Path, workspace_mib: int | None) -> str:
 
 
 def _host_memory() -> dict[str, int]:
-    """Linux's memory figures in bytes."""
+    """Linux's memory figures in bytes; empty elsewhere."""
+    if not MEMINFO.is_file():
+        return {}
     lines = (line.split() for line in MEMINFO.read_text().splitlines())
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, *_ in lines}
 
@@ -194,7 +199,7 @@ def _serialise(
     config.progress_monitor = monitor
     _add_profile(builder, network, config, options.batch)
     cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
-    if not config.set_timing_cache(cache, False):  # of another driver, say
+    if cache is None or not config.set_timing_cache(cache, False):  # damaged, or of another driver
         config.set_timing_cache(config.create_timing_cache(b""), False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:

@@ -24,8 +24,9 @@ from fbclip.runtime.images import list_images
 Array = NDArray[np.float32]
 Say = Callable[[str], None]
 
-# Largest difference allowed: of any score, and of the maps (the worst pixel in float32, the 99.9th percentile in float16).
-BUDGETS = {"fp32": (1e-4, 1e-4), "fp16": (2e-3, 5e-3)}
+# Largest difference allowed: of any score, and of the maps (the worst pixel in float32, else the 99.9th percentile).
+BUDGETS = {"fp32": (1e-4, 1e-4), "fp16": (2e-3, 5e-3), "int8": (2e-2, 5e-2)}
+AUROC_BUDGET = 5e-3  # of 8 bit, where the images have labels
 MOST_IMAGES = 64  # of a folder; spread over it
 PANEL = 256  # pixels, width of the maps kept for the picture
 
@@ -47,6 +48,11 @@ class Proof:
     def __post_init__(self) -> None:
         if not self.frames:
             raise UsageError("the proof needs an image that can be read; got none: pass other --parity-images")
+
+    def part(self, indices: Sequence[int]) -> Proof:
+        """Some of the images."""
+        labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
+        return Proof([self.frames[i] for i in indices], tuple(self.names[i] for i in indices), labels)
 
 
 def find_proof(sources: list[str]) -> tuple[list[Path], list[int] | None]:
@@ -75,15 +81,41 @@ def _spread(items: Sequence[Any]) -> list[Any]:
 
 def read_proof(paths: list[Path], labels: list[int] | None, size_hw: tuple[int, int], say: Say) -> Proof:
     """Read the images at the size that the graph takes; those that can't be read are reported and left out."""
-    frames, kept = [], []
+    read = read_frames(paths, size_hw, say)
+    chosen = tuple(labels[i] for i in read) if labels else None
+    return Proof(list(read.values()), tuple(paths[i].name for i in read), chosen)
+
+
+def find_calibration(sources: list[str]) -> list[Path]:
+    """Good images whose ranges an 8-bit graph takes over, at most 64, spread over their folder.
+
+    Args:
+        sources: a data set, whose good images for training are taken (those of the test where it has no others), or
+            images, folders and globs; the samples if empty.
+    """
+    if len(sources) == 1 and (data := _labelled(Path(sources[0]))):
+        good = [item for item in data.items if item.label == 0]
+        return _spread([item.image for item in good if item.split == "train"] or [item.image for item in good])
+    return _spread(list_images(sources))
+
+
+def read_calibration(paths: list[Path], size_hw: tuple[int, int], say: Say) -> list[NDArray[np.uint8]]:
+    """Read the images for calibration; those that can't be read are reported and left out."""
+    frames = list(read_frames(paths, size_hw, say).values())
+    if not frames:
+        raise UsageError("calibration needs a good image that can be read; got none: pass other --calibration-images")
+    return frames
+
+
+def read_frames(paths: list[Path], size_hw: tuple[int, int], say: Say) -> dict[int, NDArray[np.uint8]]:
+    """Images at a size, uint8 (H, W, 3) RGB, by their place in the list; those that can't be read are left out."""
+    frames = {}
     for index, path in enumerate(paths):
         try:
-            frames.append(resize(read_image(path), size_hw))
-            kept.append(index)
+            frames[index] = resize(read_image(path), size_hw)
         except ImageError as error:
             say(f"skipped: {error}")
-    chosen = tuple(labels[i] for i in kept) if labels else None
-    return Proof(frames, tuple(paths[i].name for i in kept), chosen)
+    return frames
 
 
 @dataclass(frozen=True)
@@ -92,6 +124,10 @@ class Reference:
 
     scores: Array
     maps: Array
+
+    def part(self, indices: Sequence[int]) -> Reference:
+        """Of some of the images."""
+        return Reference(self.scores[list(indices)], self.maps[list(indices)])
 
     def map(self, index: int, size_hw: tuple[int, int]) -> Array:
         """One map at a frame's size, float32 (H, W)."""
@@ -170,7 +206,8 @@ class Parity:
         auroc: of the images by the torch model and by the graph; None without labels of both kinds.
         worst_image: the one whose map differs most.
         by_drift: indices of the images, that one first.
-        islands: parts that had to stay float32 although others are half precision.
+        auroc_budget: how far it may change; None where only the differences count.
+        islands: parts that had to stay float32 although others are of lower precision.
         stages: of the worst image against the float32 graph; empty for that graph itself.
         nodes, size_bytes, seconds: of the graph and of writing it.
         thumbnails: the graph's maps, small, for the picture.
@@ -186,6 +223,7 @@ class Parity:
     auroc: tuple[float, float] | None
     worst_image: str
     by_drift: tuple[int, ...]
+    auroc_budget: float | None = None
     islands: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
     nodes: int = 0
@@ -195,13 +233,17 @@ class Parity:
 
     @property
     def map_drift(self) -> float:
-        """What the budget is about: the worst pixel in float32, the 99.9th percentile in half precision."""
+        """What the budget is about: the worst pixel in float32, the 99.9th percentile in lower precision."""
         return self.map.max if self.precision == "fp32" else self.map.p999
 
     @property
     def overrun(self) -> float:
         """The drift in budgets: up to 1 it is within."""
-        return overrun(self.precision, self.score.max, self.map_drift)
+        drift = overrun(self.precision, self.score.max, self.map_drift)
+        if self.auroc is None or self.auroc_budget is None:
+            return drift
+        before, after = self.auroc
+        return max(drift, abs(after - before) / self.auroc_budget)
 
     @property
     def diverges_first(self) -> str | None:
@@ -259,6 +301,7 @@ def compare(
         if (drift := np.abs(pair - found[:2]).max()) > budgets[0]:
             raise ParityError(f"a batch of two must score like its images alone; {precision} differs by {drift:.2g}")
     flipped = (found >= threshold) != (reference.scores >= threshold)
+    auroc = _auroc(proof, reference.scores, found)
     by_drift = tuple(int(i) for i in np.argsort(worst)[::-1])
     return Parity(
         precision,
@@ -267,11 +310,18 @@ def compare(
         maps.drift(),
         *budgets,
         tuple(name for name, flip in zip(proof.names, flipped, strict=True) if flip),
-        _auroc(proof, reference.scores, found),
+        auroc,
         proof.names[by_drift[0]],
         by_drift,
+        auroc_budget(proof.labels) if precision == "int8" and auroc and proof.labels else None,
         thumbnails=tuple(thumbnails),
     )
+
+
+def auroc_budget(labels: Sequence[int]) -> float:
+    """How far the AUROC may change by labels of both kinds: as one pair that swaps does, where that is more."""
+    pairs = sum(labels) * (len(labels) - sum(labels))
+    return max(AUROC_BUDGET, 1 / pairs)
 
 
 def _auroc(proof: Proof, expected: Array, found: Array) -> tuple[float, float] | None:

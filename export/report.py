@@ -38,8 +38,11 @@ def print_parity(parities: list[Parity], console: Console) -> None:
             *([f"{p.auroc[1]:.4f}"] if p.auroc else []),
         )
     console.print(table)
-    budgets = (f"{p.precision} {p.score_budget:g} and {p.map_budget:g}" for p in parities)
-    console.print(f"budgets of score and map: {', '.join(budgets)}", highlight=False)
+    budgets = (
+        f"{p.precision} {p.score_budget:g} and {p.map_budget:g}{f', AUROC {p.auroc_budget:.2g}' if p.auroc_budget else ''}"
+        for p in parities
+    )
+    console.print(f"budgets of score and map: {'; '.join(budgets)}", highlight=False)
     for p in parities:
         if p.islands:
             console.print(

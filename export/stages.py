@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from fbclip.bundle import IMAGE, TEXT
 from fbclip.export.graph import MASK
 
-DIVERGED = 0.02  # relative; half precision alone gives a thousandth or two
+# Past what rounding alone does: the relative error of a stage, and the share of patches that change sides in the mask.
+# Half precision alone gives a thousandth or two, 8 bit one to four hundredths.
+DIVERGED = {"fp16": (0.02, 0.0), "int8": (0.1, 0.1)}
 
 
 @dataclass(frozen=True)
@@ -25,24 +27,29 @@ class Stage:
         name: as the nodes are named: "block 3", "foreground mask", "views", "separation", "scores", "map".
         error: root mean square of the difference over that of the values; of the mask the share of patches that
             changed sides. Infinite where a value is no number.
+        limit: what rounding alone may do; of the mask in half precision nothing, since a patch's weight doubles or
+            halves.
     """
 
     name: str
     error: float
+    limit: float
 
     @property
     def diverged(self) -> bool:
-        """Past what rounding alone does; of the mask a single patch, since its weight doubles or halves."""
-        return not self.error <= (0 if self.name == MASK else DIVERGED)
+        return not self.error <= self.limit
 
 
-def compare_stages(reference: Path, graph: Path, text: NDArray[np.float32], images: NDArray[np.uint8]) -> list[Stage]:
-    """Stages that both graphs have, in order, on images as the graphs take them."""
+def compare_stages(
+    precision: str, reference: Path, graph: Path, text: NDArray[np.float32], images: NDArray[np.uint8]
+) -> list[Stage]:
+    """Stages that a graph of lower precision has like the float32 one, in order, on images as the graphs take them."""
+    rounding, flips = DIVERGED[precision]
     expected, found = (run_stages(path, text, images) for path in (reference, graph))
     return [
-        Stage(name, _error(name, expected[name], value))
-        for name, value in found.items()
-        if name in expected and expected[name].shape == value.shape
+        Stage(name, _error(name, value, found[name]), flips if name == MASK else rounding)
+        for name, value in expected.items()
+        if name in found and found[name].shape == value.shape
     ]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from fbclip.bundle import ANOMALY_MAP, GRAPHS, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import BundleError, UsageError
+from fbclip.runtime.backends import resolve_precision
 
 MAX_BATCH = 8
 QUEUE_DELAY_US = 2000  # a request waits so long for others to share its batch: little against a frame's 33 ms
@@ -56,7 +57,7 @@ def write_model(
     Args:
         bundle: read only.
         repository: the folder of models; made if it is not there, and other models in it are left alone.
-        precision: "fp32", "fp16", or "auto": half where the bundle has it.
+        precision: "fp32", "fp16", "int8" in its static form, or "auto": half where the bundle has it.
         build: makes a TensorRT plan (second argument) from a graph (first) for a batch of 1 to `max_batch`; if left
             out, the graph itself is served. The plan only loads in a Triton with the same TensorRT on the same GPU.
         max_batch: frames that Triton puts together at most.
@@ -67,11 +68,11 @@ def write_model(
     Raises:
         UsageError: no onnx package, a folder of that name is there already, or it can't be written.
         BundleError: no such graph, or damaged.
+        DeviceError: no such precision, or 8 bit in the form for CPUs, which a Triton with a GPU can't place there.
     """
     if find_spec("onnx") is None:
         raise UsageError("--triton writes the text features into the graph with the onnx package: pip install onnx")
-    if precision == "auto":
-        precision = "fp16" if "fp16" in bundle.manifest.precisions else "fp32"
+    precision = resolve_precision(bundle, "Triton on a GPU", precision)
     name = re.sub(r"[^\w.-]+", "-", bundle.manifest.name).strip("-.") or "fbclip"
     folder = repository.resolve() / name
     if folder.exists():

@@ -21,10 +21,14 @@ from numpy.typing import NDArray
 from fbclip.engines import Engine, Platform
 from fbclip.errors import BundleError, DeviceError
 
-FORMAT = 2
-ADDED = {1: {"frame_size": None}}  # fields that an older format lacks, and what its bundles mean
+FORMAT = 3
+ADDED = {
+    1: {"frame_size": None, "int8": None},
+    2: {"int8": None},
+}  # fields that an older format lacks, and what its bundles mean
 EMBEDDED = Path(__file__).parent / "assets" / "fbclip-nano.fbclip"
-GRAPHS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}
+GRAPHS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+DYNAMIC, STATIC = "dynamic", "static"  # forms of the 8-bit graph
 
 # Names of the graph's tensors and axes, for the exporter and for every runtime.
 IMAGE, TEXT, SCORE, ANOMALY_MAP = "image", "text", "score", "anomaly_map"
@@ -42,12 +46,13 @@ class Manifest:
         feature_layers: blocks whose tokens are used, from 1.
         frame_size: height and width of the images that the graphs take and of their maps; None for S and S.
         channel_order: of those images, "rgb" or "bgr".
+        int8: form of the 8-bit graph: "dynamic" (for CPUs) or "static" (for TensorRT too); None where there is none.
         mean, std: of CLIP's normalisation, folded into the graph already.
         prompts: the normal and the abnormal sentence behind `text.npy`.
         blur_sigma: of the map's Gaussian in pixels, in the graph already.
         score_kind: what the image score is: "class_token", the class token's abnormal probability.
         threshold: scores and map values from here on are anomalous, 0..1.
-        precisions: graphs that are there, of "fp32" and "fp16".
+        precisions: graphs that are there, of "fp32", "fp16" and "int8".
         opset: of the graphs.
         files: SHA-256 of every other file, by its path inside the bundle.
         provenance: where the weights come from and what exported them.
@@ -68,6 +73,7 @@ class Manifest:
     opset: int
     frame_size: tuple[int, int] | None = None
     channel_order: str = "rgb"
+    int8: str | None = None
     score_kind: str = "class_token"
     files: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -214,9 +220,10 @@ class Bundle:
     def _graph_files(self, precision: str) -> list[str]:
         """The graph's file and, beside it, its external data."""
         if precision not in self.manifest.precisions:
+            option = "" if precision == "fp32" else f" --{precision}"
             raise BundleError(
                 f"{self.path} has no {precision} graph (it has {', '.join(self.manifest.precisions)}); "
-                f"export it with fbclip export{' --fp16' if precision == 'fp16' else ''}"
+                f"export it with fbclip export{option}"
             )
         graph = GRAPHS[precision]
         return [graph, *sorted(name for name in self.manifest.files if name.startswith(f"{graph}."))]

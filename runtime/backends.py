@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
+from fbclip.bundle import ANOMALY_MAP, DYNAMIC, GRAPHS, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import DeviceError
 
 # What ONNX Runtime runs; "tensorrt" is a plan in TensorRT itself.
@@ -115,13 +115,18 @@ def available() -> list[str]:
 
 
 def resolve_precision(bundle: Bundle, device: str, precision: str) -> str:
-    """ "auto" is half precision where the bundle has it, except on a CPU.
+    """ "auto" is half precision where the bundle has it, except on a CPU; 8 bit is only ever asked for.
 
     Raises:
-        DeviceError: no precision of ours.
+        DeviceError: no precision of ours, or 8 bit in the form for CPUs on another device.
     """
-    if precision not in ("auto", "fp32", "fp16"):
-        raise DeviceError(f"--precision is auto, fp32 or fp16; got {precision!r}")
+    if precision not in ("auto", *GRAPHS):
+        raise DeviceError(f"--precision is auto, {', '.join(GRAPHS)}; got {precision!r}")
+    if precision == "int8" and device != "cpu" and bundle.manifest.int8 == DYNAMIC:
+        raise DeviceError(
+            f"{device} takes 8 bit with fixed ranges (QuantizeLinear, DequantizeLinear); {bundle.path} has the dynamic "
+            f"form, for CPUs: export it with --int8-static, or pass --device cpu"
+        )
     if precision != "auto":
         return precision
     return "fp16" if device != "cpu" and "fp16" in bundle.manifest.precisions else "fp32"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -137,28 +138,43 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
         yield failed(topic, INFERENCE, error, "", cure)
         run = {}
     else:
-        words = (
-            f"{run['device']}, {run['precision']}: a sample image scores {run['score']:.3f} in {run['model_ms']:.0f} ms"
-        )
-        yield Check(topic, INFERENCE, "ok", words)
+        yield Check(topic, INFERENCE, "ok", _said(run))
     measured = run.get("peak_mb")
     if found or measured:
         yield from _memory_need(machine, measured, largest)
 
 
+def _said(run: dict[str, Any]) -> str:
+    """What the probe of inference found."""
+    started = f", started by {run['launches']}" if run["launches"] else ""
+    return f"{run['device']}, {run['precision']}: a sample image scores {run['score']:.3f} in {run['model_ms']:.0f} ms{started}"
+
+
 def _plans(machine: Machine, bundle: Path) -> Iterator[Check]:
-    """TensorRT plans, and whether they run here."""
+    """TensorRT plans, and whether they run here: those that fit do so, which also shows how executions are started."""
     if not list(bundle.glob("engines/*.plan")):
         return
-    found = machine.probe("plans", str(bundle))
+    try:
+        found = machine.probe("plans", str(bundle))
+    except ProbeFailed as error:
+        yield Check(
+            "Bundle", "engines", "broken", str(error), f"fbclip --debug infer --bundle {bundle} --device tensorrt"
+        )
+        return
     for name, plan in found["plans"].items():
+        precision = plan.get("precision", "auto")
+        cure = f"fbclip export --engine --bundle {bundle} --precision {precision}"
         if plan["refusal"]:
-            cure = f"fbclip export --engine --bundle {bundle} --precision {plan.get('precision', 'auto')}"
             yield Check("Bundle", name, "broken", plan["refusal"], cure)
-        elif found["here"]:
-            yield Check("Bundle", name, "ok", f"built for {plan['built_for']}, as here")
-        else:
+        elif not found["here"]:
             yield Check("Bundle", name, "info", f"built for {plan['built_for']}; no TensorRT and GPU here to compare")
+        else:
+            try:
+                run = machine.probe(INFERENCE, str(bundle), "tensorrt", precision)
+            except ProbeFailed as error:
+                yield Check("Bundle", name, "broken", str(error), cure)
+            else:
+                yield Check("Bundle", name, "ok", f"built for {plan['built_for']}, as here; {_said(run)}")
 
 
 def _memory_need(machine: Machine, measured: int | None, largest_mb: int) -> Iterator[Check]:

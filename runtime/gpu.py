@@ -37,7 +37,7 @@ class Gpu:
         try:
             import pycuda.driver as cuda
             import tensorrt as trt
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: TensorRT's own libraries are not there
             raise DeviceError(
                 f"TensorRT engines need tensorrt and pycuda ({error}): pip install 'fbclip[tensorrt]' on a machine "
                 f"with NVIDIA's driver and CUDA toolkit"

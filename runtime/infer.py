@@ -28,10 +28,12 @@ SHOWN = 20  # rows of the table on screen
 
 @dataclass
 class Summary:
-    """What a run did: (source, prediction without arrays) of each image, (source, reason) of each skipped one."""
+    """What a run did: (source, prediction without arrays) of each image, (source, reason) of each skipped one, and
+    how TensorRT's executions were started, if it ran there."""
 
     results: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     skipped: list[tuple[Path, str]] = field(default_factory=list)
+    launches: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, console: 
                 console.print(f"skipped: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
                 continue
             record = _write(prediction, source, names[source], outputs)
+            if predictor.launches:  # beside the timings, which depend on it
+                summary.launches = record["launches"] = predictor.launches
             summary.results.append((source, record))
             if lines:
                 lines.write(json.dumps(record) + "\n")
@@ -181,5 +185,7 @@ def report(summary: Summary, outputs: Outputs, console: Console) -> None:
     defects = sum(record["is_anomalous"] for _, record in ranked)
     skipped = f", {len(summary.skipped)} skipped" if summary.skipped else ""
     console.print(f"{len(ranked)} images: {defects} with defects, {len(ranked) - defects} good{skipped}")
+    if summary.launches:
+        console.print(f"TensorRT's executions were started by {summary.launches}", highlight=False)
     if outputs.folder and (outputs.save or outputs.save_map) and ranked:
         console.print(f"pictures and maps are in {outputs.folder}", soft_wrap=True, highlight=False)

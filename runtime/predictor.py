@@ -93,7 +93,7 @@ class Predictor:
     Args:
         bundle: a bundle, its path, or None for the embedded default model.
         device: "auto", "cpu", "cuda" or "tensorrt"; never another than the one asked for.
-        precision: "auto", "fp32" or "fp16".
+        precision: "auto", "fp32", "fp16" or "int8".
         threshold: of scores, 0..1; None for the calibration's, or the bundle's default where there is none.
         calibrated: whether to use the bundle's calibration (see `fbclip calibrate`), for the maps also where a
             threshold is given: scores and maps have scales of their own.
@@ -139,6 +139,11 @@ class Predictor:
         # beside a mask the score sees what the mask leaves out; the map doesn't
         self.min_area = max(min_area, 1) if roi and roi.inside is not None else min_area
         self.backend, self.precision = make_backend(self.bundle, device, precision)
+
+    @property
+    def launches(self) -> str | None:
+        """How TensorRT's executions are started: "CUDA graph", or "enqueue" and why. None with other runtimes."""
+        return getattr(self.backend, "launches", None)
 
     def __call__(self, image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str = "rgb") -> Prediction:
         """Score one image: `prepare`, `backend.run` and `conclude`, which a pipeline may overlap.

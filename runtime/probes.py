@@ -136,14 +136,21 @@ def plans(path: str) -> Values:
     return {"here": here and str(here), "plans": found}
 
 
-def inference(path: str) -> Values:
-    """Score a sample image with the default device and precision, and measure the memory that it took."""
+def inference(path: str, device: str = "auto", precision: str = "auto") -> Values:
+    """Score a sample image at the size that the bundle takes, and measure the memory that it took."""
+    from fbclip.image import resize
+    from fbclip.reading import read_image
     from fbclip.runtime.images import list_images
     from fbclip.runtime.predictor import Predictor
 
-    predictor = Predictor(path or None)
-    prediction = predictor(list_images([])[0])
+    predictor = Predictor(path or None, device, precision)
+    frame = resize(read_image(list_images([])[0]), predictor.bundle.manifest.input_size)
+    prediction = predictor(frame)
+    if predictor.launches:  # on TensorRT: replay is tried when each of its two slots has run once
+        predictor(frame)
+        prediction = predictor(frame)
     return {
+        "launches": predictor.launches,
         "device": predictor.backend.device,
         "precision": predictor.precision,
         "score": prediction.score,

@@ -55,6 +55,35 @@ def golden_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_bundle(golden_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded configuration by one export in every precision, with a float16 engine of the first release."""
+    command = [Path(sys.executable).with_name("fbclip"), *export_arguments(golden_files), "--fp16", "--int8-static"]
+    environment = {**os.environ, **standin_environment(RELEASES[0]), "HF_HUB_OFFLINE": "1"}
+    bundle = tmp_path_factory.mktemp("exported") / "b.fbclip"
+    subprocess.run([*map(str, command), "--engine", "--out", bundle], env=environment, check=True, capture_output=True)
+    return bundle
+
+
+def export_arguments(folder: Path) -> list[object]:
+    """`fbclip export` of the recorded configuration, proven on its image."""
+    return [
+        "export",
+        "--clip",
+        folder / "clip.json",
+        "--clip-weights",
+        folder / "clip.pt",
+        "--checkpoint",
+        folder / "official.pth",
+        "--image-size",
+        golden.IMAGE_SIZE,
+        "--feature-layers",
+        ",".join(map(str, golden.FEATURE_LAYERS)),
+        "--parity-images",
+        folder / "raw.png",
+    ]
+
+
+@pytest.fixture(scope="session")
 def real_images() -> Path:
     """Photographs that may not be distributed with the project."""
     places = [os.environ.get("FBCLIP_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data"]
@@ -88,13 +117,19 @@ def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             yield request.param
 
 
+def standin_environment(release: str) -> dict[str, str]:
+    """What makes a command find the stand-ins of a release."""
+    path = os.pathsep.join(filter(None, (str(STANDIN), os.environ.get("PYTHONPATH"))))
+    return {"STANDIN_TENSORRT": release, "PYTHONPATH": path}
+
+
 @contextmanager
 def standins(release: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def belongs(module: str) -> bool:
         return module.split(".")[0] in ("tensorrt", "pycuda", "cuda", "gpu_model", "trt_model")
 
-    monkeypatch.setenv("STANDIN_TENSORRT", release)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(STANDIN), os.environ.get("PYTHONPATH")))))
+    for name, value in standin_environment(release).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(STANDIN)
     real = {name: sys.modules.pop(name) for name in list(sys.modules) if belongs(name)}
     yield

@@ -22,6 +22,9 @@ CONSTANTS = {
     "flat": np.array([0, -1]),
     "nothing": np.zeros((0,), np.float32),
     "wide": np.float64(1),
+    "zero": np.int8(0),
+    "half_way": np.int8(1),
+    "byte": np.uint8(0),
 }
 
 
@@ -31,6 +34,13 @@ def node(op: str, inputs: Sequence[str], output: str, **attributes: object) -> N
 
 HEAD = [node("Cast", ["image"], "pixels", to=FLOAT)]
 TAIL = [node("ReduceMean", ["x", "flat_axes"], "score", keepdims=0), node("Mul", ["x", "one"], "anomaly_map")]
+
+
+def quantized(zero_point: str, scale: str = "one") -> list[NodeProto]:
+    return [
+        node("QuantizeLinear", ["pixels", scale, zero_point], "q"),
+        node("DequantizeLinear", ["q", scale, zero_point], "x"),
+    ]
 
 
 def write(
@@ -115,6 +125,13 @@ FAULTS = {
         ],
         "`axes` must be an initializer",
     ),
+    "a zero point that is none": (quantized("half_way"), "`y_zero_point` must be 0"),
+    "a zero point left out": (quantized(""), "`y_zero_point` must be 0"),
+    "bytes for 8 bit": (quantized("byte"), "`y_zero_point` must be 0"),
+    "a scale that is computed": (
+        [node("ReduceMax", ["pixels"], "m", keepdims=0), *quantized("zero", "m")],
+        "restricts QuantizeLinear",
+    ),
     "an empty tensor": (
         [node("ReduceSum", ["nothing"], "z", keepdims=0), node("Add", ["pixels", "z"], "x")],
         "nothing is empty",
@@ -127,6 +144,10 @@ def test_faults(tmp_path: Path, fault: str) -> None:
     middle, message = FAULTS[fault]
     with pytest.raises(GraphError, match=message):
         check_graph(write(tmp_path / "g.onnx", HEAD + middle + TAIL))
+
+
+def test_8_bit_with_fixed_ranges(tmp_path: Path) -> None:
+    assert check_graph(write(tmp_path / "g.onnx", HEAD + quantized("zero") + TAIL)) == 5
 
 
 def test_the_node_is_named(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+from conftest import RELEASES, Run, standins
+from rich.console import Console
 
 from fbclip.bundle import Bundle
 from fbclip.engines import Engine, EngineOptions, Platform
+from fbclip.export.engine import build_engine
 from fbclip.runtime.doctor import _cameras, check_bundle, check_machine, check_python, check_video, examine
 from fbclip.runtime.doctor_gpu import _power, check_nvidia, check_onnxruntime
 from fbclip.runtime.machine import Check, Machine
@@ -166,6 +168,43 @@ def test_plans(tmp_path: Path) -> None:
     assert "fbclip export --engine" in checks["other-trt10.3.0-fp32.plan"].cure
     assert checks["orin-trt10.3.0-fp32.plan"].status == "info"
     assert str(platform) in checks["orin-trt10.3.0-fp32.plan"].found
+
+
+@pytest.mark.parametrize(
+    ("program", "status"), [("raise OSError('libnvinfer.so.10')", "info"), ("import os; os.abort()", "broken")]
+)
+def test_a_broken_tensorrt_beside_a_plan_leaves_inference_working(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, status: str
+) -> None:
+    path = shutil.copytree(Bundle.load().path, tmp_path / "copy.fbclip")
+    write(path, "engines/orin-trt10.3.0-fp32.plan", "")
+    engine = Engine(Platform("Orin", "8.7", "10.3.0"), "fp32", EngineOptions(), "", "")
+    write(path, "engines/orin-trt10.3.0-fp32.json", engine.to_json())
+    fake_package(tmp_path, monkeypatch, "pycuda", "")
+    write(tmp_path, "fakes/pycuda/driver.py", "")
+    fake_package(tmp_path, monkeypatch, "tensorrt", program)
+    checks = by_name(check_bundle(Machine(), path))
+    assert checks["inference"].status == "ok"
+    assert checks["orin-trt10.3.0-fp32.plan" if status == "info" else "engines"].status == status
+
+
+@pytest.mark.parametrize(
+    ("variable", "launches"),
+    [
+        ("STANDIN_UNUSED", "CUDA graph"),
+        ("STANDIN_NO_CUDA_BINDINGS", "enqueue (cuda-bindings is not installed)"),
+        ("STANDIN_NO_CAPTURE", "enqueue (cuStreamBeginCapture: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)"),
+    ],
+)
+def test_a_plan_that_fits_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, launches: str) -> None:
+    bundle = Bundle.load(shutil.copytree(Bundle.load().path, tmp_path / "copy.fbclip"))
+    monkeypatch.setenv(variable, "1")
+    with standins(RELEASES[-1], monkeypatch):
+        plan = build_engine(bundle, "fp32", EngineOptions(), Console(quiet=True))
+        check = by_name(check_bundle(Machine(), bundle.path))[plan.name]
+    assert check.status == "ok"
+    assert "as here; tensorrt, fp32: a sample image scores" in check.found
+    assert check.found.endswith(f"started by {launches}")
 
 
 def write(root: Path, path: str, text: str) -> None:

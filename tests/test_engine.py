@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import golden
 import numpy as np
@@ -16,6 +17,7 @@ from conftest import RELEASES, Run, standins
 from rich.console import Console
 from rich.filesize import decimal
 
+from fbclip import Predictor
 from fbclip.bundle import EMBEDDED, Bundle, sha256
 from fbclip.engines import Engine, EngineOptions, Platform
 from fbclip.errors import BundleError, DeviceError, FBClipError, UsageError
@@ -36,8 +38,9 @@ def build(bundle: Bundle, precision: str = "auto", **options: object) -> Path:
     return build_engine(bundle, precision, EngineOptions(**options), Console(quiet=True))  # type: ignore[arg-type]
 
 
-def score(fbclip: Run, *arguments: object) -> float:
-    return float(json.loads(fbclip("infer", *arguments, "--no-save", "--json", "-").stdout)["score"])
+def infer(fbclip: Run, *arguments: object) -> dict[str, Any]:
+    """The record of one image."""
+    return json.loads(fbclip("infer", *arguments, "--no-save", "--json", "-").stdout)  # type: ignore[no-any-return]
 
 
 def test_an_engine_scores_like_the_cpu(tensorrt: str, fbclip: Run, bundle: Bundle) -> None:
@@ -50,29 +53,33 @@ def test_an_engine_scores_like_the_cpu(tensorrt: str, fbclip: Run, bundle: Bundl
     assert sidecar["plan_sha256"] == sha256(plan)
     assert sidecar["batch"] == [1, 1, 2]
     assert sorted(f.suffix for f in bundle.engines.iterdir()) == [".json", ".plan", ".timing"]
-    on_gpu, on_cpu = (score(fbclip, SAMPLE, "--bundle", bundle.path, "--device", d) for d in ("tensorrt", "cpu"))
-    assert abs(on_gpu - on_cpu) <= (1e-6 if tensorrt in RELEASES else 1e-4)
+    on_gpu, on_cpu = (infer(fbclip, SAMPLE, "--bundle", bundle.path, "--device", d) for d in ("tensorrt", "cpu"))
+    assert abs(on_gpu["score"] - on_cpu["score"]) <= (1e-6 if tensorrt in RELEASES else 1e-4)
+    assert on_gpu["launches"].startswith(("CUDA graph", "enqueue ("))
+    assert "launches" not in on_cpu
 
 
-def test_half_precision_from_the_checkpoint_to_the_score(
-    fbclip: Run, golden_files: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("precision", "budget"), [("fp16", 2e-3), ("int8", 2e-2)])
+def test_lower_precision_from_the_checkpoint_to_the_score(
+    fbclip: Run,
+    golden_files: Path,
+    golden_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    precision: str,
+    budget: float,
 ) -> None:
-    image, bundle = golden_files / "raw.png", tmp_path / "b.fbclip"
-    clip = ["--clip", golden_files / "clip.json", "--clip-weights", golden_files / "clip.pt"]
-    size = ["--image-size", golden.IMAGE_SIZE, "--feature-layers", ",".join(map(str, golden.FEATURE_LAYERS))]
-    checkpoint = ["--checkpoint", golden_files / "official.pth", "--parity-images", image, "--out", bundle]
-    expected = float(golden.arrays()["raw_image_score"])
+    bundle = Bundle.load(shutil.copytree(golden_bundle, tmp_path / "b.fbclip"))
+    image = golden_files / "raw.png"
+    on_cpu = Predictor(bundle, "cpu", precision)(image).score
+    assert abs(on_cpu - golden.arrays()["raw_image_score"]) <= budget
     for release in RELEASES:
         with monkeypatch.context() as patch, standins(release, patch):
-            if not bundle.exists():
-                fbclip("export", *clip, *size, *checkpoint, "--fp16", "--engine")
-            else:
-                fbclip("export", "--engine", "--bundle", bundle)
-            on_gpu = score(fbclip, image, "--bundle", bundle, "--device", "tensorrt")
-            assert (bundle / "engines" / f"stand-in-orin-nvgpu-trt{release}-fp16.plan").is_file()
-        on_cpu = score(fbclip, image, "--bundle", bundle, "--device", "cpu", "--precision", "fp16")
-        assert abs(on_gpu - on_cpu) <= 1e-6
-        assert abs(on_gpu - expected) <= 2e-3
+            plan = bundle.engines / f"stand-in-orin-nvgpu-trt{release}-{precision}.plan"
+            if not plan.is_file():  # the export built the first one
+                assert build(bundle, precision) == plan
+            arguments = ("--bundle", bundle.path, "--device", "tensorrt", "--precision", precision)
+            assert abs(infer(fbclip, image, *arguments)["score"] - on_cpu) <= 1e-6
 
 
 def test_a_device_builds_and_runs_without_torch_onnx_and_onnx_runtime(standin: str, bundle: Bundle) -> None:
@@ -180,6 +187,10 @@ def test_a_build_that_can_not_fit_is_refused_before_it_starts(
     with pytest.raises(DeviceError, match=f"{decimal(3 * weights)} of the 12.3 MB that are free for CPU and GPU"):
         build(bundle)
     assert not bundle.engines.exists()
+    meminfo.unlink()  # not Linux: only the GPU is known
+    assert build(bundle).is_file()
+    with pytest.raises(DeviceError, match="free on the GPU: stop other programs"):
+        build(bundle, workspace_mib=100)
 
 
 def test_no_gpu(standin: str, fbclip: Run, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

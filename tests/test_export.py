@@ -7,7 +7,7 @@ import golden
 import numpy as np
 import onnx
 import pytest
-from conftest import Run
+from conftest import Run, export_arguments
 from PIL import Image
 
 from fbclip import Predictor
@@ -18,37 +18,21 @@ from fbclip.export import parity
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.stages import compare_stages, first_diverging
 from fbclip.image import resize
+from fbclip.runtime import probes
 
 EXPECTED = golden.arrays()
 PROOF = parity.Proof([EXPECTED["raw_image"]], ("raw.png",))
 
 
-def export_arguments(folder: Path) -> list[object]:
-    return [
-        "export",
-        "--clip",
-        folder / "clip.json",
-        "--clip-weights",
-        folder / "clip.pt",
-        "--checkpoint",
-        folder / "official.pth",
-        "--image-size",
-        golden.IMAGE_SIZE,
-        "--feature-layers",
-        ",".join(map(str, golden.FEATURE_LAYERS)),
-        "--parity-images",
-        folder / "raw.png",
-    ]
-
-
-def test_from_an_official_checkpoint_to_the_recorded_map(fbclip: Run, golden_files: Path, tmp_path: Path) -> None:
-    fbclip(*export_arguments(golden_files), "--fp16", "--out", "b.fbclip")
-    for precision, score_budget, map_budget in (("fp32", 1e-5, 1e-5), ("fp16", 2e-3, 5e-3)):
+def test_from_an_official_checkpoint_to_the_recorded_map(
+    fbclip: Run, golden_files: Path, golden_bundle: Path, tmp_path: Path
+) -> None:
+    for precision, score_budget, map_budget in (("fp32", 1e-5, 1e-5), ("fp16", 2e-3, 5e-3), ("int8", 2e-2, 5e-2)):
         fbclip(
             "infer",
             golden_files / "raw.png",
             "--bundle",
-            "b.fbclip",
+            golden_bundle,
             "--precision",
             precision,
             "--json",
@@ -62,14 +46,14 @@ def test_from_an_official_checkpoint_to_the_recorded_map(fbclip: Run, golden_fil
         record = json.loads((tmp_path / f"{precision}.jsonl").read_text())
         assert abs(record["score"] - EXPECTED["raw_image_score"]) <= score_budget
         assert np.abs(np.load(tmp_path / record["map"]) - EXPECTED["raw_anomaly_map"]).max() <= map_budget
-    bundle = Bundle.load(tmp_path / "b.fbclip")
+    bundle = Bundle.load(golden_bundle)
     check_graphs(bundle)
     check_report(bundle)
     check_taps(bundle, tmp_path)
 
 
 def check_graphs(bundle: Bundle) -> None:
-    for precision in ("fp32", "fp16"):
+    for precision in ("fp32", "fp16", "int8"):
         graph = onnx.load(bundle.graph(precision))
         onnx.checker.check_model(graph, full_check=True)
         assert [i.name for i in graph.graph.input] == [IMAGE, TEXT]
@@ -112,7 +96,7 @@ def check_taps(bundle: Bundle, folder: Path) -> None:
     faulty = folder / "faulty.onnx"
     onnx.save(graph, faulty)
     image = resize(EXPECTED["raw_image"], golden.IMAGE_SIZE)[None]
-    assert first_diverging(compare_stages(bundle.graph("fp32"), faulty, bundle.text, image)) == "block 3"
+    assert first_diverging(compare_stages("fp16", bundle.graph("fp32"), faulty, bundle.text, image)) == "block 3"
     assert [f.name for f in folder.glob("*.tapped*")] == []
 
 
@@ -145,6 +129,7 @@ def test_whole_frames_of_a_camera(fbclip: Run, golden_files: Path, tmp_path: Pat
     assert swapped.score == prediction.score
     with pytest.raises(ImageError, match=r"takes frames of 123x201 .* got 201x123"):
         predictor(np.ascontiguousarray(image.transpose(1, 0, 2)))
+    assert 0 < probes.inference(str(bundle.path))["score"] < 1  # fbclip doctor's sample image is of another size
     done = fbclip("eval", "set", "--bundle", "frames.fbclip", code=2)
     assert "without --frame-size" in done.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import golden
@@ -14,8 +15,9 @@ from hypothesis.extra.numpy import arrays
 
 from fbclip.errors import ParityError, UsageError
 from fbclip.export.graph import DeployedModel
-from fbclip.export.half import HalfWeights, widen
-from fbclip.export.parity import Differences, Drift, Parity, Proof, find_proof
+from fbclip.export.half import HalfWeights
+from fbclip.export.islands import BLOCK_GROUPS, parts_by_stage, widen
+from fbclip.export.parity import Differences, Drift, Parity, Proof, auroc_budget, find_proof
 
 probabilities = arrays(np.float32, st.integers(1, 300), elements=st.floats(0, 1, width=32))
 
@@ -47,6 +49,15 @@ def test_budgets() -> None:
     assert overrun("fp32", 0, 2e-4, 0) == pytest.approx(2)
     assert overrun("fp16", 1e-3, 0.5, 1e-3) == pytest.approx(0.5)
     assert overrun("fp16", 4e-3, 0, 0) == pytest.approx(2)
+    assert overrun("int8", 1e-2, 1, 1e-2) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("labels", "budget"), [([0] * 30 + [1] * 30, 5e-3), ([0, 0, 1], 0.5), ([0, 1], 1)])
+def test_an_auroc_may_change_by_one_pair(labels: list[int], budget: float) -> None:
+    assert auroc_budget(labels) == budget
+    drifts = (Drift(0, 0, 0, 0), Drift(0, 0, 0, 0))
+    changed = Parity("int8", 1, *drifts, 0, 0, (), (0.9, 0.9 - 2 * budget), "a", (0,), budget)
+    assert changed.overrun == pytest.approx(2)
 
 
 def test_a_proof_from_a_labelled_set(tmp_path: Path) -> None:
@@ -63,6 +74,17 @@ def test_a_proof_from_a_labelled_set(tmp_path: Path) -> None:
         Proof([], ())
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 4, 6, 24])
+def test_parts_are_in_the_order_of_the_model(blocks: int) -> None:
+    stages = parts_by_stage(blocks)
+    assert list(stages)[:blocks] == [f"block {number}" for number in range(1, blocks + 1)]
+    parts = list(dict.fromkeys(stages.values()))
+    assert len(parts) <= BLOCK_GROUPS + 2
+    numbers = [int(n) for part in parts[:-2] for n in part.split()[1].split("-")]
+    assert numbers == sorted(numbers)
+    assert stages["foreground mask"] == stages["views"] == stages[f"block {blocks}"] == parts[-3]
+
+
 @torch.no_grad()
 def test_a_part_that_overflows_stays_float32(golden_files: Path) -> None:
     model = golden.model(golden_files)
@@ -76,14 +98,15 @@ def test_a_part_that_overflows_stays_float32(golden_files: Path) -> None:
     weights = HalfWeights(deployed.visual)
     said: list[str] = []
 
-    def overrun() -> float:
+    def overrun(islands: Collection[str]) -> float:
+        weights.apply(islands)
         difference = (deployed(image, text)[0] - expected).abs().nan_to_num(1.0)
         return difference.item() / 2e-3
 
-    weights.apply()
-    assert overrun() > 100
-    assert widen(weights, overrun, "separation", said.append) == ("separation",)
-    assert overrun() <= 1
+    assert overrun(()) > 100
+    islands = widen("fp16", weights.parts, overrun, "separation", said.append)
+    assert islands == ("separation",)
+    assert overrun(islands) <= 1
     assert deployed.visual.separation.foreground.to_v.weight.dtype == torch.float32
     assert deployed.visual.tower.blocks[0].mlp.c_fc.weight.dtype == torch.float16
     assert len(said) == 1
@@ -93,6 +116,6 @@ def test_a_model_that_no_island_saves(golden_files: Path) -> None:
     weights = HalfWeights(DeployedModel(golden.model(golden_files)).visual)
     said: list[str] = []
     with pytest.raises(ParityError, match="diverges first in block 3"):
-        widen(weights, lambda: 2.0, "block 3", said.append)
+        widen("fp16", weights.parts, lambda islands: 2.0, "block 3", said.append)
     assert said
     assert not any("separation" in line for line in said)  # it comes later, and mends nothing
