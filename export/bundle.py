@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 import fbclip
-from fbclip.bundle import GRAPHS, Bundle, Manifest, save
+from fbclip.bundle import CPU_GRAPH, GRAPHS, Bundle, Manifest, save
 from fbclip.errors import ParityError
 from fbclip.export.backend import TorchBackend
 from fbclip.export.check import check_graph
+from fbclip.export.cpu import write_cpu_graph
 from fbclip.export.graph import OPSET, DeployedModel, write_onnx
 from fbclip.export.half import HalfWeights, widen
 from fbclip.export.parity import Differences, Parity, Proof, Reference, Say, compare, overrun, run_reference
@@ -79,6 +80,7 @@ def export_bundle(
 
     def write_files(folder: Path) -> Manifest:
         gate.write_graph("fp32", folder)
+        gate.write_cpu(folder)
         if deployment.half:
             gate.write_half(folder)
         report = {p.precision: p.to_dict() for p in gate.parities}
@@ -139,6 +141,13 @@ class Gate:
         """Write the model as it is typed, measure it, and let it pass or raise ParityError."""
         self.judge(self.measure(precision, folder, islands))
 
+    def write_cpu(self, folder: Path) -> None:
+        """Write the float32 graph once more as a CPU runs it best, under the same budget."""
+        path = folder / CPU_GRAPH
+        self.say(f"writing {path.name}")
+        write_cpu_graph(self.deployed, torch.from_numpy(self.text), path, folder / GRAPHS["fp32"])
+        require_within(self.run("fp32", path), path.name)
+
     def write_half(self, folder: Path) -> None:
         """Type the products float16; where that drifts too far, widen the float32 islands by measurement."""
         weights = HalfWeights(self.deployed.visual)
@@ -160,15 +169,7 @@ class Gate:
         write_onnx(self.deployed, torch.from_numpy(self.text), path)
         seconds = time.perf_counter() - start
         nodes = check_graph(path)
-        self.say(f"running {path.name} in ONNX Runtime")
-        parity = compare(
-            precision,
-            OnnxRuntimeBackend(path, self.text, "cpu"),  # kept no longer than this call: a session holds gigabytes
-            self.proof,
-            self.inputs,
-            self.reference,
-            self.threshold,
-        )
+        parity = self.run(precision, path)
         stages = []
         if precision != "fp32":
             worst = self.inputs[parity.by_drift[0]][None]
@@ -178,14 +179,13 @@ class Gate:
             parity, stages=tuple(stages), islands=islands, nodes=nodes, size_bytes=size, seconds=round(seconds, 1)
         )
 
+    def run(self, precision: str, path: Path) -> Parity:
+        self.say(f"running {path.name} in ONNX Runtime")
+        backend = OnnxRuntimeBackend(path, self.text, "cpu")  # kept no longer than this call: a session holds gigabytes
+        return compare(precision, backend, self.proof, self.inputs, self.reference, self.threshold)
+
     def judge(self, parity: Parity) -> None:
-        if parity.overrun > 1:
-            where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
-            raise ParityError(
-                f"{parity.precision} must stay within {parity.score_budget:g} (score) and {parity.map_budget:g} (map) "
-                f"of the torch model; it drifts by {parity.score.max:.2g} and {parity.map_drift:.2g}{where}, "
-                f"so no bundle was written"
-            )
+        require_within(parity, parity.precision)
         self.parities.append(parity)
 
     @torch.no_grad()
@@ -198,3 +198,13 @@ class Gate:
             scores.add(score.numpy(), self.reference.scores[index : index + 1])
             maps.add(anomaly_map[0].numpy(), self.reference.map(index, image.shape[:2]))
         return overrun("fp16", scores.max, maps.quantile(0.999))
+
+
+def require_within(parity: Parity, graph: str) -> None:
+    """Raise ParityError if a graph drifts past its budget."""
+    if parity.overrun > 1:
+        where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
+        raise ParityError(
+            f"{graph} must stay within {parity.score_budget:g} (score) and {parity.map_budget:g} (map) of the torch "
+            f"model; it drifts by {parity.score.max:.2g} and {parity.map_drift:.2g}{where}, so no bundle was written"
+        )

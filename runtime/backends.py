@@ -144,4 +144,5 @@ def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", 
 
         return TensorRTBackend(bundle, precision, batch), precision
     cache = bundle.engines / f"ort-{bundle.graph_sha256(precision)[:16]}" if device == "ort-tensorrt" else None
-    return OnnxRuntimeBackend(bundle.graph(precision), bundle.text, device, cache), precision
+    graph = bundle.cpu_graph() if (device, precision) == ("cpu", "fp32") else bundle.graph(precision)
+    return OnnxRuntimeBackend(graph, bundle.text, device, cache), precision
