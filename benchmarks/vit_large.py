@@ -2,22 +2,28 @@
 
 python benchmarks/vit_large.py export       # runs/vit-large.fbclip: seconds, peak memory, parity
 python benchmarks/vit_large.py half         # the same with the float16 graph
-python benchmarks/vit_large.py time         # interleaved rounds: literal reference, model, ONNX Runtime (if exported)
-python benchmarks/vit_large.py memory RUN   # peak of one forward pass: reference, model or onnxruntime
+python benchmarks/vit_large.py time [N]     # N interleaved rounds: literal reference, model, ONNX Runtime (if exported), and the
+                                            # rate of plain matrix products by torch, numpy and ONNX Runtime
+python benchmarks/vit_large.py memory RUN   # peak of loading and one forward pass: reference, model, onnxruntime or portable
+python benchmarks/vit_large.py profile [portable]  # ONNX Runtime's time by stage and operator, for the CPU's or the portable graph
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
@@ -25,15 +31,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import golden
 
 from fbclip import reference
-from fbclip.bundle import Bundle
+from fbclip.bundle import IMAGE, TEXT, Bundle
 from fbclip.clip import build_clip, clip_config
 from fbclip.export.bundle import Deployment, export_bundle
+from fbclip.export.graph import OPSET
 from fbclip.export.parity import Proof
 from fbclip.image import upsampling_matrix
-from fbclip.model import FBCLIP, default_config
-from fbclip.runtime.backends import OnnxRuntimeBackend
+from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS, default_config
+from fbclip.runtime.backends import UNWANTED_FUSIONS, OnnxRuntimeBackend
 
-ROUNDS = 5
+PRODUCT = (1370, 1024, 4096)  # of the rate: the first of a block's two largest
+REPEATS = 10  # products of one measurement
 BUNDLE = Path("runs/vit-large.fbclip")
 Run = Callable[[], tuple[NDArray[Any], NDArray[Any]]]
 
@@ -74,32 +82,85 @@ def run_torch(which: str) -> Run:
     return run
 
 
-def run_onnxruntime() -> Run:
-    bundle = Bundle.load(BUNDLE)
-    backend = OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text)
-    return lambda: backend.run(frame())
+def graph_of(bundle: Bundle, which: str) -> Path:
+    return bundle.graph("fp32") if which == "portable" else bundle.cpu_graph()
 
 
 def make(which: str) -> Run:
-    return run_onnxruntime() if which == "onnxruntime" else run_torch(which)
+    if which in ("reference", "model"):
+        return run_torch(which)
+    bundle = Bundle.load(BUNDLE)
+    backend = OnnxRuntimeBackend(graph_of(bundle, which), bundle.text)
+    return lambda: backend.run(frame())
 
 
-def compare_times() -> dict[str, Any]:
+def operations() -> float:
+    """Necessary for one image: two per multiplication and addition of every product that the method can't do without."""
+    config = default_config(clip_config("ViT-L-14-336"))
+    n, c, layers = config.grid**2 + 1, config.clip.vision["width"], config.clip.layers
+    inner, outputs = HEADS * HEAD_WIDTH, 3 * len(config.feature_layers)
+    joint, patch = config.clip.model["embed_dim"], 3 * config.clip.patch_size**2
+    block = 2 * n * c * 12 * c + 4 * n * n * c
+    branch = 2 * n * c * 4 * inner + 4 * n * n * inner
+    separation = 2 * n * c * c / 2 + 2 * branch
+    return layers * block + outputs * (separation + 2 * n * c * joint) + 2 * (n - 1) * patch * c
+
+
+def products() -> dict[str, Callable[[], object]]:
+    """The same matrix product by each library, into memory that is there already."""
+    m, k, n = PRODUCT
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)
+    out = np.empty((m, n), np.float32)
+    tensors = [torch.from_numpy(x) for x in (a, b, out)]
+    node = onnx.helper.make_node("MatMul", ["a", "b"], ["c"])
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, x.shape) for name, x in (("a", a), ("c", out))
+    ]
+    graph = onnx.helper.make_graph([node], "product", ends[:1], ends[1:], [onnx.numpy_helper.from_array(b, "b")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_cpu_input("a", a)
+    binding.bind_ortvalue_output("c", ort.OrtValue.ortvalue_from_numpy(out))
+    return {
+        "torch": lambda: torch.mm(tensors[0], tensors[1], out=tensors[2]),
+        "numpy": lambda: np.matmul(a, b, out=out),
+        "onnxruntime": lambda: session.run_with_iobinding(binding),
+    }
+
+
+def compare_times(rounds: int) -> dict[str, Any]:
     names = ["reference", "model", *(["onnxruntime"] if BUNDLE.exists() else [])]
     runs = {name: make(name) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     results = {name: run() for name, run in runs.items()}  # a first round, not timed
-    for _ in range(ROUNDS):
+    multiply = products()
+    rates: dict[str, list[float]] = {name: [] for name in multiply}
+    for _ in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
+        for name, product in multiply.items():
+            product()
+            start = time.perf_counter()
+            for _ in range(REPEATS):
+                product()
+            rates[name].append(REPEATS * 2 * math.prod(PRODUCT) / (time.perf_counter() - start) / 1e9)
+    rate = {name: statistics.median(values) for name, values in rates.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     score, anomaly_map = results["model"]
     return {
         "seconds": {name: round(value, 2) for name, value in medians.items()},
         "all": {name: [round(v, 2) for v in values] for name, values in seconds.items()},
-        "model_is_faster_by": {name: round(value / medians["model"], 3) for name, value in medians.items()},
+        "gflop": round(operations() / 1e9, 1),
+        "product_gflop_s": {name: round(value) for name, value in rate.items()},
+        "all_product_gflop_s": {name: [round(v) for v in values] for name, values in rates.items()},
+        "share_of_the_fastest_product": {
+            name: round(operations() / 1e9 / value / max(rate.values()), 3) for name, value in medians.items()
+        },
+        "faster_than_reference": {name: round(medians["reference"] / value, 2) for name, value in medians.items()},
         "largest_difference_from_model": {
             name: float(max(np.abs(s - score).max(), np.abs(m - anomaly_map).max())) for name, (s, m) in results.items()
         },
@@ -107,12 +168,50 @@ def compare_times() -> dict[str, Any]:
 
 
 def measure_memory(which: str) -> dict[str, Any]:
+    imported = memory_mb("VmRSS")
     run = make(which)
-    before = memory_mb("VmRSS")
+    loading, before = memory_mb("VmHWM"), memory_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (man 5 proc)
     run()
     peak = memory_mb("VmHWM")
-    return {"run": which, "before_mb": before, "peak_mb": peak, "forward_mb": peak - before}
+    return {
+        "run": which,
+        "imported_mb": imported,
+        "peak_of_loading_mb": loading,
+        "before_mb": before,
+        "peak_mb": peak,
+        "forward_mb": peak - before,
+    }
+
+
+def profile(which: str) -> dict[str, Any]:
+    """Milliseconds of the third run, by stage and operator; the blocks together."""
+    bundle = Bundle.load(BUNDLE)
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix, options.log_severity_level = True, "/tmp/fbclip-profile", 3
+    unwanted = UNWANTED_FUSIONS if which == "onnxruntime" else []
+    session = ort.InferenceSession(
+        graph_of(bundle, which), options, providers=["CPUExecutionProvider"], disabled_optimizers=unwanted
+    )
+    for _ in range(3):
+        session.run(None, {IMAGE: frame(), TEXT: bundle.text})
+    path = Path(session.end_profiling())
+    kernels = [e for e in json.loads(path.read_text()) if e["name"].endswith("_kernel_time")]
+    path.unlink()
+    last = kernels[len(kernels) // 3 * 2 :]
+    stages: Counter[str] = Counter()
+    operators: Counter[str] = Counter()
+    for event in last:
+        stage = re.sub(r"^block \d+", "blocks", event["name"].split("/")[0]) if "/" in event["name"] else "fused"
+        stages[stage] += event["dur"] / 1e3
+        operators[f"{stage}/{event['args']['op_name']}"] += event["dur"] / 1e3
+    return {
+        "graph": graph_of(bundle, which).name,
+        "nodes": len(last),
+        "total_ms": round(sum(stages.values())),
+        "stages_ms": {name: round(value, 1) for name, value in stages.most_common()},
+        "operators_ms": {name: round(value, 1) for name, value in operators.most_common(20)},
+    }
 
 
 def measure_export(half: bool) -> dict[str, Any]:
@@ -135,12 +234,13 @@ def memory_mb(field: str) -> int:
     return int(match[1]) // 1024
 
 
-def main(task: str, which: str = "model") -> None:
+def main(task: str, which: str = "") -> None:
     tasks = {
         "export": lambda: measure_export(False),
         "half": lambda: measure_export(True),
-        "time": compare_times,
+        "time": lambda: compare_times(int(which or 5)),
         "memory": lambda: measure_memory(which),
+        "profile": lambda: profile(which or "onnxruntime"),
     }
     print(json.dumps(tasks[task](), indent=1))
 

@@ -27,7 +27,7 @@ from fbclip.export.parity import Proof
 from fbclip.model import FBCLIP, default_config
 from fbclip.runtime.backends import make_backend
 
-BACKBONE, SIDE, ROUNDS = "ViT-B-16-plus-240", 240, 7
+BACKBONE, SIDE, ROUNDS = "ViT-B-16-plus-240", 240, 5
 
 
 def winclip(frame: NDArray[np.uint8]) -> Callable[[], None]:

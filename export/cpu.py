@@ -1,8 +1,9 @@
 """The graph for ONNX Runtime's CPU provider: the same model as the portable graph and the same weights, another order.
 
-Attention is one fused operator of ONNX Runtime's own, which never holds all scores and is a quarter faster than
+Attention is one fused operator of ONNX Runtime's own, which never holds all scores and takes a fifth less time than
 product, softmax and product. TensorRT's parser does not know it, so this graph lies beside the portable one. Its
-weights do not: they are byte ranges of that file, mapped into memory instead of parsed and copied.
+weights do not: they are byte ranges of that file, mapped into memory instead of parsed and copied. The inputs of the
+separation attention go through it one after the other, so that their tensors stay in the caches.
 """
 
 from __future__ import annotations

@@ -108,7 +108,9 @@ def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> None:
         save_in_pieces(onnx.load(apart), path)
 
 
-def trace(model: DeployedModel, text: Tensor, translations: Mapping[Any, Callable[..., Any]] | None = None) -> ONNXProgram:
+def trace(
+    model: DeployedModel, text: Tensor, translations: Mapping[Any, Callable[..., Any]] | None = None
+) -> ONNXProgram:
     """The model as a graph, its nodes named by stage.
 
     Args:

@@ -25,7 +25,9 @@ FORMAT = 2
 ADDED = {1: {"frame_size": None}}  # fields that an older format lacks, and what its bundles mean
 EMBEDDED = Path(__file__).parent / "assets" / "fbclip-nano.fbclip"
 GRAPHS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}
-CPU_GRAPH = "model.cpu.onnx"  # the float32 graph as ONNX Runtime runs it best on a CPU; its weights are in the file above
+CPU_GRAPH = (
+    "model.cpu.onnx"  # the float32 graph as ONNX Runtime runs it best on a CPU; its weights are in the file above
+)
 
 # Names of the graph's tensors and axes, for the exporter and for every runtime.
 IMAGE, TEXT, SCORE, ANOMALY_MAP = "image", "text", "score", "anomaly_map"

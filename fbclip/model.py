@@ -244,7 +244,8 @@ class SpatialView(nn.Module):
 
     def over_window_rows(self, queries: Tensor, keys: Tensor) -> Tensor:
         """(B, rows, cols, C) times each of five rows of (B, rows+4, cols, C) -> (B, rows, cols, 5, cols)."""
-        products = [queries @ keys[:, k : k + self.rows].mT for k in range(WINDOW)]  # sliced first: a product transposes
+        # sliced, then transposed: a runtime's product transposes on the way, a slice would copy
+        products = [queries @ keys[:, k : k + self.rows].mT for k in range(WINDOW)]
         return torch.stack(products, dim=3)
 
     def around(self, scalars: Tensor) -> Tensor:
@@ -318,8 +319,8 @@ class Visual(nn.Module):
     """The part that runs per image, and that is exported as it stands.
 
     Attributes:
-        batched: all 3K inputs go through the separation attention as one batch, the smallest graph and the best for a
-            GPU. One after the other they stay in a CPU's caches, which is a quarter faster there and takes less memory.
+        batched: all 3K inputs go through the separation attention as one batch: the smallest graph, and large products
+            for a GPU. One after the other they stay in a CPU's caches and take a fraction of the memory.
     """
 
     batched = False
@@ -353,7 +354,7 @@ class Visual(nn.Module):
     def views(self, tokens: Tensor, f: Tensor) -> Tensor:
         """Tokens (B, K, N, C), f (B, K, L) -> three views (B, K, 3, N, C), computed with all layers as one batch."""
         views = self.layer_views(tokens.flatten(0, 1), f.flatten(0, 1))
-        return torch.stack(views, dim=1).unflatten(0, (-1, tokens.shape[1]))
+        return cast(Tensor, torch.stack(views, dim=1).unflatten(0, (-1, tokens.shape[1])))
 
     def layer_views(self, tokens: Tensor, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, C), f (B, L) -> identity, semantic and spatial view, each (B, N, C); their class token is the same."""

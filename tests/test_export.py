@@ -98,7 +98,9 @@ def check_cpu_graph(bundle: Bundle) -> None:
 
 def check_same_numbers(bundle: Bundle) -> None:
     images = resize(EXPECTED["raw_image"], golden.IMAGE_SIZE)[None].repeat(2, axis=0)
-    portable, ours = (OnnxRuntimeBackend(p, bundle.text).run(images) for p in (bundle.graph("fp32"), bundle.cpu_graph()))
+    portable, ours = (
+        OnnxRuntimeBackend(p, bundle.text).run(images) for p in (bundle.graph("fp32"), bundle.cpu_graph())
+    )
     assert all(np.abs(a - b).max() <= 1e-6 for a, b in zip(portable, ours, strict=True))
 
 
