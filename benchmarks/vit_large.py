@@ -4,23 +4,29 @@ python benchmarks/vit_large.py export       # runs/vit-large.fbclip: seconds, pe
 python benchmarks/vit_large.py half         # the same with the float16 graph
 python benchmarks/vit_large.py quantize     # both 8-bit forms of the exported graph: seconds, sizes, nodes, drift
 python benchmarks/vit_large.py int8         # interleaved rounds in ONNX Runtime: float32 and both 8-bit forms
-python benchmarks/vit_large.py time         # interleaved rounds: literal reference, model, ONNX Runtime (if exported)
-python benchmarks/vit_large.py memory RUN   # peak of one forward pass: reference, model or onnxruntime
+python benchmarks/vit_large.py time [N]     # N interleaved rounds: literal reference, model, ONNX Runtime (if exported), and the
+                                            # rate of plain matrix products by torch, numpy and ONNX Runtime
+python benchmarks/vit_large.py memory RUN   # peak of loading and one forward pass: reference, model, onnxruntime or portable
+python benchmarks/vit_large.py profile [portable]  # ONNX Runtime's time by stage and operator, for the CPU's or the portable graph
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
@@ -32,14 +38,17 @@ from fbclip.bundle import DYNAMIC, IMAGE, STATIC, TEXT, Bundle
 from fbclip.clip import build_clip, clip_config
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.check import check_graph
+from fbclip.export.graph import OPSET
 from fbclip.export.parity import Proof
 from fbclip.export.quantize import Quantizer
 from fbclip.export.stages import compare_stages
 from fbclip.image import upsampling_matrix
-from fbclip.model import FBCLIP, Config, default_config
-from fbclip.runtime.backends import OnnxRuntimeBackend
+from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS, Config, default_config
+from fbclip.runtime.backends import UNWANTED_FUSIONS, OnnxRuntimeBackend
 
+PRODUCT = (1370, 1024, 4096)  # of the rate: the first of a block's two largest
 ROUNDS = 5
+WARM_UP, REPEATS = 10, 15  # products of one measurement
 BUNDLE = Path("runs/vit-large.fbclip")
 QUANTIZED = {form: BUNDLE.with_suffix(f".{form}.onnx") for form in (DYNAMIC, STATIC)}
 Run = Callable[[], tuple[NDArray[Any], NDArray[Any]]]
@@ -85,25 +94,87 @@ def run_torch(which: str) -> Run:
     return run
 
 
-def run_onnxruntime() -> Run:
-    bundle = Bundle.load(BUNDLE)
-    backend = OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text)
-    return lambda: backend.run(frame())
+def graph_of(bundle: Bundle, which: str) -> Path:
+    return bundle.graph("fp32") if which == "portable" else bundle.cpu_graph()
 
 
 def make(which: str) -> Run:
-    return run_onnxruntime() if which == "onnxruntime" else run_torch(which)
+    if which in ("reference", "model"):
+        return run_torch(which)
+    bundle = Bundle.load(BUNDLE)
+    backend = OnnxRuntimeBackend(graph_of(bundle, which), bundle.text)
+    return lambda: backend.run(frame())
 
 
-def compare_times() -> dict[str, Any]:
+def operations() -> float:
+    """Necessary for one image: two per multiplication and addition of every product that the method can't do without."""
+    config = default_config(clip_config("ViT-L-14-336"))
+    n, c, layers = config.grid**2 + 1, config.clip.vision["width"], config.clip.layers
+    inner, outputs = HEADS * HEAD_WIDTH, 3 * len(config.feature_layers)
+    joint, patch = config.clip.model["embed_dim"], 3 * config.clip.patch_size**2
+    block = 2 * n * c * 12 * c + 4 * n * n * c
+    branch = 2 * n * c * 4 * inner + 4 * n * n * inner
+    separation = 2 * n * c * c / 2 + 2 * branch
+    return layers * block + outputs * (separation + 2 * n * c * joint) + 2 * (n - 1) * patch * c
+
+
+def products() -> dict[str, Callable[[], object]]:
+    """The same matrix product by each library, into memory that is there already."""
+    m, k, n = PRODUCT
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)
+    out = np.empty((m, n), np.float32)
+    tensors = [torch.from_numpy(x) for x in (a, b, out)]
+    node = onnx.helper.make_node("MatMul", ["a", "b"], ["c"])
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, x.shape) for name, x in (("a", a), ("c", out))
+    ]
+    graph = onnx.helper.make_graph([node], "product", ends[:1], ends[1:], [onnx.numpy_helper.from_array(b, "b")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_cpu_input("a", a)
+    binding.bind_ortvalue_output("c", ort.OrtValue.ortvalue_from_numpy(out))
+    return {
+        "torch": lambda: torch.mm(tensors[0], tensors[1], out=tensors[2]),
+        "numpy": lambda: np.matmul(a, b, out=out),
+        "onnxruntime": lambda: session.run_with_iobinding(binding),
+    }
+
+
+def rate_of(product: Callable[[], object]) -> float:
+    """GFLOP/s of a product, the median of some; the first ones run beside other libraries' threads, still spinning."""
+    seconds = []
+    for _ in range(WARM_UP + REPEATS):
+        start = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - start)
+    return 2 * math.prod(PRODUCT) / statistics.median(seconds[WARM_UP:]) / 1e9
+
+
+def compare_times(rounds: int) -> dict[str, Any]:
     names = ["reference", "model", *(["onnxruntime"] if BUNDLE.exists() else [])]
-    runs = {name: make(name) for name in names}
-    seconds, results = interleave(runs)
+    multiply = products()
+    rates: dict[str, list[float]] = {name: [] for name in multiply}
+
+    def measure_rates() -> None:
+        for name, product in multiply.items():
+            rates[name].append(rate_of(product))
+
+    seconds, results = interleave({name: make(name) for name in names}, rounds, measure_rates)
+    fastest = [max(of_round) for of_round in zip(*rates.values(), strict=True)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     score, anomaly_map = results["model"]
     return {
         **timings(seconds),
-        "model_is_faster_by": {name: round(value / medians["model"], 3) for name, value in medians.items()},
+        "gflop": round(operations() / 1e9, 1),
+        "product_gflop_s": {name: round(statistics.median(values)) for name, values in rates.items()},
+        "all_product_gflop_s": {name: [round(v) for v in values] for name, values in rates.items()},
+        "share_of_the_fastest_product": {  # of the same round, as the machine's speed moves; the median
+            name: round(statistics.median(operations() / 1e9 / t / r for t, r in zip(values, fastest, strict=True)), 3)
+            for name, values in seconds.items()
+        },
+        "faster_than_reference": {name: round(medians["reference"] / value, 2) for name, value in medians.items()},
         "largest_difference_from_model": {
             name: float(max(np.abs(s - score).max(), np.abs(m - anomaly_map).max())) for name, (s, m) in results.items()
         },
@@ -114,7 +185,7 @@ def compare_int8() -> dict[str, Any]:
     bundle = Bundle.load(BUNDLE)
     graphs = {"float32": bundle.graph("fp32"), **QUANTIZED}
     backends = {name: OnnxRuntimeBackend(graph, bundle.text) for name, graph in graphs.items()}
-    seconds, results = interleave({name: lambda b=b: b.run(frame()) for name, b in backends.items()})
+    seconds, results = interleave({name: lambda b=b: b.run(frame()) for name, b in backends.items()}, ROUNDS)
     float32 = statistics.median(seconds["float32"])
     score, anomaly_map = results["float32"]
     return {
@@ -145,15 +216,18 @@ def quantize() -> dict[str, Any]:
     return {**figures, "peak_mb": memory_mb("VmHWM")}
 
 
-def interleave(runs: Mapping[str, Run]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+def interleave(
+    runs: Mapping[str, Run], rounds: int, after_round: Callable[[], None] = lambda: None
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Seconds of each run in rounds of all, and what they gave in a first round that is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    results = {name: run() for name, run in runs.items()}  # a first round, not timed
-    for _ in range(ROUNDS):
+    results = {name: run() for name, run in runs.items()}
+    for _ in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
+        after_round()
     return seconds, results
 
 
@@ -165,12 +239,50 @@ def timings(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
 
 
 def measure_memory(which: str) -> dict[str, Any]:
+    imported = memory_mb("VmRSS")
     run = make(which)
-    before = memory_mb("VmRSS")
+    loading, before = memory_mb("VmHWM"), memory_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak (man 5 proc)
     run()
     peak = memory_mb("VmHWM")
-    return {"run": which, "before_mb": before, "peak_mb": peak, "forward_mb": peak - before}
+    return {
+        "run": which,
+        "imported_mb": imported,
+        "peak_of_loading_mb": loading,
+        "before_mb": before,
+        "peak_mb": peak,
+        "forward_mb": peak - before,
+    }
+
+
+def profile(which: str) -> dict[str, Any]:
+    """Milliseconds of the third run, by stage and operator; the blocks together."""
+    bundle = Bundle.load(BUNDLE)
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix, options.log_severity_level = True, "/tmp/fbclip-profile", 3
+    unwanted = UNWANTED_FUSIONS if which == "onnxruntime" else []
+    session = ort.InferenceSession(
+        graph_of(bundle, which), options, providers=["CPUExecutionProvider"], disabled_optimizers=unwanted
+    )
+    for _ in range(3):
+        session.run(None, {IMAGE: frame(), TEXT: bundle.text})
+    path = Path(session.end_profiling())
+    kernels = [e for e in json.loads(path.read_text()) if e["name"].endswith("_kernel_time")]
+    path.unlink()
+    last = kernels[len(kernels) // 3 * 2 :]
+    stages: Counter[str] = Counter()
+    operators: Counter[str] = Counter()
+    for event in last:
+        stage = re.sub(r"^block \d+", "blocks", event["name"].split("/")[0]) if "/" in event["name"] else "fused"
+        stages[stage] += event["dur"] / 1e3
+        operators[f"{stage}/{event['args']['op_name']}"] += event["dur"] / 1e3
+    return {
+        "graph": graph_of(bundle, which).name,
+        "nodes": len(last),
+        "total_ms": round(sum(stages.values())),
+        "stages_ms": {name: round(value, 1) for name, value in stages.most_common()},
+        "operators_ms": {name: round(value, 1) for name, value in operators.most_common(20)},
+    }
 
 
 def measure_export(half: bool) -> dict[str, Any]:
@@ -193,14 +305,15 @@ def memory_mb(field: str) -> int:
     return int(match[1]) // 1024
 
 
-def main(task: str, which: str = "model") -> None:
+def main(task: str, which: str = "") -> None:
     tasks = {
         "export": lambda: measure_export(False),
         "half": lambda: measure_export(True),
         "quantize": quantize,
         "int8": compare_int8,
-        "time": compare_times,
+        "time": lambda: compare_times(int(which or ROUNDS)),
         "memory": lambda: measure_memory(which),
+        "profile": lambda: profile(which or "onnxruntime"),
     }
     print(json.dumps(tasks[task](), indent=1))
 

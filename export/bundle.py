@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 import fbclip
-from fbclip.bundle import DYNAMIC, GRAPHS, IMAGE, TEXT, Bundle, Manifest, save
+from fbclip.bundle import CPU_GRAPH, DYNAMIC, GRAPHS, IMAGE, TEXT, Bundle, Manifest, save
 from fbclip.errors import ParityError
 from fbclip.export.backend import TorchBackend
 from fbclip.export.check import check_graph
+from fbclip.export.cpu import write_cpu_graph
 from fbclip.export.graph import OPSET, DeployedModel, write_onnx
 from fbclip.export.half import HalfWeights
 from fbclip.export.islands import widen
@@ -85,6 +86,7 @@ def export_bundle(
 
     def write_files(folder: Path) -> Manifest:
         gate.write_float(folder)
+        gate.write_cpu(folder)
         if deployment.half:
             gate.write_half(folder)
         if deployment.quantization:
@@ -148,6 +150,14 @@ class Gate:
     def write_float(self, folder: Path) -> None:
         """Write the model as it is trained; pass it or raise ParityError, as the others do."""
         self.judge(self.measure("fp32", folder, self.write_typed))
+
+    def write_cpu(self, folder: Path) -> None:
+        """Write the float32 graph once more as a CPU runs it best, under the same budget."""
+        path = folder / CPU_GRAPH
+        self.say(f"writing {path.name}")
+        write_cpu_graph(self.deployed, torch.from_numpy(self.text), path, folder / GRAPHS["fp32"])
+        self.say(f"running {path.name} in ONNX Runtime")
+        require_within(self.compare("fp32", path, range(len(self.inputs))), path.name)
 
     def write_half(self, folder: Path) -> None:
         """Type the products float16; where that drifts too far, widen the float32 islands by measurement.
@@ -239,17 +249,7 @@ class Gate:
         )
 
     def judge(self, parity: Parity) -> None:
-        if parity.overrun > 1:
-            where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
-            labelled = ""
-            if parity.auroc and parity.auroc_budget:
-                before, after = parity.auroc
-                labelled = f", and the AUROC by {after - before:+.4f} (at most {parity.auroc_budget:.2g})"
-            raise ParityError(
-                f"{parity.precision} must stay within {parity.score_budget:g} (score) and {parity.map_budget:g} (map) "
-                f"of the torch model; it drifts by {parity.score.max:.2g} and {parity.map_drift:.2g}{labelled}{where}, "
-                f"so no bundle was written"
-            )
+        require_within(parity, parity.precision)
         self.parities.append(parity)
 
     @torch.no_grad()
@@ -262,3 +262,18 @@ class Gate:
             scores.add(score.numpy(), self.reference.scores[index : index + 1])
             maps.add(anomaly_map[0].numpy(), self.reference.map(index, image.shape[:2]))
         return overrun("fp16", scores.max, maps.quantile(0.999))
+
+
+def require_within(parity: Parity, graph: str) -> None:
+    """Raise ParityError if a graph drifts past its budget."""
+    if parity.overrun > 1:
+        where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
+        labelled = ""
+        if parity.auroc and parity.auroc_budget:
+            before, after = parity.auroc
+            labelled = f", and the AUROC by {after - before:+.4f} (at most {parity.auroc_budget:.2g})"
+        raise ParityError(
+            f"{graph} must stay within {parity.score_budget:g} (score) and {parity.map_budget:g} (map) of the torch "
+            f"model; it drifts by {parity.score.max:.2g} and {parity.map_drift:.2g}{labelled}{where}, "
+            f"so no bundle was written"
+        )

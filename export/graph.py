@@ -7,12 +7,15 @@ import re
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir
 import torch
 from torch import Tensor, nn
+from torch.onnx import ONNXProgram
 
 from fbclip.bundle import ANOMALY_MAP, BATCH_AXIS, IMAGE, SCORE, TEXT
 from fbclip.image import bicubic_matrices, upsampling_matrix, width_first
@@ -26,7 +29,7 @@ EXTERNAL_DATA_FROM = 2**31 - 2**20  # bytes; protobuf ends at 2 GB
 class DeployedModel(nn.Module):
     """The model between its constant pre- and postprocessing (spec 9.4): the same `Visual`, not a rewrite.
 
-    Changes the model in place: folds the normalisation into its patch embedding, puts all feature layers in one batch.
+    Changes the model in place: folds the normalisation into its patch embedding.
 
     Args:
         model: used, not copied.
@@ -41,7 +44,6 @@ class DeployedModel(nn.Module):
         super().__init__()
         config = model.config
         self.visual: Visual = model.visual
-        self.visual.layers_at_once = len(config.feature_layers)
         self.visual.tower.fold_normalisation(config.clip.mean, config.clip.std, channel_order)
         self.frame_size = frame_size or (config.image_size, config.image_size)
         height, width = self.frame_size
@@ -93,7 +95,27 @@ def to_grey_levels(coarse: Tensor, fine: Tensor) -> Tensor:
 
 
 def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> None:
-    """Write the graph with a dynamic batch and nodes named by stage: "block 3/MatMul 2"."""
+    """Write the portable graph: a dynamic batch, standard operators, nodes named by stage ("block 3/MatMul 2")."""
+    model.visual.batched = True
+    program = trace(model, text)
+    size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if size_bytes > EXTERNAL_DATA_FROM:
+        program.save(path, external_data=True)
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        apart = Path(folder, path.name)
+        program.save(apart, external_data=True)
+        save_in_pieces(onnx.load(apart), path)
+
+
+def trace(
+    model: DeployedModel, text: Tensor, translations: Mapping[Any, Callable[..., Any]] | None = None
+) -> ONNXProgram:
+    """The model as a graph, its nodes named by stage.
+
+    Args:
+        translations: of torch operators, where they are not to become the exporter's own.
+    """
     image = torch.zeros(2, *model.frame_size, 3, dtype=torch.uint8)  # two, or the batch is taken for a constant
     batch = torch.export.Dim(BATCH_AXIS, min=1)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -108,18 +130,12 @@ def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> None:
             input_names=[IMAGE, TEXT],
             output_names=[SCORE, ANOMALY_MAP],
             dynamic_shapes={"image": {0: batch}, "text": {}},
+            custom_translation_table=dict(translations or {}),
         )
     assert program is not None
     name_nodes(program.model.graph)
     size_after_cast(program.model.graph)
-    size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if size_bytes > EXTERNAL_DATA_FROM:
-        program.save(path, external_data=True)
-        return
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        apart = Path(folder, path.name)
-        program.save(apart, external_data=True)
-        save_in_pieces(onnx.load(apart), path)
+    return program
 
 
 def save_in_pieces(model: onnx.ModelProto, path: Path) -> None:

@@ -29,6 +29,8 @@ ADDED = {
 EMBEDDED = Path(__file__).parent / "assets" / "fbclip-nano.fbclip"
 GRAPHS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 DYNAMIC, STATIC = "dynamic", "static"  # forms of the 8-bit graph
+# the float32 graph as ONNX Runtime runs it best on a CPU; its weights are in the file of "fp32"
+CPU_GRAPH = "model.cpu.onnx"
 
 # Names of the graph's tensors and axes, for the exporter and for every runtime.
 IMAGE, TEXT, SCORE, ANOMALY_MAP = "image", "text", "score", "anomaly_map"
@@ -157,6 +159,15 @@ class Bundle:
         for name in self._graph_files(precision):
             _checked(self.path, self.manifest, name)
         return self.path / GRAPHS[precision]
+
+    def cpu_graph(self) -> Path:
+        """The float32 graph for ONNX Runtime's CPU provider; the portable one in a bundle that was exported without it.
+
+        Raises:
+            BundleError: damaged.
+        """
+        portable = self.graph("fp32")
+        return _checked(self.path, self.manifest, CPU_GRAPH) if CPU_GRAPH in self.manifest.files else portable
 
     def graph_sha256(self, precision: str) -> str:
         """The hash of a graph; of the hashes of its files where its weights lie beside it."""

@@ -6,7 +6,7 @@ Section numbers refer to `docs/method.md`. Shapes: B images, K feature layers, N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -227,7 +227,7 @@ class SpatialView(nn.Module):
         m = self.box_sum(f[..., None] * x) / WINDOW**2  # (B, rows, cols, C)
         keys = F.pad(x, (0, 0, 0, 0, 2, 2))  # (B, rows+4, cols, C)
 
-        inner = self.over_window_rows(m, keys.mT)  # m_i·x_j, (B, rows, cols, 5, cols)
+        inner = self.over_window_rows(m, keys)  # m_i·x_j, (B, rows, cols, 5, cols)
         f_j, q_j, xx_j = self.around(f), self.around(q), self.around(x.square().sum(dim=-1))
         norm2 = m.square().sum(dim=-1)[..., None, None]  # ‖m_i‖²
         # ‖v_j - m_i‖² expanded; the clamp keeps the root's gradient finite where rounding makes it 0
@@ -243,8 +243,9 @@ class SpatialView(nn.Module):
         return cast(Tensor, view).flatten(1, 2)
 
     def over_window_rows(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(B, rows, cols, C) times each of five rows of (B, rows+4, C, cols) -> (B, rows, cols, 5, cols)."""
-        products = [queries @ keys[:, k : k + self.rows] for k in range(WINDOW)]
+        """(B, rows, cols, C) times each of five rows of (B, rows+4, cols, C) -> (B, rows, cols, 5, cols)."""
+        # sliced, then transposed: a runtime's product transposes on the way, a slice would copy
+        products = [queries @ keys[:, k : k + self.rows].mT for k in range(WINDOW)]
         return torch.stack(products, dim=3)
 
     def around(self, scalars: Tensor) -> Tensor:
@@ -318,11 +319,11 @@ class Visual(nn.Module):
     """The part that runs per image, and that is exported as it stands.
 
     Attributes:
-        layers_at_once: feature layers that go through the steps behind the backbone together. One at a time keeps
-            the tensors small, which is faster on a CPU; all K at once make the smallest graph.
+        batched: all 3K inputs go through the separation attention as one batch: the smallest graph, and large products
+            for a GPU. One after the other they stay in a CPU's caches and take a fraction of the memory.
     """
 
-    layers_at_once = 1
+    batched = False
 
     def __init__(self, config: Config, tower: VisionTower) -> None:
         super().__init__()
@@ -333,33 +334,33 @@ class Visual(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor) -> Scores:
         """Normalised images (B, 3, S, S), float32, and text features (2, E) -> Scores."""
-        z = self.separated(self.tower(image))
-        b = background(z)
-        return self.scores(self.by_layers(lambda part: self.logits(self.suppressed(part, b), text), z))
+        z = list(self.separated(self.tower(image)))
+        b = background(*z)
+        logits = [self.logits(self.suppressed(part, b), text).flatten(1, 2) for part in z]
+        return self.scores(torch.cat(logits, dim=1).unflatten(1, (-1, 3)))
 
-    def by_layers(self, step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`step` on inputs (B, K, ...), `layers_at_once` of the K at a time."""
-        if self.layers_at_once >= inputs[0].shape[1]:
-            return step(*inputs)
-        parts = zip(*(x.split(self.layers_at_once, dim=1) for x in inputs), strict=True)
-        return torch.cat([step(*part) for part in parts], dim=1)
-
-    def separated(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, K, N, C) -> Z (B, K, 3, N, C): identity, semantic and spatial view after separation attention."""
-
-        def separate(tokens: Tensor, f: Tensor) -> Tensor:
-            separated = self.separation(self.views(tokens, f).flatten(0, 2))  # one batch of 3K inputs
-            return cast(Tensor, separated.unflatten(0, (-1, tokens.shape[1], 3)))
-
-        return self.by_layers(separate, tokens, foreground_mask(tokens))
+    def separated(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Tokens (B, K, N, C) -> Z after separation attention: K times the identity, semantic and spatial view, each
+        (B, 1, 1, N, C), or all of them batched, (B, K, 3, N, C)."""
+        f = foreground_mask(tokens)
+        if self.batched:
+            views = self.views(tokens, f)
+            yield self.separation(views.flatten(0, 2)).unflatten(0, (-1, *views.shape[1:3]))
+            return
+        for layer in zip(tokens.unbind(1), f.unbind(1), strict=True):
+            for view in self.layer_views(*layer):
+                yield self.separation(view)[:, None, None]
 
     def views(self, tokens: Tensor, f: Tensor) -> Tensor:
-        """Tokens (B, K, N, C), f (B, K, L) -> three views (B, K, 3, N, C); the class token is the same in each."""
-        layers = tokens.shape[1]
-        tokens, f = tokens.flatten(0, 1), f.flatten(0, 1)  # all layers are one batch, (B·K, N, C)
-        patches = torch.stack([tokens[:, 1:], semantic_view(tokens, f), self.spatial(tokens, f)], dim=1)
-        class_token = tokens[:, None, :1].expand(-1, 3, -1, -1)
-        return cast(Tensor, torch.cat([class_token, patches], dim=2).unflatten(0, (-1, layers)))
+        """Tokens (B, K, N, C), f (B, K, L) -> three views (B, K, 3, N, C), computed with all layers as one batch."""
+        views = self.layer_views(tokens.flatten(0, 1), f.flatten(0, 1))
+        return cast(Tensor, torch.stack(views, dim=1).unflatten(0, (-1, tokens.shape[1])))
+
+    def layer_views(self, tokens: Tensor, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, C), f (B, L) -> identity, semantic and spatial view, each (B, N, C); their class token is the same."""
+        patches = semantic_view(tokens, f), self.spatial(tokens, f)
+        semantic, spatial = (torch.cat([tokens[:, :1], view], dim=1) for view in patches)
+        return tokens, semantic, spatial
 
     def suppressed(self, z: Tensor, b: Tensor) -> Tensor:
         """Background suppression (section 7): Z (B, K, 3, N, C), b (B, C) -> y·W_vis (B, K, 3, N, E)."""
@@ -382,10 +383,11 @@ class Visual(nn.Module):
         return Scores(probability[:, 0], probability[:, 1:].unflatten(1, (side, side)))
 
 
-def background(z: Tensor) -> Tensor:
-    """The background direction b (B, C) from the first half of the tokens of all outputs Z (B, K, 3, N, C)."""
-    upper = z[:, :, :, : z.shape[3] // 2].flatten(1, 3)
-    return 0.5 * upper.mean(dim=1) + 0.5 * upper.amax(dim=1)
+def background(*parts: Tensor) -> Tensor:
+    """The background direction b (B, C) from the first half of the tokens of all outputs Z, parts (B, k, v, N, C) alike."""
+    upper = [z[:, :, :, : z.shape[3] // 2].flatten(1, 3) for z in parts]
+    mean, highest = torch.stack([u.mean(dim=1) for u in upper]), torch.stack([u.amax(dim=1) for u in upper])
+    return 0.5 * mean.mean(dim=0) + 0.5 * highest.amax(dim=0)
 
 
 class FBCLIP(nn.Module):

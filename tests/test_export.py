@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import golden
@@ -11,7 +13,7 @@ from conftest import Run, export_arguments
 from PIL import Image
 
 from fbclip import Predictor
-from fbclip.bundle import ANOMALY_MAP, EMBEDDED, IMAGE, SCORE, TEXT, Bundle
+from fbclip.bundle import ANOMALY_MAP, CPU_GRAPH, EMBEDDED, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import BundleError, ImageError, ParityError
 from fbclip.export import graph as graphs
 from fbclip.export import parity
@@ -19,6 +21,7 @@ from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.stages import compare_stages, first_diverging
 from fbclip.image import resize
 from fbclip.runtime import probes
+from fbclip.runtime.backends import OnnxRuntimeBackend
 
 EXPECTED = golden.arrays()
 PROOF = parity.Proof([EXPECTED["raw_image"]], ("raw.png",))
@@ -48,6 +51,7 @@ def test_from_an_official_checkpoint_to_the_recorded_map(
         assert np.abs(np.load(tmp_path / record["map"]) - EXPECTED["raw_anomaly_map"]).max() <= map_budget
     bundle = Bundle.load(golden_bundle)
     check_graphs(bundle)
+    check_cpu_graph(bundle)
     check_report(bundle)
     check_taps(bundle, tmp_path)
 
@@ -63,6 +67,25 @@ def check_graphs(bundle: Bundle) -> None:
         assert onnx.TensorProto.DOUBLE not in types
         assert (onnx.TensorProto.FLOAT16 in types) == (precision == "fp16")
         assert str(Path.cwd()).encode() not in graph.SerializeToString()  # nor any path of this machine
+
+
+def check_cpu_graph(bundle: Bundle) -> None:
+    """Every attention is fused, every weight of some size is the portable graph's, and the numbers are the same."""
+    graph = onnx.load(bundle.cpu_graph(), load_external_data=False).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["MultiHeadAttention"] == 6 + 2 * 3 * len(golden.FEATURE_LAYERS)  # blocks; branches by views
+    assert all(w.data_location == onnx.TensorProto.EXTERNAL for w in graph.initializer if np.prod(w.dims) > 10_000)
+    places = {e.value for w in graph.initializer for e in w.external_data if e.key == "location"}
+    assert places == {bundle.graph("fp32").name}
+    check_same_numbers(bundle)
+
+
+def check_same_numbers(bundle: Bundle) -> None:
+    images = resize(EXPECTED["raw_image"], golden.IMAGE_SIZE)[None].repeat(2, axis=0)
+    portable, ours = (
+        OnnxRuntimeBackend(p, bundle.text).run(images) for p in (bundle.graph("fp32"), bundle.cpu_graph())
+    )
+    assert all(np.abs(a - b).max() <= 1e-6 for a, b in zip(portable, ours, strict=True))
 
 
 def check_report(bundle: Bundle) -> None:
@@ -180,6 +203,21 @@ def test_weights_beside_a_graph_that_is_too_large(
     bundle, _ = export_bundle(golden.model(golden_files), tmp_path / "b.fbclip", PROOF, Deployment("b"))
     data = bundle.path / "model.onnx.data"
     assert data.stat().st_size > bundle.graph("fp32").stat().st_size
+    check_same_numbers(bundle)
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     with pytest.raises(BundleError, match="is damaged"):
         bundle.graph("fp32")
+
+
+def test_a_bundle_without_a_graph_for_the_cpu(tmp_path: Path) -> None:
+    folder = tmp_path / "old.fbclip"
+    shutil.copytree(EMBEDDED, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"].pop(CPU_GRAPH, None)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert Bundle.load(folder).cpu_graph() == folder / "model.onnx"
+    (folder / CPU_GRAPH).write_bytes(b"x")
+    manifest["files"][CPU_GRAPH] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="is damaged"):
+        Bundle.load(folder).cpu_graph()

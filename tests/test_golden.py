@@ -25,6 +25,11 @@ def model(golden_files: Path) -> FBCLIP:
     return golden.model(golden_files)
 
 
+def all_separated(model: FBCLIP, tokens: Tensor) -> Tensor:
+    """Z as one tensor (B, K, 3, N, C)."""
+    return torch.cat(list(model.visual.separated(tokens)), dim=1).flatten(1, 2).unflatten(1, (-1, 3))
+
+
 @pytest.fixture(scope="module")
 def stages(model: FBCLIP) -> dict[str, Tensor]:
     visual, image = model.visual, torch.from_numpy(EXPECTED["image"])
@@ -34,7 +39,7 @@ def stages(model: FBCLIP) -> dict[str, Tensor]:
         eot, mean, attention = model.prompts.strategies(hidden, model.text.projection)
         tokens = visual.tower(image)
         f = foreground_mask(tokens)
-        views, z = visual.views(tokens, f), visual.separated(tokens)
+        views, z = visual.views(tokens, f), all_separated(model, tokens)
     per_layer = {
         f"{name}_{k}": value
         for k in range(5)
@@ -114,7 +119,7 @@ def test_three_training_steps(golden_files: Path) -> None:
     optimiser = torch.optim.Adam(trained, lr=5e-5, betas=(0.5, 0.999))
     for step, expected in enumerate(EXPECTED["train_losses"]):
         text = model.encode_text()
-        z = model.visual.separated(model.visual.tower(image))
+        z = all_separated(model, model.visual.tower(image))
         projected = model.visual.suppressed(z, background(z))
         score, patch_map = model.visual.scores(model.visual.logits(projected, text))
         losses = fbclip_losses(score, patch_map, projected[:, -1, 2], text, label, mask[:, 0])
