@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,8 @@ class OnnxRuntimeBackend:
 
     Attributes:
         device: where the session really runs.
+        graph: what it runs.
+        unwanted: optimisations of ONNX Runtime that are off.
 
     Raises:
         DeviceError: the device is not there, or ONNX Runtime fell back to another.
@@ -63,16 +66,18 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3  # errors; warnings about nodes left on the CPU are checked below
         # threads that wait for each other in a loop take the cores from what prepares the next frame meanwhile
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        unwanted = UNWANTED_FUSIONS if device == "cpu" else None
+        if allowed := allowed_cores():
+            options.intra_op_num_threads = allowed
+        self.unwanted = UNWANTED_FUSIONS if device == "cpu" else []
         self.session = ort.InferenceSession(
-            graph, options, providers=provider_options(device, cache), disabled_optimizers=unwanted
+            graph, options, providers=provider_options(device, cache), disabled_optimizers=self.unwanted
         )
         if self.session.get_providers()[0] != provider:
             raise DeviceError(
                 f"ONNX Runtime could not start {provider} and fell back to {self.session.get_providers()[0]}; "
                 f"check the driver and CUDA's libraries, or pass --device cpu"
             )
-        self.device = device
+        self.device, self.graph = device, graph
         self._binding = self.session.io_binding()
         place = "cpu" if device == "cpu" else "cuda"
         self._text = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(text), place, 0)  # uploaded once
@@ -86,6 +91,15 @@ class OnnxRuntimeBackend:
         self.session.run_with_iobinding(self._binding)
         scores, maps = self._binding.copy_outputs_to_cpu()
         return scores, maps
+
+
+def allowed_cores() -> int | None:
+    """How many cores this process is kept to (taskset, a container's cpuset), which ONNX Runtime's threads would leave;
+    None where it may use all, or the system doesn't say."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or 1) else None
 
 
 def provider_options(device: str, cache: Path | None) -> list[tuple[str, dict[str, str]]]:

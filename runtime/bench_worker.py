@@ -181,8 +181,8 @@ class Subject:
         session = self.backend.session
         inputs: dict[str, NDArray[Any]] = {IMAGE: self._taken(self.inputs[0]), TEXT: self.bundle.text}
         providers = [(name, values) for name, values in session.get_provider_options().items()]
-        graph, options = self.bundle.graph(self.spec.precision), session.get_session_options()
-        nodes = profile(graph, options, providers, inputs, PROFILED_RUNS)
+        options = session.get_session_options()
+        nodes = profile(self.backend.graph, options, providers, inputs, PROFILED_RUNS, self.backend.unwanted)
         return summarise(nodes, PROFILED_RUNS, operations, self.spec.batch)
 
 

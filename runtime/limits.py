@@ -99,7 +99,12 @@ def count_operations(graph: Path, text: NDArray[np.float32], image: NDArray[np.u
 
 
 def profile(
-    graph: Path, options: Any, providers: Sequence[Any], inputs: dict[str, NDArray[Any]], runs: int
+    graph: Path,
+    options: Any,
+    providers: Sequence[Any],
+    inputs: dict[str, NDArray[Any]],
+    runs: int,
+    unwanted: Sequence[str] = (),
 ) -> list[Executed]:
     """Run a graph in ONNX Runtime `runs` times after once to warm up; every execution of every node, in order."""
     import onnxruntime as ort
@@ -107,7 +112,7 @@ def profile(
     with tempfile.TemporaryDirectory() as folder:
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder, "profile"))
-        session = ort.InferenceSession(graph, options, providers=providers)
+        session = ort.InferenceSession(graph, options, providers=providers, disabled_optimizers=unwanted)
         for _ in range(runs + (runs > 1)):
             session.run(None, inputs)
         events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
