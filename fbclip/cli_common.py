@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 BundleOption = Annotated[Path | None, typer.Option(help="Bundle folder; the embedded default model if left out.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, tensorrt (an engine) or ort-tensorrt.")]
+ClipOption = Annotated[str | None, typer.Option(help="open_clip model name, or a model configuration (.json).")]
+WeightsOption = Annotated[str | None, typer.Option(help="Pretrained tag of that name, or a weights file.")]
+LayersOption = Annotated[str | None, typer.Option(help="Blocks whose tokens are used, like 1,6,12,18,24.")]
+SizeOption = Annotated[int | None, typer.Option(help="Side of the model's square input in pixels.")]
 RoiOption = Annotated[str | None, typer.Option(help="Inspect only x0,y0,x1,y1 in pixels, or a mask picture.")]
 
 
@@ -19,3 +23,40 @@ def make_console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr)
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    from fbclip.errors import UsageError
+
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--feature-layers takes numbers with commas, like 1,6,12,18,24; got {text!r}") from error
+
+
+def parse_frame_size(text: str | None) -> tuple[int, int] | None:
+    import re
+
+    from fbclip.errors import UsageError
+
+    if text is None:
+        return None
+    if not (sides := re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", text)):
+        raise UsageError(f"--frame-size is HEIGHTxWIDTH in pixels, like 1080x1920; got {text!r}")
+    return int(sides[1]), int(sides[2])
+
+
+def need_train_extra(*also: str) -> None:
+    from importlib.util import find_spec
+
+    from fbclip.errors import UsageError
+
+    if missing := [
+        name
+        for name in ("torch", "open_clip", "onnx", "onnxscript", "safetensors", "accelerate", "matplotlib")
+        if find_spec(name) is None
+    ]:
+        raise UsageError(
+            f"this command needs {', '.join(missing)}, which the runtime does without: "
+            f"pip install 'fbclip[train]' on the machine that exports"
+        )

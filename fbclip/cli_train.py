@@ -1,0 +1,163 @@
+"""`fbclip train` and `fbclip eval`: their options."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fbclip.cli_common import (
+    BundleOption,
+    ClipOption,
+    DeviceOption,
+    LayersOption,
+    SizeOption,
+    WeightsOption,
+    make_console,
+    need_train_extra,
+    parse_layers,
+)
+
+
+def train(
+    source: Annotated[str, typer.Argument(help="A data set (see fbclip data), or 'procedural'.")] = "procedural",
+    clip: ClipOption = None,
+    clip_weights: WeightsOption = None,
+    image_size: SizeOption = None,
+    feature_layers: LayersOption = None,
+    train_tower: Annotated[bool, typer.Option("--train-tower", help="Train the vision tower too.")] = False,
+    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass and process.")] = 4,
+    accumulate: Annotated[int, typer.Option(min=1, help="Forward passes that make up a step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 5e-5,
+    cosine: Annotated[bool, typer.Option("--cosine", help="Warm up, then decay the rate along a cosine.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Procedural images per epoch.")] = 10_000,
+    ramp: Annotated[int, typer.Option(min=0, help="Procedural images over which the variety grows.")] = 0,
+    seed: int = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 1,
+    amp: Annotated[str, typer.Option(help="Mixed precision: no, bf16, fp16 or auto.")] = "no",
+    cache_tokens: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the frozen backbone's tokens: later epochs skip it.")
+    ] = None,
+    muon_lr: Annotated[
+        float | None, typer.Option(help="Train the tower's matrices with Muon at this rate: quick from scratch.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Also teach the tower this network's features: efficientnet-lite0.")
+    ] = None,
+    teacher_weight: Annotated[float, typer.Option(help="Of that loss beside the task's.")] = 1.0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files to OUT/tensorboard.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what --out holds.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, metrics.jsonl and pictures.")] = Path(
+        "runs/train/exp"
+    ),
+) -> None:
+    """Train on a data set with masks, or on procedural defects."""
+    need_train_extra("accelerate", "matplotlib")
+    import torch
+
+    from fbclip.checkpoint import DEFAULT_CLIP, DEFAULT_WEIGHTS
+    from fbclip.clip import load_clip
+    from fbclip.data.dataset import SampleSet
+    from fbclip.data.layouts import open_dataset
+    from fbclip.data.procedural import ProceduralDefects
+    from fbclip.errors import UsageError
+    from fbclip.model import FBCLIP, default_config
+    from fbclip.train import Execution, accelerator_for, init_from_scratch, train
+    from fbclip.training_step import Recipe
+
+    if clip is None:
+        clip, clip_weights = DEFAULT_CLIP, clip_weights or DEFAULT_WEIGHTS
+    if clip_weights is None and not train_tower:
+        raise UsageError(f"a frozen CLIP needs weights: pass --clip-weights TAG or FILE for {clip}, or --train-tower")
+    if teacher and (not train_tower or cache_tokens):
+        raise UsageError("--teacher teaches the tower: pass --train-tower, and no --cache-tokens")
+    if not resume and (out / "checkpoint.safetensors").exists():
+        raise UsageError(f"{out} holds a checkpoint already: pass --resume, or another --out")
+    accelerator = accelerator_for(amp)
+    with accelerator.local_main_process_first():  # one process of a machine fetches the weights
+        torch.manual_seed(seed)  # every process starts from the same weights
+        loaded, config = load_clip(clip, clip_weights)
+    model = FBCLIP(default_config(config, image_size, parse_layers(feature_layers)), loaded, train_tower)
+    if clip_weights is None:
+        init_from_scratch(model)
+    size = model.config.image_size
+    data: SampleSet = (
+        ProceduralDefects(size, samples, seed, ramp)
+        if source == "procedural"
+        else open_dataset(Path(source)).for_training(size)
+    )
+    console = make_console()
+    recipe = Recipe(
+        epochs, batch_size * accumulate * accelerator.num_processes, lr, cosine, seed, muon_lr, teacher, teacher_weight
+    )
+    execution = Execution(accumulate, workers, save_every, cache_tokens, tensorboard, console.is_terminal)
+    throughput = train(model, data, recipe, out, execution, resume, accelerator)
+    if accelerator.is_main_process:
+        console.print(f"wrote {out / 'checkpoint.safetensors'}\n{throughput}", soft_wrap=True, highlight=False)
+    accelerator.end_training()
+
+
+def eval_(
+    path: Annotated[list[Path], typer.Argument(help="Data sets: folders, or an index file.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Evaluate the torch model: ours or an official one.")] = None,
+    clip: ClipOption = None,
+    clip_weights: WeightsOption = None,
+    image_size: SizeOption = None,
+    feature_layers: LayersOption = None,
+    bundle: BundleOption = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or int8; of a bundle.")] = "auto",
+    layout: Annotated[str | None, typer.Option(help="Layout of the data sets; detected if left out.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Only these classes, like bottle,cable.")] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images per call of the model: faster on a GPU, more memory.")
+    ] = 1,
+    report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
+    project: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/eval"),
+    name: Annotated[str, typer.Option(help="Name of this run.")] = "exp",
+    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Write into the run's folder if it is there.")] = False,
+) -> None:
+    """Measure a checkpoint or a deployed bundle on the test splits of data sets."""
+    from fbclip.data.layouts import open_dataset
+    from fbclip.errors import Interrupted, UsageError
+    from fbclip.runtime.evaluate import bundle_subject, evaluate, to_evaluate
+    from fbclip.runtime.infer import new_run
+    from fbclip.runtime.report import require_report, write_report
+    from fbclip.runtime.results import show, stamp, write_results
+
+    if checkpoint and bundle:
+        raise UsageError("eval takes a --checkpoint or a --bundle; got both")
+    if not checkpoint and (clip or clip_weights or image_size or feature_layers):
+        raise UsageError("--clip, --clip-weights, --image-size and --feature-layers go with --checkpoint; got none")
+    if checkpoint and precision not in ("auto", "fp32"):
+        raise UsageError(
+            f"a checkpoint runs in fp32; got --precision {precision}: export it with --fp16, pass --bundle"
+        )
+    if report:
+        require_report()
+    wanted = tuple(part.strip() for part in classes.split(",")) if classes else None
+    tests = [to_evaluate(open_dataset(place, layout), wanted) for place in path]
+    if checkpoint:
+        need_train_extra()
+        from fbclip.export.backend import checkpoint_subject
+
+        subject = checkpoint_subject(checkpoint, clip, clip_weights, image_size, parse_layers(feature_layers), device)
+    else:
+        subject = bundle_subject(bundle, device, precision, batch_size)
+    folder = new_run(project, name, exist_ok)
+    console = make_console()
+    evaluation = evaluate(subject, tests, batch_size, console)
+    stamped = stamp(evaluation)
+    show(evaluation, console)
+    write_results(evaluation, stamped, folder)
+    if report:
+        write_report(evaluation, stamped, folder / "report.html")
+    console.print(f"results are in {folder}", soft_wrap=True, highlight=False)
+    if not evaluation.complete:
+        raise Interrupted("stopped by Ctrl-C; the results hold the classes that were finished", signal.SIGINT)
+    if evaluation.skipped:
+        raise typer.Exit(2)
