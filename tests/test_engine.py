@@ -329,7 +329,8 @@ def test_a_plan_for_later_releases_runs_on_one(bundle: Bundle, monkeypatch: pyte
     image = np.zeros((1, 192, 192, 3), np.uint8)
     with monkeypatch.context() as patch, standins("10.16.1", patch):
         backend, _ = make_backend(bundle, "tensorrt")
-        assert backend.run(image)[0] == make_backend(bundle, "cpu")[0].run(image)[0]
+        on_cpu = make_backend(bundle, "cpu")[0].run(image)[0]  # another graph of the same model
+        assert backend.run(image)[0] == pytest.approx(on_cpu, abs=1e-5)
         del backend
 
 
