@@ -44,7 +44,7 @@ def test_lower_feature_layers_do_without_the_blocks_behind_them(golden_files: Pa
     image = torch.rand(1, 3, golden.IMAGE_SIZE, golden.IMAGE_SIZE)
     with torch.no_grad():
         assert torch.equal(lower.visual.tower(image), model.visual.tower(image)[:, :2])
-    with pytest.raises(CheckpointError, match="missing visual.tower.blocks.2"):
+    with pytest.raises(CheckpointError, match=r"missing visual\.tower\.blocks\.2"):
         checkpoint.save(lower, tmp_path / "lower.safetensors")
         checkpoint.load(tmp_path / "lower.safetensors", feature_layers=SMALL_LAYERS)
 
