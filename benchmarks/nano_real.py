@@ -11,9 +11,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -29,13 +30,22 @@ SIDE = 256  # of the compared maps
 Figures = dict[str, float | None]
 
 
+class Scored(Protocol):
+    """What is read of a Prediction."""
+
+    @property
+    def score(self) -> float: ...
+    @property
+    def model_map(self) -> NDArray[np.float32]: ...
+
+
 def drawn(paths: Sequence[Path], count: int) -> list[Path]:
     """The same random `count` of them each time."""
     ordered = sorted(paths)
     return [ordered[i] for i in np.random.default_rng(0).permutation(len(ordered))[:count]]
 
 
-def scores(predictor: Predictor, paths: Sequence[Path]) -> list[float]:
+def scores(predictor: Callable[[Path], Scored], paths: Sequence[Path]) -> list[float]:
     return [predictor(path).score for path in paths]
 
 
@@ -43,9 +53,9 @@ def image_auroc(good: Sequence[float], defective: Sequence[float]) -> float | No
     return image_metrics([0] * len(good) + [1] * len(defective), [*good, *defective]).auroc
 
 
-def tiles(predictor: Predictor, root: Path) -> Figures:
+def tiles(predictor: Callable[[Path], Scored], root: Path, good_tiles: int = 300) -> Figures:
     """Image AUROC of each defect against the good tiles, pixel AUROC and AUPRO within its own images."""
-    good = scores(predictor, drawn(list((root / "test/good").iterdir()), 300))
+    good = scores(predictor, drawn(list((root / "test/good").iterdir()), good_tiles))
     figures: Figures = {}
     defective: list[float] = []
     for defect in DEFECTS:

@@ -29,13 +29,14 @@ import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
+from open_clip import CLIP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import golden
 
 from fbclip import reference
 from fbclip.bundle import DYNAMIC, IMAGE, STATIC, TEXT, Bundle
-from fbclip.clip import build_clip, clip_config
+from fbclip.clip import ClipConfig, build_clip, clip_config
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.check import check_graph
 from fbclip.export.graph import OPSET
@@ -59,11 +60,15 @@ def large_model() -> FBCLIP:
     return generated_model(default_config(clip_config("ViT-L-14-336", "openai")))
 
 
-def generated_model(config: Config) -> FBCLIP:
-    """Any model with weights by the rule of the recorded numbers."""
+def generated_clip(config: ClipConfig) -> CLIP:
     with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in build_clip(config.clip, None).state_dict().items()}
-    clip = build_clip(config.clip, {name: golden.weight(name, shape) for name, shape in shapes.items()})
+        shapes = {k: tuple(v.shape) for k, v in build_clip(config, None).state_dict().items()}
+    return build_clip(config, {name: golden.weight(name, shape) for name, shape in shapes.items()})
+
+
+def generated_model(config: Config, clip: CLIP | None = None) -> FBCLIP:
+    """Any model with weights by the rule of the recorded numbers; of several models of one CLIP, make that once."""
+    clip = clip or generated_clip(config.clip)
     model = FBCLIP(config, clip)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -190,7 +190,8 @@ def restore(model: FBCLIP, path: Path) -> None:
     """Load the tensors of our checkpoint into a model of its configuration."""
     includes_clip = read_header(path)["includes_clip"]
     with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        names = [name for name in file.keys() if not _is_behind(name, len(model.visual.tower.blocks))]  # noqa: SIM118
+        state = {name: file.get_tensor(name).float() for name in names}
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if includes_clip or not _is_clip(k)}
     require_fit(f"the tensors of {path}", wanted, {k: tuple(v.shape) for k, v in state.items()})
     model.load_state_dict(state, strict=False)
@@ -198,6 +199,12 @@ def restore(model: FBCLIP, path: Path) -> None:
 
 def _is_clip(name: str) -> bool:
     return name.startswith(("text.", "visual.tower."))
+
+
+def _is_behind(name: str, blocks: int) -> bool:
+    """Whether a tensor belongs to a vision block that feature layers lower than the trained ones do without."""
+    block = re.match(r"visual\.tower\.blocks\.(\d+)\.", name)
+    return block is not None and int(block[1]) >= blocks
 
 
 def _load_official(

@@ -331,11 +331,15 @@ class VisionTower(nn.Module):
         patches = torch.einsum("yv,xu,vuc->yxc", resize, resize, positions[1:].unflatten(0, (trained, trained)))
         return torch.cat([positions[:1], patches.flatten(0, 1)])
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S) -> tokens of the K feature layers (B, K, N, C), class token first."""
+    def embed(self, image: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S) -> what the first block takes (B, N, C), class token first."""
         patches = self.conv1(image).flatten(2).mT  # (B, C, g, g) -> (B, L, C)
         class_token = self.class_embedding.expand(patches.shape[0], 1, -1)
-        x = self.ln_pre(torch.cat([class_token, patches], dim=1) + self.positions())
+        return cast(Tensor, self.ln_pre(torch.cat([class_token, patches], dim=1) + self.positions()))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised images (B, 3, S, S) -> tokens of the K feature layers (B, K, N, C), class token first."""
+        x = self.embed(image)
         tokens = []
         for number, block in enumerate(self.blocks, start=1):
             x = block_forward(cast(ResidualAttentionBlock, block), x)

@@ -37,6 +37,18 @@ def test_ours_comes_back(golden_files: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["ours.safetensors"]
 
 
+def test_lower_feature_layers_do_without_the_blocks_behind_them(golden_files: Path, tmp_path: Path) -> None:
+    model = load(golden_files)
+    checkpoint.save(model, tmp_path / "ours.safetensors")
+    lower = checkpoint.load(tmp_path / "ours.safetensors", feature_layers=SMALL_LAYERS[:2])
+    image = torch.rand(1, 3, golden.IMAGE_SIZE, golden.IMAGE_SIZE)
+    with torch.no_grad():
+        assert torch.equal(lower.visual.tower(image), model.visual.tower(image)[:, :2])
+    with pytest.raises(CheckpointError, match=r"missing visual\.tower\.blocks\.2"):
+        checkpoint.save(lower, tmp_path / "lower.safetensors")
+        checkpoint.load(tmp_path / "lower.safetensors", feature_layers=SMALL_LAYERS)
+
+
 def test_every_wrong_name_is_listed(golden_files: Path, tmp_path: Path) -> None:
     content = golden.official_checkpoint()
     parameters = content["model_trainable_params"]
