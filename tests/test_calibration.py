@@ -281,7 +281,8 @@ def test_from_pictures_of_good_parts_to_verdicts(fbclip: Run, tmp_path: Path) ->
     paths = write_good(tmp_path / "good", 12)
     shutil.copy(paths[0], tmp_path / "good" / "copy.png")
     (tmp_path / "good" / "broken.png").write_text("no image")
-    assert "threshold 0.545 is the bundle's default: no calibration" in fbclip("infer", "--no-save").stdout
+    default = Bundle.load().manifest.threshold
+    assert f"threshold {default} is the bundle's default: no calibration" in fbclip("infer", "--no-save").stdout
     done = fbclip("calibrate", "good", "--false-alarm-rate", 0.1, "--defects", paths[3], code=2)  # one is broken
     assert "copied the embedded one to fbclip-nano.fbclip" in done.stdout
     assert "broken.png is no image" in done.stdout

@@ -128,7 +128,8 @@ def grey(value: int) -> NDArray[np.uint8]:
 
 
 def running() -> set[str]:
-    return {thread.name for thread in threading.enumerate()} - {"MainThread"}
+    """Names of threads; a progress bar of another test's library leaves one behind."""
+    return {thread.name for thread in threading.enumerate()} - {"MainThread", "tqdm_monitor"}
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,7 @@ def test_the_page_shows_the_belt(server: Server, page: Page) -> None:
     server.belt.parts.put(SCRATCH)
     expect(page.locator("#verdict")).to_contain_text("Defect")
     expect(page.locator("#alarm")).to_be_visible()
-    expect(page.locator("#announcer")).to_contain_text("Alarm, score 0.8")
+    expect(page.locator("#announcer")).to_contain_text("Alarm, score 0.9")
     expect(page.get_by_role("img", name="threshold 0.600, 1 alarm")).to_be_visible()  # the graph
     page.get_by_role("button", name="Event at").click()
     dialog = page.get_by_role("dialog")
