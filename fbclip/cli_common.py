@@ -46,7 +46,7 @@ def parse_frame_size(text: str | None) -> tuple[int, int] | None:
     return int(sides[1]), int(sides[2])
 
 
-def need_train_extra(*also: str) -> None:
+def need_train_extra() -> None:
     from importlib.util import find_spec
 
     from fbclip.errors import UsageError

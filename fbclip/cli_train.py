@@ -56,7 +56,7 @@ def train(
     ),
 ) -> None:
     """Train on a data set with masks, or on procedural defects."""
-    need_train_extra("accelerate", "matplotlib")
+    need_train_extra()
     import torch
 
     from fbclip.checkpoint import DEFAULT_CLIP, DEFAULT_WEIGHTS

@@ -87,15 +87,17 @@ class Distillation(nn.Module):
         indices = np.linspace(0, len(data) - 1, min(MEASURED_ON, len(data))).round().astype(int)
         images = torch.stack([torch.from_numpy(data[int(i)].image) for i in indices]).permute(0, 3, 1, 2)
         features = self.teacher(images)
-        self.means = [f.mean((0, 2, 3), keepdim=True) for f in features]
-        self.deviations = [f.std((0, 2, 3), keepdim=True) + 1e-3 for f in features]
+        for block, feature in zip(BLOCKS, features, strict=True):  # buffers, which go where the teacher goes
+            self.register_buffer(f"mean_{block}", feature.mean((0, 2, 3), keepdim=True))
+            self.register_buffer(f"deviation_{block}", feature.std((0, 2, 3), keepdim=True) + 1e-3)
         width = config.clip.model["vision_cfg"]["width"]
         self.heads = nn.ModuleList(nn.Linear(width, t.shape[1]) for t in self.targets(images[:1]))
 
     def targets(self, images: Tensor) -> list[Tensor]:
         """Standardised features of images uint8 (B, 3, S, S), none finer than the patches: what is finer becomes channels."""
         maps = []
-        for feature, mean, deviation in zip(self.teacher(images), self.means, self.deviations, strict=True):
+        for block, feature in zip(BLOCKS, self.teacher(images), strict=True):
+            mean, deviation = self.get_buffer(f"mean_{block}"), self.get_buffer(f"deviation_{block}")
             target = ((feature - mean) / deviation).clamp(-CLAMP, CLAMP)
             if target.shape[-1] > self.grid:
                 target = F.pixel_unshuffle(target, target.shape[-1] // self.grid)

@@ -186,7 +186,8 @@ def accelerator_for(amp: str) -> Accelerator:
         amp = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
     if amp == "fp16" and not cuda:
         raise DeviceError("--amp fp16 needs a CUDA device and there is none; use --amp no, or bf16")
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # or plain attention on a CPU would go through float32
+    if not cuda:  # or plain attention in bfloat16 would go through float32
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return Accelerator(mixed_precision=amp, cpu=not torch.accelerator.is_available())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -83,14 +83,7 @@ class Notice:
     counters: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "time": self.time,
-            "kind": self.kind,
-            "subject": self.subject,
-            "state": self.state,
-            "message": self.message,
-            "counters": self.counters,
-        }
+        return asdict(self)
 
 
 class Sink(Protocol):

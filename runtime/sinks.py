@@ -276,7 +276,7 @@ class Video:
     def __init__(self, path: Path, fps: float) -> None:
         if path.suffix.lower() != ".avi":
             raise UsageError(
-                f"a video is Motion JPEG in .avi, which a power cut leaves playable; got {path}: pass {path.stem}.avi"
+                f"a video is Motion JPEG in .avi, which stays playable when the process is killed; got {path}: pass {path.stem}.avi"
             )
         if not 0 < fps < 1000:
             raise UsageError(f"a video has more than 0 and less than 1000 frames per second; got {fps}")
