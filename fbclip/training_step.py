@@ -70,11 +70,6 @@ class Recipe:
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def loss_of_batch(model: FBCLIP, images: Tensor, masks: Tensor) -> Losses:
-    """Losses of normalised images (B, 3, S, S) with masks (B, S, S) of 0 and 1; an image is defective if its mask is."""
-    return loss_of_tokens(model, model.visual.tower(images), masks)
-
-
 def loss_of_tokens(
     model: FBCLIP, tokens: Tensor, masks: Tensor, mixed: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Losses:

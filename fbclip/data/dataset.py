@@ -87,11 +87,6 @@ class Dataset:
         """Names of the classes, sorted."""
         return tuple(sorted({item.class_name for item in self.items}))
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether pixels can be judged: every defective image has a mask."""
-        return all(item.mask is not None for item in self.items if item.label)
-
     def select(self, split: str | None = None, class_name: str | None = None) -> Dataset:
         """The items of a split, of a class, or both."""
         chosen = (
