@@ -154,10 +154,10 @@ def prepare_opencv() -> None:
     """Settings of OpenCV that hold for the process; the environment's own come first."""
     # fpsprobesize: FFmpeg waits for 20 frames to guess their rate, 4 s of a camera with 5 frames per second
     os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "rtsp_transport;tcp|fpsprobesize;0")
-    os.environ.setdefault(
-        "OPENCV_FFMPEG_LOGLEVEL", "-8"
-    )  # it would write a line at each try, for months; so would OpenCV
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+    # it would write a line at each try, for months; so would OpenCV, which 4.8 (JetPack's) has no way to stop
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    if hasattr(cv2, "setLogLevel"):
+        cv2.setLogLevel(2)  # errors
 
 
 def connect_camera(
