@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -225,3 +226,17 @@ def test_real_photographs(fbclip: Run, real_images: Path) -> None:
     images = sorted((real_images / "test" / "blowhole").glob("*"))[:3]
     done = fbclip("infer", *images)
     assert "3 images" in done.stdout
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, to be kept to one of them")
+def test_threads_stay_on_the_cores_that_the_process_is_given() -> None:
+    program = (
+        "import os, pathlib\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "import numpy as np\n"
+        "from fbclip import Predictor\n"
+        "Predictor()(np.zeros((50, 60, 3), np.uint8))\n"
+        "print({frozenset(os.sched_getaffinity(int(t.name))) for t in pathlib.Path('/proc/self/task').iterdir()})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == str({frozenset({min(os.sched_getaffinity(0))})})
