@@ -235,7 +235,8 @@ def test_threads_stay_on_the_cores_that_the_process_is_given() -> None:
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import numpy as np\n"
         "from fbclip import Predictor\n"
-        "Predictor()(np.zeros((50, 60, 3), np.uint8))\n"
+        "predictor = Predictor()\n"
+        "predictor(np.zeros((50, 60, 3), np.uint8))\n"
         "print({frozenset(os.sched_getaffinity(int(t.name))) for t in pathlib.Path('/proc/self/task').iterdir()})\n"
     )
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=True)
