@@ -399,6 +399,7 @@ def test_only_the_newest_frame_is_kept(fake: Any) -> None:
     assert newest.image[0, 0, 0] == 7 and newest.index == 7 and newest.name == "belt#7"
     counters = source.counters
     assert counters["frames"] == 2 and counters["dropped"] == 6
+    notices.wait("live")  # told by another thread than the one that hands frames over
     assert notices.states == ["connecting", "live"]
     device.script.put(Fault("cut", "over"))
     assert newest.captured <= time.monotonic() and abs(newest.wall - time.time()) < SOON
@@ -541,6 +542,7 @@ def test_closing_from_another_thread() -> None:
     notices.wait("lost")
     source.close()
     assert drain.ends() and drain.error is None
+    notices.wait("ended")
     assert notices.states == ["connecting", "lost", "ended"]
 
 
