@@ -6,7 +6,7 @@ models    sizes of the backbone: nano, ViT-S/16, ViT-B/16+ at 240 px
 large     ViT-L/14 at 518 px, generated weights: literal reference, torch, ONNX Runtime, profile
 threads   the embedded model on 1 core up to all of them
 frames    the embedded model from camera frames, resized by Pillow or in the graph
-precision the embedded model's graphs: fp32 and fp16
+precision the embedded model's graphs: fp32, fp16 and 8 bit
 
 Writes benchmarks/results/bench_SCENARIO.json: the reports of `fbclip bench` by label, and fitted exponents; with --show
 prints the recorded one as Markdown instead. Bundles that have to be made first are kept in runs/. docs/benchmarks.md
@@ -32,6 +32,7 @@ from fbclip.bundle import EMBEDDED, Bundle
 from fbclip.clip import ClipConfig, clip_config
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.parity import Proof
+from fbclip.export.quantize import DYNAMIC, Quantization
 from fbclip.model import FBCLIP, default_config
 from fbclip.runtime.bench import Options, bench, sample_frames
 from fbclip.runtime.bench_report import HEADINGS, NOTHING, remarks, rows, show
@@ -114,7 +115,7 @@ def threads() -> Reports:
     reports = {}
     for count in range(1, len(cores) + 1):
         os.sched_setaffinity(0, cores[:count])
-        reports[f"{count} cores"] = measure(Bundle.load(), Options(backends=DEPLOYED))
+        reports[f"on {count} of {len(cores)} cores"] = measure(Bundle.load(), Options(backends=DEPLOYED))
     return reports
 
 
@@ -130,7 +131,7 @@ def frames() -> Reports:
 
 
 def precision() -> Reports:
-    bundle, path = exported("nano-half", embedded_model, half=True)
+    bundle, path = exported("nano-half-int8", embedded_model, half=True, quantization=Quantization(DYNAMIC))
     return {"nano": measure(bundle, Options(backends=DEPLOYED, checkpoint=path))}
 
 

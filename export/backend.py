@@ -47,7 +47,7 @@ class TorchBackend:
             raise DeviceError("--device cuda needs a GPU that torch can use; this torch has cpu only")
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.eval().to(self.device)
-        self.forward = forward or model.visual
+        self.forward = model.visual if forward is None else forward  # a compiled one can't be asked whether it is true
         size, clip = model.config.image_size, model.config.clip
         self._upsampling = torch.from_numpy(upsampling_matrix(size, model.config.grid)).to(self.device)
         self._mean, self._std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (clip.mean, clip.std))

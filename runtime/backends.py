@@ -66,8 +66,7 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3  # errors; warnings about nodes left on the CPU are checked below
         # threads that wait for each other in a loop take the cores from what prepares the next frame meanwhile
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if allowed := allowed_cores():
-            options.intra_op_num_threads = allowed
+        options.intra_op_num_threads = allowed_cores()
         self.unwanted = UNWANTED_FUSIONS if device == "cpu" else []
         self.session = ort.InferenceSession(
             graph, options, providers=provider_options(device, cache), disabled_optimizers=self.unwanted
@@ -93,13 +92,13 @@ class OnnxRuntimeBackend:
         return scores, maps
 
 
-def allowed_cores() -> int | None:
-    """How many cores this process is kept to (taskset, a container's cpuset), which ONNX Runtime's threads would leave;
-    None where it may use all, or the system doesn't say."""
+def allowed_cores() -> int:
+    """Threads for ONNX Runtime: as many as the cores that this process is kept to (taskset, a container's cpuset), which
+    its own choice would leave; 0, its own choice, where the process may use all cores, or the system doesn't say."""
     if not hasattr(os, "sched_getaffinity"):
-        return None
+        return 0
     allowed = len(os.sched_getaffinity(0))
-    return allowed if allowed < (os.cpu_count() or 1) else None
+    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 def provider_options(device: str, cache: Path | None) -> list[tuple[str, dict[str, str]]]:

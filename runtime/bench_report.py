@@ -137,7 +137,7 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{report['bundle']['name']}, frames {height}x{width}, {report['operations']['total'] / 1e9:.3g} GFLOP per "
         f"image; at least {report['runs']} runs each, in {len(report['order'])} rounds; {place}, "
-        f"{environment['cores']} cores"
+        f"{environment['cores']} core{'s' * (environment['cores'] > 1)}"
     ]
     products = ", ".join(f"{n} {r / 1e9:.0f}" for n, r in rates.items() if not n.endswith("copy"))
     lines.append(f"matrix products in the same run, GFLOP/s: {products}; copy {rates['cpu copy'] / 1e9:.1f} GB/s")

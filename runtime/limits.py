@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.bundle import IMAGE, TEXT
+from fbclip.runtime.backends import allowed_cores
 
 Shape = tuple[int, ...]
 
@@ -193,6 +194,7 @@ class Rates:
         out = np.empty_like(a)
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = allowed_cores()
         session = ort.InferenceSession(MATMUL, options, providers=["CPUExecutionProvider"])
         self.products: dict[str, Callable[[], object]] = {
             "cpu fp32 onnxruntime": lambda: session.run(None, {"a": a, "b": a}),

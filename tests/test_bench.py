@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from conftest import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fbclip.bundle import EMBEDDED, Bundle, sha256
 from fbclip.errors import UsageError
+from fbclip.export.backend import bundle_backend
 from fbclip.runtime.bench import Options, runs_of_round, turn_order
 from fbclip.runtime.bench_compare import compare, parse_share, ratio_interval, read_report
 from fbclip.runtime.bench_worker import Worker, WorkerFailed, clocked_device_times, is_stable
@@ -87,6 +89,15 @@ def test_side_by_side_then_compared(fbclip: Run, tmp_path: Path) -> None:
     new.write_text(json.dumps(before))
     assert "3.000" in fbclip("bench", "--compare", old, new, "--fail-over", "5%", code=1).stdout
     assert "faster" in fbclip("bench", "--compare", new, old, "--fail-over", "0").stdout
+
+
+def test_torch_compile_runs_the_same_model() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (1, 192, 192, 3), np.uint8)
+    eager, compiled = (bundle_backend(Bundle.load(), kind, None, None, None) for kind in ("torch", "torch-compile"))
+    with torch.compiler.set_stance("force_eager"):  # compiling itself takes half a minute
+        for one, other in zip(eager.run(frames), compiled.run(frames), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert compiled.forward is not compiled.model.visual
 
 
 def test_wrong_usage(fbclip: Run, tmp_path: Path) -> None:
