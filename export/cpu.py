@@ -20,14 +20,11 @@ import torch
 from onnx import TensorProto
 from onnx.defs import OpSchema
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, set_external_data
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass
-from onnxscript.optimizer import fold_constants
 from torch import Tensor
 
 from fbclip.export.graph import OPSET, DeployedModel, trace
 
 DOMAIN, OPERATOR = "com.microsoft", "MultiHeadAttention"
-LARGEST_FOLDED = 2**28  # elements; no weight is as large
 Place = tuple[str, int, int]  # file, offset and length in bytes
 
 
@@ -35,9 +32,6 @@ def write_cpu_graph(model: DeployedModel, text: Tensor, path: Path, portable: Pa
     """Write the graph beside the portable one, which holds its weights."""
     model.visual.batched = False
     program = trace(model, text, {torch.ops.aten.scaled_dot_product_attention.default: fused_attention})
-    # a weight that several calls share is transposed in each of them: once is enough, and then it is the portable graph's
-    CommonSubexpressionEliminationPass()(program.model)
-    fold_constants(program.model, output_size_limit=LARGEST_FOLDED)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         apart = Path(folder, path.name)
         program.save(apart, external_data=True)

@@ -14,6 +14,8 @@ from typing import Any
 import onnx
 import onnx_ir
 import torch
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch.onnx import ONNXProgram
 
@@ -23,6 +25,7 @@ from fbclip.model import FBCLIP, Visual
 
 OPSET = 18
 MASK, VIEWS, SEPARATION, SCORES = "foreground mask", "views", "separation", "scores"  # stages behind the blocks
+LARGEST_FOLDED = 2**28  # elements; no weight is as large
 EXTERNAL_DATA_FROM = 2**31 - 2**20  # bytes; protobuf ends at 2 GB
 
 
@@ -135,7 +138,15 @@ def trace(
     assert program is not None
     name_nodes(program.model.graph)
     size_after_cast(program.model.graph)
+    fold_weights(program.model)
     return program
+
+
+def fold_weights(model: onnx_ir.Model) -> None:
+    """Compute once what depends on weights alone: their parts, transposes, sums."""
+    CommonSubexpressionEliminationPass()(model)  # a weight that several calls share is transposed in each
+    fold_constants(model, input_size_limit=LARGEST_FOLDED, output_size_limit=LARGEST_FOLDED)
+    RemoveUnusedNodesPass()(model)  # and the weights that were taken apart
 
 
 def save_in_pieces(model: onnx.ModelProto, path: Path) -> None:
@@ -156,8 +167,9 @@ def name_nodes(graph: onnx_ir.Graph) -> None:
     """Name the nodes by stage, for messages and for the parity gate's taps; drops the exporter's notes, which hold
     paths of the machine it ran on."""
     stage, counts = "input", Counter[str]()
-    for node in graph:
-        stage = _stage(node, stage)
+    last = max((n for n, node in enumerate(graph) if "'visual.separation'" in _scopes(node)), default=0)
+    for n, node in enumerate(graph):
+        stage = _stage(node, stage, separated=n > last)
         kind = f"{stage}/{node.op_type}"
         counts[kind] += 1
         node.name = f"{kind} {counts[kind]}"
@@ -174,19 +186,31 @@ def name_nodes(graph: onnx_ir.Graph) -> None:
         part.metadata_props.clear()
 
 
-def _stage(node: onnx_ir.Node, before: str) -> str:
-    """The part of the model that a node belongs to, from the module it was traced in and the node before it."""
+def _scopes(node: onnx_ir.Node) -> str:
+    """The modules that a node was traced in, as the exporter notes them."""
+    return node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+
+
+def _stage(node: onnx_ir.Node, before: str, separated: bool) -> str:
+    """The part of the model that a node belongs to, from the module it was traced in and the stage of the node before it.
+
+    Args:
+        separated: whether it comes behind all separation attention; where inputs go through it one after the other,
+            a feature layer's mask follows the separation attention of the one before.
+    """
     for value in node.inputs:  # the blocks' modules are not called as such, but their parameters keep their names
         if value is not None and value.name and (block := re.match(r"visual\.tower\.blocks\.(\d+)\.", value.name)):
             return f"block {int(block[1]) + 1}"
-    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    scopes = _scopes(node)
     for module, stage in (("separation", SEPARATION), ("spatial", VIEWS)):
         if f"'visual.{module}'" in scopes:
             return stage
     if "'visual.tower'" in scopes:
         return before if before.startswith("block") else "patch embedding"
     if "'visual'" in scopes:
-        return MASK if before.startswith("block") else SCORES if before == SEPARATION else before
+        if before == SEPARATION:
+            return SCORES if separated else MASK
+        return MASK if before.startswith("block") else before
     if "'resize'" in scopes:
         return "resize"
     return "map" if before == SCORES else before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import open_clip
@@ -137,37 +138,49 @@ def min_max(v: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def foreground_mask(tokens: Tensor) -> Tensor:
-    """Tokens (B, K, N, C) -> f (B, K, L), 1 in front and 0.5 behind (section 4). A hard threshold: no gradient."""
-    x = tokens[:, :, 1:]
+def foreground_mask(tokens: Tensor, previous: Tensor, q: Tensor) -> Tensor:
+    """Which patches are in front (section 4). A hard threshold: no gradient.
+
+    Args:
+        tokens: (..., N, C).
+        previous: those of the feature layer before; of the first one itself, from which it is 0 away.
+        q: `distance_to_class`, (..., L).
+
+    Returns:
+        f (..., L), 1 in front and 0.5 behind.
+    """
+    x = tokens[..., 1:, :]
     padded = F.pad(x, (0, 0, 1, 1))
-    a = (x - (padded[:, :, :-2] + x + padded[:, :, 2:]) / 3).norm(dim=-1)
-    b = (x - x.mean(dim=2, keepdim=True)).norm(dim=-1)
-    q = distance_to_class(tokens)
-    # the first feature layer has no previous one, and is 0 from itself; no slice, since one of no layers breaks runtimes
-    previous = torch.tensor([0, *range(x.shape[1] - 1)], device=x.device)
-    d = (x - x.index_select(1, previous)).norm(dim=-1)
+    a = (x - (padded[..., :-2, :] + x + padded[..., 2:, :]) / 3).norm(dim=-1)
+    length = x.shape[-2]
+    mean = x.new_full((1, length), 1 / length) @ x  # a product: ONNX Runtime's sum along tokens takes 20 times as long
+    b = (x - mean).norm(dim=-1)
+    d = (x - previous[..., 1:, :]).norm(dim=-1)
     s = 0.3 * min_max(a) + 0.3 * min_max(b) + 0.3 * min_max(q) + 0.1 * min_max(d)
     s = torch.cat([s[..., 2:3], s[..., 1:2], s, s[..., -2:-1], s[..., -3:-2]], dim=-1)  # reflected at both ends
-    length = x.shape[2]
     smooth = torch.stack([s[..., k : k + length] for k in range(5)]).mean(dim=0)
     return torch.where(smooth > 0.5, 1.0, 0.5)
 
 
 def distance_to_class(tokens: Tensor) -> Tensor:
     """q = 1 - cosine of each patch with the class token: (..., N, C) -> (..., L)."""
-    unit = F.normalize(tokens, dim=-1)
-    return 1 - (unit[..., 1:, :] @ unit[..., :1, :].mT).squeeze(-1)
+    along = (tokens @ F.normalize(tokens[..., :1, :], dim=-1).mT).squeeze(-1)
+    return 1 - (along / tokens.norm(dim=-1).clamp_min(1e-12))[..., 1:]  # divides one scalar a token
 
 
-def semantic_view(tokens: Tensor, f: Tensor) -> Tensor:
-    """Tokens (B, N, C) and f (B, L) -> the patches' semantic view (B, L, C), in O(L·C) (sections 5 and 9.1).
+def layer_before(tokens: Tensor) -> Tensor:
+    """Of all feature layers' tokens (B, K, N, C) those of the layer before each; the first has itself."""
+    # no slice, since one of no layers breaks runtimes
+    return tokens.index_select(1, torch.tensor([0, *range(tokens.shape[1] - 1)], device=tokens.device))
+
+
+def semantic_view(tokens: Tensor, f: Tensor, q: Tensor) -> Tensor:
+    """Tokens (B, N, C), f and q (B, L) -> the patches' semantic view (B, L, C), in O(L·C) (sections 5 and 9.1).
 
     Row i's softmax logits take two values only, one for the patches in front and one for those behind:
     two weights per row on two sums.
     """
     x = tokens[:, 1:]
-    q = distance_to_class(tokens)
     h = 1 - f
     front = (f > 0.75).to(x.dtype)
     groups = torch.stack([front, 1 - front], dim=1)  # (B, 2, L)
@@ -215,14 +228,13 @@ class SpatialView(nn.Module):
         row_inside = ((key_row >= 0) & (key_row < self.rows))[:, None, :, None]
         self.register_buffer("masked", ~(row_inside & (col_band > 0)[:, None]), persistent=False)
 
-    def forward(self, tokens: Tensor, f: Tensor) -> Tensor:
-        """Tokens (B, N, C) and f (B, L) -> the patches' spatial view (B, L, C)."""
+    def forward(self, tokens: Tensor, f: Tensor, q: Tensor) -> Tensor:
+        """Tokens (B, N, C), f and q (B, L) -> the patches' spatial view (B, L, C)."""
         rows, cols = self.rows, self.cols
         c = F.normalize(tokens[:, :1], dim=-1)
         x = tokens[:, 1:]
         along = (x @ c.mT).squeeze(-1).unflatten(1, (rows, cols))  # x·ĉ, (B, rows, cols)
-        q = distance_to_class(tokens).unflatten(1, (rows, cols))
-        x, f = x.unflatten(1, (rows, cols)), f.unflatten(1, (rows, cols))
+        x, f, q = (t.unflatten(1, (rows, cols)) for t in (x, f, q))
         h = 1 - f
         m = self.box_sum(f[..., None] * x) / WINDOW**2  # (B, rows, cols, C)
         keys = F.pad(x, (0, 0, 0, 0, 2, 2))  # (B, rows+4, cols, C)
@@ -342,23 +354,26 @@ class Visual(nn.Module):
     def separated(self, tokens: Tensor) -> Iterator[Tensor]:
         """Tokens (B, K, N, C) -> Z after separation attention: K times the identity, semantic and spatial view, each
         (B, 1, 1, N, C), or all of them batched, (B, K, 3, N, C)."""
-        f = foreground_mask(tokens)
         if self.batched:
-            views = self.views(tokens, f)
+            views = self.views(tokens)
             yield self.separation(views.flatten(0, 2)).unflatten(0, (-1, *views.shape[1:3]))
             return
-        for layer in zip(tokens.unbind(1), f.unbind(1), strict=True):
-            for view in self.layer_views(*layer):
+        layers = tokens.unbind(1)
+        for layer, previous in zip(layers, (layers[0], *layers[:-1]), strict=True):
+            for view in self.layer_views(layer, previous):
                 yield self.separation(view)[:, None, None]
 
-    def views(self, tokens: Tensor, f: Tensor) -> Tensor:
-        """Tokens (B, K, N, C), f (B, K, L) -> three views (B, K, 3, N, C), computed with all layers as one batch."""
-        views = self.layer_views(tokens.flatten(0, 1), f.flatten(0, 1))
+    def views(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, K, N, C) -> three views (B, K, 3, N, C), computed with all layers as one batch."""
+        views = self.layer_views(tokens.flatten(0, 1), layer_before(tokens).flatten(0, 1))
         return cast(Tensor, torch.stack(views, dim=1).unflatten(0, (-1, tokens.shape[1])))
 
-    def layer_views(self, tokens: Tensor, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, N, C), f (B, L) -> identity, semantic and spatial view, each (B, N, C); their class token is the same."""
-        patches = semantic_view(tokens, f), self.spatial(tokens, f)
+    def layer_views(self, tokens: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of a feature layer and of the one before (B, N, C) -> identity, semantic and spatial view, each
+        (B, N, C); their class token is the same."""
+        q = distance_to_class(tokens)
+        f = foreground_mask(tokens, previous, q)
+        patches = semantic_view(tokens, f, q), self.spatial(tokens, f, q)
         semantic, spatial = (torch.cat([tokens[:, :1], view], dim=1) for view in patches)
         return tokens, semantic, spatial
 
@@ -372,8 +387,8 @@ class Visual(nn.Module):
 
     def logits(self, projected: Tensor, text: Tensor) -> Tensor:
         """Projected tokens (B, K, 3, N, E), text (2, E) -> abnormal minus normal logit (B, K, 3, N) (section 9.3)."""
-        direction = (text[1] - text[0]) / TEMPERATURE
-        return cast(Tensor, (projected @ direction) / projected.norm(dim=-1).clamp_min(1e-12))
+        direction = (text[1:] - text[:1]).mT / TEMPERATURE  # a column: ONNX Runtime takes 12 times as long for a vector
+        return cast(Tensor, (projected @ direction).squeeze(-1) / projected.norm(dim=-1).clamp_min(1e-12))
 
     def scores(self, logits: Tensor) -> Scores:
         """Logits (B, K, 3, N) -> Scores (section 7). A softmax of two logits is a sigmoid of their difference."""
@@ -386,8 +401,9 @@ class Visual(nn.Module):
 def background(*parts: Tensor) -> Tensor:
     """The background direction b (B, C) from the first half of the tokens of all outputs Z, parts (B, k, v, N, C) alike."""
     upper = [z[:, :, :, : z.shape[3] // 2].flatten(1, 3) for z in parts]
-    mean, highest = torch.stack([u.mean(dim=1) for u in upper]), torch.stack([u.amax(dim=1) for u in upper])
-    return 0.5 * mean.mean(dim=0) + 0.5 * highest.amax(dim=0)
+    # token by token first, because ONNX Runtime takes long along tokens, as in the mask
+    total, highest = reduce(torch.add, upper), reduce(torch.maximum, upper)
+    return 0.5 * total.mean(dim=1) / len(upper) + 0.5 * highest.amax(dim=1)
 
 
 class FBCLIP(nn.Module):

@@ -22,7 +22,7 @@ from fbclip.distill import Distillation
 from fbclip.errors import CheckpointError, FBClipError, UsageError
 from fbclip.loading import Batch, ReadableSamples, collate
 from fbclip.losses import Losses, fbclip_losses
-from fbclip.model import FBCLIP, background, foreground_mask
+from fbclip.model import FBCLIP, background
 
 # One focal term can't pass 11.5 (-log of FOCAL_SMOOTH): above this, score and map are sure and wrong in a whole batch.
 EXPLODED = 12.0
@@ -75,7 +75,7 @@ def loss_of_tokens(
 ) -> Losses:
     """Losses of the tower's tokens float32 (B, K, N, C); `mixed` wraps what may run in half precision (spec, section 10)."""
     text, visual = model.encode_text(), model.visual
-    views = visual.views(tokens, foreground_mask(tokens))
+    views = visual.views(tokens)
     with mixed():
         z = visual.separation(views.flatten(0, 2))
     z = z.float().unflatten(0, views.shape[:3])

@@ -21,6 +21,8 @@ PROVIDERS = {
 }
 # Of ONNX Runtime's optimisations: on a CPU this one's kernel takes twice the time of the additions and norm it replaces.
 UNWANTED_FUSIONS = ["SkipLayerNormFusion"]
+SPIN_US = 20  # a thread without work waits as long in a loop before it sleeps: waking one takes as long as a small node
+SPIN_SINCE = (1, 26)  # the release of ONNX Runtime that takes it; older ones spin for milliseconds or not at all
 DEVICES = ("cpu", "cuda", "tensorrt", "ort-tensorrt")
 
 
@@ -64,8 +66,10 @@ class OnnxRuntimeBackend:
 
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors; warnings about nodes left on the CPU are checked below
-        # threads that wait for each other in a loop take the cores from what prepares the next frame meanwhile
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # threads that wait for each other in a loop for long take the cores from what prepares the next frame meanwhile
+        spins = tuple(map(int, ort.__version__.split(".")[:2])) >= SPIN_SINCE
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         options.intra_op_num_threads = allowed_cores()
         self.unwanted = UNWANTED_FUSIONS if device == "cpu" else []
         self.session = ort.InferenceSession(

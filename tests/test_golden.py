@@ -13,7 +13,7 @@ from torch import Tensor
 from fbclip import reference
 from fbclip.image import CLIP_MEAN, CLIP_STD, resize, upsampling_matrix
 from fbclip.losses import fbclip_losses
-from fbclip.model import FBCLIP, background, foreground_mask
+from fbclip.model import FBCLIP, background, distance_to_class, foreground_mask, layer_before
 
 TOKENS, PROBABILITY, RELATIVE = 1e-5, 1e-6, 1e-4
 EXPECTED = golden.arrays()
@@ -38,8 +38,8 @@ def stages(model: FBCLIP) -> dict[str, Tensor]:
         hidden = model.text(embeddings)
         eot, mean, attention = model.prompts.strategies(hidden, model.text.projection)
         tokens = visual.tower(image)
-        f = foreground_mask(tokens)
-        views, z = visual.views(tokens, f), all_separated(model, tokens)
+        f = foreground_mask(tokens, layer_before(tokens), distance_to_class(tokens))
+        views, z = visual.views(tokens), all_separated(model, tokens)
     per_layer = {
         f"{name}_{k}": value
         for k in range(5)

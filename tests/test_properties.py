@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fbclip import reference
 from fbclip.image import bilinear_matrix, gaussian_matrix
-from fbclip.model import SpatialView, foreground_mask, semantic_view
+from fbclip.model import SpatialView, distance_to_class, foreground_mask, layer_before, semantic_view
 
 WIDTH = 24
 TOLERANCE = 2e-5
@@ -37,14 +37,16 @@ def make(shape: tuple[int, int, int], mask: str, seed: int, constant: bool) -> t
 @given(shapes, masks, st.integers(0, 99), st.booleans())
 def test_semantic_view(shape: tuple[int, int, int], mask: str, seed: int, constant: bool) -> None:
     tokens, f = make(shape, mask, seed, constant)
-    assert (semantic_view(tokens, f) - reference.semantic_view(tokens, f)).abs().max() < TOLERANCE
+    view = semantic_view(tokens, f, distance_to_class(tokens))
+    assert (view - reference.semantic_view(tokens, f)).abs().max() < TOLERANCE
 
 
 @given(shapes, masks, st.integers(0, 99), st.booleans())
 def test_spatial_view(shape: tuple[int, int, int], mask: str, seed: int, constant: bool) -> None:
     tokens, f = make(shape, mask, seed, constant)
     grid = shape[1:]
-    difference = (SpatialView(grid)(tokens, f) - reference.spatial_view(tokens, f, grid)).abs().max()
+    view = SpatialView(grid)(tokens, f, distance_to_class(tokens))
+    difference = (view - reference.spatial_view(tokens, f, grid)).abs().max()
     # patches that equal their window's mean leave nothing but rounding of the expanded square
     assert difference < (2e-3 if constant else TOLERANCE)
 
@@ -52,7 +54,7 @@ def test_spatial_view(shape: tuple[int, int, int], mask: str, seed: int, constan
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(3, 30), st.integers(0, 99))
 def test_foreground_mask(batch: int, layers: int, length: int, seed: int) -> None:
     tokens = torch.randn(batch, layers, 1 + length, WIDTH, generator=torch.Generator().manual_seed(seed))
-    got = foreground_mask(tokens)
+    got = foreground_mask(tokens, layer_before(tokens), distance_to_class(tokens))
     for k in range(layers):
         expected = reference.foreground_mask(tokens[:, k], tokens[:, k - 1] if k else None)
         assert (got[:, k] == expected).all()
@@ -60,7 +62,7 @@ def test_foreground_mask(batch: int, layers: int, length: int, seed: int) -> Non
 
 def test_a_patch_alone_in_front_gets_only_itself() -> None:
     tokens, _ = make((1, 1, 3), "mixed", 0, False)
-    view = semantic_view(tokens, torch.full((1, 3), 0.5))
+    view = semantic_view(tokens, torch.full((1, 3), 0.5), distance_to_class(tokens))
     assert torch.isfinite(view).all()
 
 
