@@ -165,13 +165,15 @@ def foreground_mask(tokens: Tensor, previous: Tensor, q: Tensor) -> Tensor:
 def distance_to_class(tokens: Tensor) -> Tensor:
     """q = 1 - cosine of each patch with the class token: (..., N, C) -> (..., L)."""
     along = (tokens @ F.normalize(tokens[..., :1, :], dim=-1).mT).squeeze(-1)
-    return 1 - (along / tokens.norm(dim=-1).clamp_min(1e-12))[..., 1:]  # divides one scalar a token
+    cosine: Tensor = along / tokens.norm(dim=-1).clamp_min(1e-12)  # one division a token, none of its channels
+    return 1 - cosine[..., 1:]
 
 
 def layer_before(tokens: Tensor) -> Tensor:
     """Of all feature layers' tokens (B, K, N, C) those of the layer before each; the first has itself."""
     # no slice, since one of no layers breaks runtimes
-    return tokens.index_select(1, torch.tensor([0, *range(tokens.shape[1] - 1)], device=tokens.device))
+    previous = torch.tensor([0, *range(tokens.shape[1] - 1)], device=tokens.device)
+    return tokens.index_select(1, previous)
 
 
 def semantic_view(tokens: Tensor, f: Tensor, q: Tensor) -> Tensor:
