@@ -188,7 +188,7 @@ def compare_times(rounds: int) -> dict[str, Any]:
 
 def compare_int8() -> dict[str, Any]:
     bundle = Bundle.load(BUNDLE)
-    graphs = {"float32": bundle.graph("fp32"), **QUANTIZED}
+    graphs = {"float32": bundle.cpu_graph(), **QUANTIZED}  # what a CPU runs of either
     backends = {name: OnnxRuntimeBackend(graph, bundle.text) for name, graph in graphs.items()}
     seconds, results = interleave({name: lambda b=b: b.run(frame()) for name, b in backends.items()}, ROUNDS)
     float32 = statistics.median(seconds["float32"])

@@ -153,7 +153,7 @@ def foreground_mask(tokens: Tensor, previous: Tensor, q: Tensor) -> Tensor:
     padded = F.pad(x, (0, 0, 1, 1))
     a = (x - (padded[..., :-2, :] + x + padded[..., 2:, :]) / 3).norm(dim=-1)
     length = x.shape[-2]
-    mean = x.new_full((1, length), 1 / length) @ x  # a product: ONNX Runtime's sum along tokens takes 20 times as long
+    mean = x.new_full((1, length), 1 / length) @ x  # ONNX Runtime's sum along tokens takes over ten times as long
     b = (x - mean).norm(dim=-1)
     d = (x - previous[..., 1:, :]).norm(dim=-1)
     s = 0.3 * min_max(a) + 0.3 * min_max(b) + 0.3 * min_max(q) + 0.1 * min_max(d)

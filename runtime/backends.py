@@ -96,12 +96,15 @@ class OnnxRuntimeBackend:
         return scores, maps
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def allowed_cores() -> int:
     """Threads for ONNX Runtime: as many as the cores that this process is kept to (taskset, a container's cpuset), which
-    its own choice would leave; 0, its own choice, where the process may use all cores, or the system doesn't say."""
-    if not hasattr(os, "sched_getaffinity"):
-        return 0
-    allowed = len(os.sched_getaffinity(0))
+    its own choice would leave; 0, its own choice, where the process may use all of them."""
+    allowed = cores()
     return allowed if allowed < (os.cpu_count() or 1) else 0
 
 

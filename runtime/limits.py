@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections import defaultdict
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.bundle import IMAGE, TEXT
-from fbclip.runtime.backends import allowed_cores
+from fbclip.runtime.backends import allowed_cores, cores
 
 Shape = tuple[int, ...]
 
@@ -247,11 +246,6 @@ def _best(work: Callable[[], object]) -> float:
         work()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def product_rate(rates: dict[str, float], device: str, precision: str) -> float | None:

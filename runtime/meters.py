@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fbclip
-from fbclip.runtime.limits import cores
+from fbclip.runtime.backends import cores
 from fbclip.runtime.machine import Machine
 
 # Bits of nvmlDeviceGetCurrentClocksThrottleReasons that mean slower than could be (nvml.h)

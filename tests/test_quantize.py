@@ -127,8 +127,8 @@ def test_parts_stay_float32(quantizer: Quantizer, tmp_path: Path) -> None:
 
 
 def test_scores_and_maps_stay_close(graph: Path) -> None:
-    exact, rounded = (OnnxRuntimeBackend(path, NANO.text) for path in (NANO.graph("fp32"), graph))
     """With nothing left float32, before the gate's search: within twice its budget."""
+    exact, rounded = (OnnxRuntimeBackend(path, NANO.text) for path in (NANO.graph("fp32"), graph))
     score_budget, map_budget = (2 * budget for budget in parity.BUDGETS["int8"])
     for frame in FRAMES:
         (scores, maps), (expected, expected_maps) = rounded.run(frame[None]), exact.run(frame[None])
