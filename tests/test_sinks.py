@@ -344,12 +344,12 @@ class Hook(BaseHTTPRequestHandler):
         if code == 0:
             self.wfile.write(b"garbage")
             return
+        if code == 204:  # kept before the answer, after which the sender goes on and the test looks
+            self.server.taken.append(json.loads(body))
         self.send_response(code)
         if code == 302:
             self.send_header("Location", "/elsewhere")
         self.end_headers()
-        if code == 204:
-            self.server.taken.append(json.loads(body))
 
     def do_GET(self) -> None:
         raise AssertionError("the body is lost")
