@@ -16,6 +16,7 @@ from fbclip.checkpoint import fingerprint, load
 from fbclip.errors import CheckpointError, DeviceError
 from fbclip.image import upsampling_matrix
 from fbclip.model import FBCLIP
+from fbclip.runtime.calibration import checked_threshold
 from fbclip.runtime.evaluate import Subject
 
 DEFAULT_THRESHOLD = 0.5  # a checkpoint has none; calibration and export set a bundle's
@@ -124,12 +125,20 @@ def checkpoint_subject(
     image_size: int | None,
     feature_layers: tuple[int, ...] | None,
     device: str,
+    threshold: float | None = None,
 ) -> Subject:
     """The torch model of a checkpoint, to be evaluated; arguments as `fbclip.checkpoint.load`.
 
+    Args:
+        threshold: of scores, 0..1; None for `DEFAULT_THRESHOLD`.
+
     Raises:
-        CheckpointError, DeviceError.
+        CheckpointError, DeviceError, UsageError.
     """
+    if threshold is None:
+        threshold_from = f"threshold {DEFAULT_THRESHOLD:g} is a checkpoint's default"
+    else:
+        threshold_from = f"threshold {checked_threshold(threshold):g} was given"
     model = load(path, clip, clip_weights, image_size, feature_layers)
     config = model.config
     backend = TorchBackend(model, device)
@@ -145,5 +154,12 @@ def checkpoint_subject(
         "prompts": list(config.prompts),
     }
     return Subject(
-        backend, config.image_size, config.clip.mean, config.clip.std, DEFAULT_THRESHOLD, description, "torch"
+        backend,
+        config.image_size,
+        config.clip.mean,
+        config.clip.std,
+        DEFAULT_THRESHOLD if threshold is None else threshold,
+        threshold_from,
+        description,
+        "torch",
     )

@@ -25,6 +25,15 @@ def make_console(stderr: bool = False) -> Console:
     return Console(stderr=stderr)
 
 
+def parse_threshold(text: str) -> float | None:
+    from fbclip.errors import UsageError
+
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError as error:
+        raise UsageError(f"--threshold is auto or a probability between 0 and 1; got {text!r}") from error
+
+
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
     from fbclip.errors import UsageError
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console
+from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console, parse_threshold
 
 IMAGES, STREAMS = "Images", "Cameras, streams, videos, watched folders"
 OF_IMAGES = ("save_map", "map_size", "project", "name", "exist_ok")
@@ -137,15 +137,6 @@ def infer(
         report(summary, outputs, console)
         if summary.skipped:
             raise typer.Exit(2)
-
-
-def parse_threshold(text: str) -> float | None:
-    from fbclip.errors import UsageError
-
-    try:
-        return None if text == "auto" else float(text)
-    except ValueError as error:
-        raise UsageError(f"--threshold is auto or a probability between 0 and 1; got {text!r}") from error
 
 
 def refuse(context: typer.Context, source: str, options: tuple[str, ...]) -> None:

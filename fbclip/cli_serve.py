@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console
+from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console, parse_threshold
 from fbclip.cli_infer import (
     CameraOption,
     CsvOption,
@@ -25,7 +25,6 @@ from fbclip.cli_infer import (
     WatchOption,
     WebhookOption,
     option,
-    parse_threshold,
     refuse,
 )
 

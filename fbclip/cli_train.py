@@ -18,6 +18,7 @@ from fbclip.cli_common import (
     make_console,
     need_train_extra,
     parse_layers,
+    parse_threshold,
 )
 
 
@@ -111,6 +112,9 @@ def eval_(
     bundle: BundleOption = None,
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or int8; of a bundle.")] = "auto",
+    threshold: Annotated[
+        str, typer.Option(help="auto (calibrated, else the bundle's; a checkpoint's is 0.5), or 0 to 1.")
+    ] = "auto",
     layout: Annotated[str | None, typer.Option(help="Layout of the data sets; detected if left out.")] = None,
     classes: Annotated[str | None, typer.Option(help="Only these classes, like bottle,cable.")] = None,
     batch_size: Annotated[
@@ -145,11 +149,14 @@ def eval_(
         need_train_extra()
         from fbclip.export.backend import checkpoint_subject
 
-        subject = checkpoint_subject(checkpoint, clip, clip_weights, image_size, parse_layers(feature_layers), device)
+        subject = checkpoint_subject(
+            checkpoint, clip, clip_weights, image_size, parse_layers(feature_layers), device, parse_threshold(threshold)
+        )
     else:
-        subject = bundle_subject(bundle, device, precision, batch_size)
+        subject = bundle_subject(bundle, device, precision, parse_threshold(threshold), batch_size)
     folder = new_run(project, name, exist_ok)
     console = make_console()
+    console.print(subject.threshold_from, soft_wrap=True, highlight=False)
     evaluation = evaluate(subject, tests, batch_size, console)
     stamped = stamp(evaluation)
     show(evaluation, console)

@@ -108,6 +108,17 @@ class Calibration:
         write_text(json.dumps(asdict(self), indent=1) + "\n", str(bundle.calibration))
 
 
+def checked_threshold(threshold: float) -> float:
+    """The threshold itself.
+
+    Raises:
+        UsageError: no probability.
+    """
+    if not 0 <= threshold <= 1:
+        raise UsageError(f"--threshold is a probability between 0 and 1; got {threshold:g}")
+    return threshold
+
+
 def conformal_threshold(good: Sequence[float], rate: float) -> float:
     """The lowest threshold that a new good value reaches with probability at most `rate`.
 

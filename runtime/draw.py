@@ -2,55 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from fbclip.runtime.predictor import Prediction
+
 MIN_SIDE = 320  # smaller frames are enlarged, so that the text stays legible
 GOOD, BAD = (46, 160, 67), (218, 54, 51)  # RGB
+LEVELS = np.arange(256, dtype=np.uint8)[:, None]
+COLOURS = cv2.applyColorMap(LEVELS, cv2.COLORMAP_TURBO)[..., ::-1]  # (256, 1, 3) RGB
+# of a colour at each level: the surface stays visible where the map is low, the colour where it is high
+ALPHA = 0.15 + 0.5 * LEVELS[..., None] / 255
+HEAT = (COLOURS * ALPHA).round().astype(np.uint8)
+SURFACE = np.repeat((255 * (1 - ALPHA)).round(), 3, axis=2).astype(np.uint8)  # 255ths that stay of the frame
+SUBPIXEL = 4  # binary digits of an outline's coordinates
 
 
-def draw_overlay(
-    image: NDArray[np.uint8],
-    anomaly_map: NDArray[np.float32],
-    score: float,
-    threshold: float,
-    map_threshold: float | None = None,
-    map_scale: tuple[float, float] = (0.0, 1.0),
-) -> NDArray[np.uint8]:
-    """Heat map (a fixed scale, never the image's own), contours, and a bar with score and verdict.
+def draw_overlay(prediction: Prediction, longest: int | None = None) -> NDArray[np.uint8]:
+    """Heat map (a fixed scale, never the image's own), outlines of the regions, and a bar with score and verdict.
 
     Args:
-        image: uint8 (H, W, 3) RGB.
-        anomaly_map: float32 (H, W), 0..1.
-        score, threshold: the image score, and where anomalous ones begin.
-        map_threshold: where contours are drawn; None: at the threshold.
-        map_scale: map values (low, high) of the first and the last colour.
+        prediction: all that is drawn is its own: a verdict or a region is never found again here.
+        longest: pixels of the longer side; larger frames are shrunk before anything is drawn. None: none is.
 
     Returns:
         uint8 (H', W', 3) RGB: the frame, enlarged where it is small, with the bar above it.
     """
-    image, anomaly_map = _enlarged(image), _enlarged(anomaly_map)
-    height, width = anomaly_map.shape
-    low, high = map_scale
-    heat = ((anomaly_map - low) / (high - low)).clip(0, 1)
-    colours = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
-    # the surface stays visible where the map is low, the colour where it is high
-    alpha = (0.15 + 0.5 * heat)[..., None]
-    canvas = np.ascontiguousarray((image * (1 - alpha) + colours * alpha).astype(np.uint8))
-    line = max(1, round(min(height, width) / 300))
-    marked = anomaly_map >= (threshold if map_threshold is None else map_threshold)
-    contours, _ = cv2.findContours(marked.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    cv2.drawContours(canvas, contours, -1, (255, 255, 255), line + 2, cv2.LINE_AA)
-    cv2.drawContours(canvas, contours, -1, BAD, line, cv2.LINE_AA)
-    return np.vstack([_bar(width, score, threshold), canvas])
+    height, width = prediction.anomaly_map.shape
+    size = _canvas_size(height, width, longest)
+    image, anomaly_map = (_resized(array, size) for array in (prediction.image, prediction.anomaly_map))
+    low, high = prediction.map_scale
+    level = ((anomaly_map - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+    # by tables of 256 levels: in floating point it takes seven times as long
+    surface = cv2.multiply(image, cv2.applyColorMap(level, SURFACE), scale=1 / 255)
+    canvas = cv2.add(surface, cv2.applyColorMap(level, HEAT))
+    line = max(1, round(min(size) / 300))
+    outlines = [_scaled(region.outline, np.divide(size, (width, height))) for region in prediction.regions]
+    for thickness, colour in ((line + 2, (255, 255, 255)), (line, BAD)):
+        cv2.polylines(canvas, outlines, True, colour, thickness, cv2.LINE_AA, SUBPIXEL)
+    return np.vstack([_bar(size[0], prediction), canvas]).astype(np.uint8)
 
 
-def _bar(width: int, score: float, threshold: float) -> NDArray[np.uint8]:
-    bad = score >= threshold
-    text = f"{'DEFECT' if bad else 'GOOD'}  {score:.3f} {'>=' if bad else '<'} {threshold:.3f}"
+def _scaled(outline: NDArray[np.int32], factor: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Points (N, 2) of the frame on a canvas that is larger by a factor (2,), with fixed binary digits."""
+    # steps from pixel to pixel would be stairs on a larger canvas; centres of pixels stay centres
+    smooth = (np.roll(outline, 1, axis=0) + 2 * outline + np.roll(outline, -1, axis=0)) / 4
+    return np.asarray((((smooth + 0.5) * factor - 0.5) * 2**SUBPIXEL).round(), np.int32)
+
+
+def _bar(width: int, prediction: Prediction) -> NDArray[np.uint8]:
+    score, threshold, bad = prediction.score, prediction.threshold, prediction.is_anomalous
+    reached = score >= threshold
+    text = f"{'DEFECT' if bad else 'GOOD'}  {score:.3f} {'>=' if reached else '<'} {threshold:.3f}"
+    if reached and not bad:
+        text += ", no region"
     scale = min(max(width / 640, 0.5), 3.0)
     thickness = max(1, round(1.6 * scale))
     (text_width, text_height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
@@ -65,11 +74,17 @@ def _bar(width: int, score: float, threshold: float) -> NDArray[np.uint8]:
     return bar
 
 
-def _enlarged(array: NDArray[Any]) -> NDArray[Any]:
-    """At least 320 pixels on both sides; a side that is far shorter than the other is stretched to it."""
-    height, width = array.shape[:2]
+def _canvas_size(height: int, width: int, longest: int | None) -> tuple[int, int]:
+    """(width, height): at least 320 pixels on both sides; a side that is far shorter is stretched to it."""
     factor = max(1.0, MIN_SIDE / max(height, width))
-    size = (max(MIN_SIDE, round(width * factor)), max(MIN_SIDE, round(height * factor)))
+    if longest:
+        factor = min(factor, longest / max(height, width))
+    return max(MIN_SIDE, round(width * factor)), max(MIN_SIDE, round(height * factor))
+
+
+def _resized(array: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    height, width = array.shape[:2]
     if size == (width, height):
         return array
-    return cv2.resize(array, size, interpolation=cv2.INTER_LINEAR)
+    shrinks = size[0] < width or size[1] < height
+    return cv2.resize(array, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -22,8 +22,8 @@ from fbclip.data.dataset import Dataset, Item, Sample, Samples, parallel_map
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.image import in_order
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
-from fbclip.runtime.backends import Backend, make_backend
-from fbclip.runtime.draw import draw_overlay
+from fbclip.runtime.backends import Backend
+from fbclip.runtime.predictor import Prediction, Predictor, find_regions
 
 VALUES = (
     "image_auroc",
@@ -48,9 +48,11 @@ class Subject:
         image_size: side S of its input in pixels; maps and masks are compared at this size (spec, section 1).
         mean, std: of its normalisation.
         threshold: scores from here on count as anomalous.
+        threshold_from: where that comes from, one line for a person.
         description: plain values for the stamp: kind, name, sha256, device, precision and what shapes the figures.
         package: the one that runs it: "onnxruntime", "tensorrt" or "torch".
         channel_order: of the backend's images, "rgb" or "bgr".
+        map_threshold, map_scale: as in a `Prediction`.
     """
 
     backend: Backend
@@ -58,16 +60,24 @@ class Subject:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     threshold: float
+    threshold_from: str
     description: Mapping[str, Any]
     package: str
     channel_order: str = "rgb"
+    map_threshold: float | None = None
+    map_scale: tuple[float, float] = (0.0, 1.0)
 
 
-def bundle_subject(path: Path | None, device: str, precision: str, batch_size: int = 1) -> Subject:
+def bundle_subject(
+    path: Path | None, device: str, precision: str, threshold: float | None = None, batch_size: int = 1
+) -> Subject:
     """A deployed bundle, the embedded one without a path, for that many images at once.
 
+    Its threshold and heat maps are those of a `Predictor` with these arguments.
+
     Raises:
-        BundleError, DeviceError: as `make_backend`; a bundle of whole frames, since data sets have images of any size.
+        BundleError, DeviceError, UsageError: as `Predictor`; a bundle of whole frames, since data sets have images of
+            any size.
     """
     bundle = Bundle.load(path)
     manifest = bundle.manifest
@@ -76,25 +86,28 @@ def bundle_subject(path: Path | None, device: str, precision: str, batch_size: i
             f"evaluation takes images of any size; {bundle.path} takes {manifest.frame_size[0]}x{manifest.frame_size[1]} "
             f"only: evaluate the same checkpoint exported without --frame-size"
         )
-    backend, precision = make_backend(bundle, device, precision, batch_size)
+    predictor = Predictor(bundle, device, precision, threshold, batch_size=batch_size)
     description = {
         "kind": "bundle",
         "name": manifest.name,
         "sha256": sha256(bundle.path / "manifest.json"),  # which holds the hash of every other file
-        "device": backend.device,
-        "precision": precision,
+        "device": predictor.backend.device,
+        "precision": predictor.precision,
         "feature_layers": list(manifest.feature_layers),
         "prompts": list(manifest.prompts),
     }
     return Subject(
-        backend,
+        predictor.backend,
         manifest.image_size,
         manifest.mean,
         manifest.std,
-        manifest.threshold,
+        predictor.threshold,
+        predictor.explain_threshold(),
         description,
         "tensorrt" if device == "tensorrt" else "onnxruntime",
         manifest.channel_order,
+        predictor.map_threshold,
+        predictor.map_scale,
     )
 
 
@@ -206,9 +219,9 @@ def evaluate(subject: Subject, tests: list[Dataset], batch_size: int, console: C
             classes: list[ClassResult] = []
             try:
                 for name in test.classes:
-                    one = _Class(name, test.select(class_name=name).items, subject.threshold)
+                    one = _Class(name, test.select(class_name=name).items, subject)
                     for batch in _batches(_load(one.items, subject.image_size), batch_size):
-                        for item, error in one.run(subject, batch):
+                        for item, error in one.run(batch):
                             skipped.append((item, str(error)))
                             text = f"skipped: {error}"
                             console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -246,20 +259,20 @@ def _batches(samples: Iterator[Read], size: int) -> Iterator[list[Read]]:
 class _Class:
     """One class in the making: scores, pixel counters and the few pictures worth keeping."""
 
-    def __init__(self, name: str, items: tuple[Item, ...], threshold: float) -> None:
-        self.name, self.items, self.threshold = name, items, threshold
+    def __init__(self, name: str, items: tuple[Item, ...], subject: Subject) -> None:
+        self.name, self.items, self.subject = name, items, subject
         self.scores: list[Scored] = []
         self.pixels = PixelMetrics()
         self.unmarked = sum(bool(item.label) and item.mask is None for item in items)
         self.pictures: dict[str, list[tuple[float, int, Picture]]] = {"best": [], "worst": [], "missed": []}
         self.order = count()
 
-    def run(self, subject: Subject, batch: list[Read]) -> list[tuple[Item, ImageError]]:
+    def run(self, batch: list[Read]) -> list[tuple[Item, ImageError]]:
         """Score what could be read of a batch; returns the rest."""
         good = [(item, sample) for item, sample in batch if isinstance(sample, Sample)]
         if good:
-            images = in_order(np.stack([sample.image for _, sample in good]), subject.channel_order)
-            scores, maps = subject.backend.run(images)
+            images = in_order(np.stack([sample.image for _, sample in good]), self.subject.channel_order)
+            scores, maps = self.subject.backend.run(images)
             for (item, sample), score, anomaly_map in zip(good, scores, maps, strict=True):
                 self.add(item, sample, float(score), anomaly_map)
         return [(item, error) for item, error in batch if isinstance(error, ImageError)]
@@ -273,7 +286,7 @@ class _Class:
             self._keep("worst", score, scored, sample, anomaly_map)
         else:
             self._keep("best", score, scored, sample, anomaly_map)
-            if score < self.threshold:
+            if score < self.subject.threshold:
                 self._keep("missed", -score, scored, sample, anomaly_map)
 
     def _keep(self, kind: str, rank: float, scored: Scored, sample: Sample, anomaly_map: NDArray[np.float32]) -> None:
@@ -281,7 +294,7 @@ class _Class:
         kept = self.pictures[kind]
         if len(kept) == PICTURES and rank <= kept[0][0]:
             return
-        picture = Picture(scored, _panels(scored, sample, anomaly_map, self.threshold))
+        picture = Picture(scored, _panels(scored, sample, anomaly_map, self.subject))
         heapq.heappush(kept, (rank, -next(self.order), picture))
         if len(kept) > PICTURES:
             heapq.heappop(kept)
@@ -308,13 +321,25 @@ def _kinds(labels: list[int]) -> str:
     return f"{labels.count(0)} good and {len(labels) - labels.count(0)} defective"
 
 
-def _panels(scored: Scored, sample: Sample, anomaly_map: NDArray[np.float32], threshold: float) -> bytes:
+def _panels(scored: Scored, sample: Sample, anomaly_map: NDArray[np.float32], subject: Subject) -> bytes:
     """Photograph, mask (black where nobody marked anything) and overlay, square as the model sees them, as JPEG."""
     mask = np.zeros(anomaly_map.shape, np.uint8) if sample.mask is None else sample.mask * np.uint8(255)
     panels = (sample.image, np.repeat(mask[..., None], 3, axis=2), anomaly_map)
     size = (PICTURE_SIDE, PICTURE_SIDE)
-    photograph, marked, heat = (cv2.resize(panel, size, interpolation=cv2.INTER_AREA) for panel in panels)
-    overlay = draw_overlay(photograph.astype(np.uint8), heat.astype(np.float32), scored.score, threshold)
+    photograph, marked, shrunk = (cv2.resize(panel, size, interpolation=cv2.INTER_AREA) for panel in panels)
+    heat: NDArray[np.float32] = shrunk.astype(np.float32)
+    marked_from = subject.threshold if subject.map_threshold is None else subject.map_threshold
+    overlay = Prediction(
+        scored.score,
+        subject.threshold,
+        heat,
+        heat,
+        find_regions(heat, marked_from),
+        {},
+        photograph.astype(np.uint8),
+        subject.map_threshold,
+        subject.map_scale,
+    ).overlay()
     bar = ((len(overlay) - PICTURE_SIDE, 0), (0, 0), (0, 0))  # the overlay's has the verdict
     row = [np.pad(panel, bar, constant_values=128) for panel in (photograph, marked)]
     data = io.BytesIO()

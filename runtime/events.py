@@ -53,7 +53,7 @@ class _Event:
         self.missing -= 1
         if result.alarm_began:
             self.alarms.append(result.frame.index)
-            self.overlay = self.overlay or _jpeg(result.prediction.overlay())
+            self.overlay = self.overlay or _jpeg(result.overlay())
             self.missing = AFTER
 
     @property

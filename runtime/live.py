@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,6 +47,17 @@ class Result:
     alarm: bool
     alarm_began: bool
     stages_ms: dict[str, float]
+    _drawing: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
+    _drawn: dict[int | None, NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def overlay(self, longest: int | None = None) -> NDArray[np.uint8]:
+        """`Prediction.overlay`, drawn when the first sink asks and shared by all: nothing may be drawn on it."""
+        if longest and longest >= max(self.frame.image.shape[:2]):
+            longest = None  # the same picture
+        with self._drawing:
+            if longest not in self._drawn:
+                self._drawn[longest] = self.prediction.overlay(longest)
+            return self._drawn[longest]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the arrays."""

@@ -7,17 +7,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
-import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.runtime.events import event_folders
 from fbclip.runtime.live import Notice, Result
-from fbclip.runtime.predictor import Prediction
 
 SCORES = 4096  # results that the graph goes back
 NOTICES = 200
@@ -139,7 +137,7 @@ class Monitor:
         """The overlay of a result as JPEG; drawn once for all who look at the same one."""
         with self._drawing:
             if self._drawn is None or self._drawn[0] is not result:
-                self._drawn = result, encode(overlay(result.prediction), ".jpg")
+                self._drawn = result, encode(result.overlay(SHOWN_SIDE), ".jpg")
             return self._drawn[1]
 
     @contextmanager
@@ -177,20 +175,6 @@ def _recorded(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 def _after(kept: deque[tuple[int, T]], position: int) -> list[T]:
     return [item for number, item in kept if number > position]
-
-
-def overlay(prediction: Prediction, side: int = SHOWN_SIDE) -> NDArray[np.uint8]:
-    """The overlay uint8 (H, W, 3) RGB of a frame that is shrunk first where its longer side has more pixels."""
-    height, width = prediction.image.shape[:2]
-    scale = side / max(height, width)
-    if scale < 1:
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        prediction = replace(
-            prediction,
-            image=np.asarray(cv2.resize(prediction.image, size, interpolation=cv2.INTER_AREA), np.uint8),
-            anomaly_map=np.asarray(cv2.resize(prediction.anomaly_map, size, interpolation=cv2.INTER_AREA), np.float32),
-        )
-    return prediction.overlay()
 
 
 def encode(image: NDArray[Any], suffix: str) -> bytes:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.errors import ImageError, UsageError
+from fbclip.errors import ImageError
+from fbclip.runtime.calibration import checked_threshold
 from fbclip.runtime.decisions import Decider
 from fbclip.runtime.delivery import Delivery
 from fbclip.runtime.live import Frame, Notice, Result, Sink
@@ -48,7 +49,8 @@ class Limits:
     Attributes:
         max_frames: results after which the run ends; None for no end.
         duration: seconds after which it ends, frames or not; None for no end.
-        room: results that wait for a sink at most. Each holds its frame and map, 14 MB at 1920x1080, which sinks share.
+        room: results that wait for a sink at most. Sinks share its frame and map, 14 MB at 1920x1080, and
+            its overlay once one of them has asked for it, 6 MB.
         close_s: seconds that sinks have at the end for what waits.
     """
 
@@ -163,9 +165,7 @@ class Pipeline:
         Raises:
             UsageError: no probability.
         """
-        if not 0 <= threshold <= 1:
-            raise UsageError(f"a threshold is a probability between 0 and 1; got {threshold}")
-        self.predictor.threshold = threshold
+        self.predictor.threshold = checked_threshold(threshold)
 
     def status(self) -> dict[str, Any]:
         """What is going on, as plain values; from any thread.

@@ -17,7 +17,7 @@ from fbclip.errors import ImageError, UsageError
 from fbclip.image import in_order, resize
 from fbclip.reading import read_image, to_rgb
 from fbclip.runtime.backends import make_backend
-from fbclip.runtime.calibration import Calibration
+from fbclip.runtime.calibration import Calibration, checked_threshold
 from fbclip.runtime.draw import draw_overlay
 from fbclip.runtime.roi import Roi
 
@@ -30,11 +30,13 @@ class Region:
         box: (x0, y0, x1, y1) in pixels of the frame; x1 and y1 are exclusive.
         peak: the highest value in it, 0..1.
         area: in pixels.
+        outline: its outermost pixels in turn, int32 (N, 2) of x and y.
     """
 
     box: tuple[int, int, int, int]
     peak: float
     area: int
+    outline: NDArray[np.int32] = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,13 @@ class Prediction:
     def is_anomalous(self) -> bool:
         return self.score >= self.threshold and (self.min_area == 0 or bool(self.regions))
 
-    def overlay(self) -> NDArray[np.uint8]:
-        """The frame with heat map, contours, score and verdict: uint8 (H', W', 3) RGB."""
-        return draw_overlay(
-            self.image, self.anomaly_map, self.score, self.threshold, self.map_threshold, self.map_scale
-        )
+    def overlay(self, longest: int | None = None) -> NDArray[np.uint8]:
+        """The frame with heat map, regions, score and verdict, drawn anew: uint8 (H', W', 3) RGB.
+
+        Args:
+            longest: pixels; a frame with a longer side is shrunk to it.
+        """
+        return draw_overlay(self, longest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the arrays."""
@@ -100,6 +104,7 @@ class Predictor:
         roi: where frames are inspected; None for all of them.
         min_area: pixels of the frame: smaller regions don't count, and an anomaly needs one that does. 0 asks for
             none, except within a mask (see `Roi`), where it is 1 at least.
+        batch_size: images that `backend.run` will be given at once; a call gives it one.
 
     Attributes:
         calibration: the one in use, or None.
@@ -118,6 +123,7 @@ class Predictor:
         calibrated: bool = True,
         roi: Roi | None = None,
         min_area: int = 0,
+        batch_size: int = 1,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.calibration = Calibration.load(self.bundle) if calibrated else None
@@ -126,6 +132,7 @@ class Predictor:
             self.threshold = self.calibration.threshold
             self.map_threshold = self.calibration.map_threshold
             self.map_scale = self.calibration.map_scale
+        self._given = threshold
         if threshold is not None:
             self.threshold = threshold
         elif self.calibration and self.calibration.roi != (roi.identity if roi else None):
@@ -133,12 +140,11 @@ class Predictor:
                 f"{self.bundle.path} was calibrated {_where(self.calibration.roi)}, and other frames have other scores: "
                 f"calibrate {_where(roi.identity if roi else None)}, or pass a --threshold"
             )
-        if not 0 <= self.threshold <= 1:
-            raise UsageError(f"--threshold is a probability between 0 and 1; got {self.threshold}")
+        checked_threshold(self.threshold)
         self.roi = roi
         # beside a mask the score sees what the mask leaves out; the map doesn't
         self.min_area = max(min_area, 1) if roi and roi.inside is not None else min_area
-        self.backend, self.precision = make_backend(self.bundle, device, precision)
+        self.backend, self.precision = make_backend(self.bundle, device, precision, batch_size)
 
     @property
     def launches(self) -> str | None:
@@ -168,7 +174,9 @@ class Predictor:
         return self.conclude(frame, float(scores[0]), maps[0], timings_ms)
 
     def explain_threshold(self) -> str:
-        """One line for a person: where the threshold comes from where none was given."""
+        """One line for a person: the threshold it began with, and where that comes from."""
+        if self._given is not None:
+            return f"threshold {self._given:g} was given"
         if self.calibration is None:
             default = self.bundle.manifest.threshold
             return f"threshold {default:g} is the bundle's default: no calibration; run fbclip calibrate"
@@ -274,5 +282,5 @@ def find_regions(anomaly_map: NDArray[np.float32], threshold: float, min_area: i
         area = cv2.countNonZero(inside)
         if area >= min_area:
             _, peak, _, _ = cv2.minMaxLoc(anomaly_map[y : y + h, x : x + w], inside)
-            found.append(Region((x, y, x + w, y + h), peak, area))
+            found.append(Region((x, y, x + w, y + h), peak, area, outline[:, 0].astype(np.int32)))
     return tuple(sorted(found, key=lambda region: (-region.peak, region.box)))

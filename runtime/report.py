@@ -40,7 +40,6 @@ def write_report(evaluation: Evaluation, stamped: Mapping[str, Any], path: Path)
         "report.html",
         path,
         stamp=stamped,
-        threshold=evaluation.subject.threshold,
         headings=HEADINGS,
         values=VALUES,
         kinds=KINDS,

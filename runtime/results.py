@@ -44,6 +44,7 @@ def stamp(evaluation: Evaluation) -> dict[str, Any]:
         "complete": evaluation.complete,
         "model": dict(subject.description),
         "threshold": subject.threshold,
+        "threshold_from": subject.threshold_from,
         "data": [
             {
                 "name": test.name,

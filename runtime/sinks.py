@@ -367,7 +367,7 @@ class Window:
 
 
 def _bgr(result: Result) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(result.prediction.overlay()[..., ::-1])
+    return np.asarray(cv2.cvtColor(result.overlay(), cv2.COLOR_RGB2BGR), np.uint8)
 
 
 def _is_shown() -> bool:

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from fbclip.reading import decode_image
 from fbclip.runtime.backends import Backend
-from fbclip.runtime.monitor import encode, overlay
+from fbclip.runtime.monitor import SHOWN_SIDE, encode
 from fbclip.runtime.predictor import Predictor
 
 MAP_SCALE = 65535  # of a map's value 1 in its 16-bit picture
@@ -97,7 +97,7 @@ class Uploads:
             **prediction.to_dict(),
             "width": width,
             "height": height,
-            "overlay_png": _base64(encode(overlay(prediction), ".png")) if with_overlay else None,
+            "overlay_png": _base64(encode(prediction.overlay(SHOWN_SIDE), ".png")) if with_overlay else None,
             "map_png": None if grey is None else _base64(encode(grey, ".png")),
         }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fbclip.runtime.live import Frame, Notice, Result
 from fbclip.runtime.predictor import Prediction, find_regions
@@ -23,6 +25,24 @@ def result(
     )
     frame = Frame(image, name, index, time.monotonic() - 0.04, time.time())
     return Result(frame, prediction, alarm, alarm, {"wait": 1.0, "preprocess": 2.0, "model": 30.0, "postprocess": 4.0})
+
+
+def let_off() -> Result:
+    """A result whose score reaches the threshold, but whose regions were left out as too small: it is good."""
+    reaching = result(score=0.75, alarm=True)
+    return replace(reaching, prediction=replace(reaching.prediction, regions=(), min_area=5000))
+
+
+def drawn_verdict(picture: NDArray[np.uint8]) -> str:
+    """What an overlay (H, W, 3) RGB says: by the colour of its bar's left end."""
+    red, green, _ = picture[3, 3].astype(int)
+    return "defect" if red > green else "good"
+
+
+def has_outlines(picture: NDArray[np.uint8]) -> bool:
+    """Whether an overlay marks a region: a line in red beside white. The bar above isn't looked at."""
+    red, green, blue = picture[-300:].astype(int).transpose(2, 0, 1)
+    return bool(((red > 180) & (green < 90) & (blue < 90)).any())
 
 
 def notice(kind: str = "source", state: str = "lost", subject: str = "camera:0", wall: float | None = None) -> Notice:

@@ -12,6 +12,7 @@ import pytest
 from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from scipy.stats import beta, binomtest
@@ -26,9 +27,8 @@ from fbclip.runtime.calibration import (
     conformal_threshold,
     rate_interval,
 )
-from fbclip.runtime.draw import draw_overlay
 from fbclip.runtime.histogram import write_histogram
-from fbclip.runtime.predictor import Predictor, find_regions
+from fbclip.runtime.predictor import Prediction, Predictor, find_regions
 
 FEW = st.sampled_from([np.float32(v) for v in (0, 0.1, 0.5, 0.7, 1)])  # many ties
 ANY = st.floats(0, 1, width=32)
@@ -153,27 +153,24 @@ def test_one_of_19_good_parts_is_above_and_no_other_is_painted_red(
     assert sum(bool(p.regions) for p in predictions) == 1
     for p in predictions:
         assert (p.threshold, p.map_threshold) == (calibration.threshold, calibration.map_threshold)
-        grey = draw_overlay(
-            np.full((320, 320, 3), 128, np.uint8),
-            np.full((320, 320), p.anomaly_map.max(), np.float32),
-            0.0,
-            1.0,
-            p.map_threshold,
-            p.map_scale,
-        )
-        red, green, _ = grey[-160, 160].astype(int)
+        surface, peak = np.full((320, 320, 3), 128, np.uint8), np.full((320, 320), p.anomaly_map.max(), np.float32)
+        grey = replace(p, image=surface, anomaly_map=peak, regions=())
+        red, green, _ = grey.overlay()[-160, 160].astype(int)
         assert (red > green + 15) == bool(p.regions)
 
 
 def test_the_scale_is_the_calibrations_not_the_images() -> None:
-    image = np.full((320, 320, 3), 128, np.uint8)
+    def heat(anomaly_map: NDArray[np.float32]) -> NDArray[np.uint8]:
+        image = np.full((320, 320, 3), 128, np.uint8)
+        return Prediction(0.1, 0.5, anomaly_map, anomaly_map, (), {}, image, 0.7, (0.3, 0.97)).overlay()
+
     faint, clear = (np.full((320, 320), value, np.float32) for value in (0.3, 0.95))
-    low, high = (draw_overlay(image, m, 0.1, 0.5, 0.7, (0.3, 0.97))[-160, 160].astype(int) for m in (faint, clear))
+    low, high = (heat(m)[-160, 160].astype(int) for m in (faint, clear))
     assert abs(low - 128).max() < 25  # the surface as it is
     assert high[0] > 1.5 * high[1]  # red
     half = faint.copy()
     half[:, :160] = 0.95
-    assert (draw_overlay(image, half, 0.1, 0.5, 0.7, (0.3, 0.97))[-160, 300] == low).all()
+    assert (heat(half)[-160, 300] == low).all()
 
 
 def test_an_explicit_threshold_leaves_the_maps_calibrated(calibrated: tuple[Bundle, Calibration, list[Path]]) -> None:

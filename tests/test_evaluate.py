@@ -6,22 +6,26 @@ import csv
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Run
+from delivered import drawn_verdict, has_outlines
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from fbclip.bundle import EMBEDDED, sha256
+from fbclip.bundle import EMBEDDED, Bundle, sha256
 from fbclip.data.dataset import Dataset, Item
 from fbclip.errors import UsageError
-from fbclip.runtime.evaluate import PICTURES, VALUES, Evaluation, Subject, evaluate, to_evaluate
+from fbclip.runtime.evaluate import PICTURE_SIDE, PICTURES, VALUES, Evaluation, Subject, evaluate, to_evaluate
 from fbclip.runtime.report import write_report
 from fbclip.runtime.results import show, stamp, to_dict, write_results
 
@@ -44,7 +48,9 @@ class Brightness:
 
 def subject() -> Subject:
     description = {"kind": "bundle", "name": "<b>", "sha256": "0" * 64, "device": "cpu", "precision": "fp32"}
-    return Subject(Brightness(), SIZE, (0.5,) * 3, (0.5,) * 3, 0.45, description, "onnxruntime")
+    return Subject(
+        Brightness(), SIZE, (0.5,) * 3, (0.5,) * 3, 0.45, "threshold 0.45 was given", description, "onnxruntime"
+    )
 
 
 def make_class(root: Path, name: str, good: int, defective: int, masks: bool = True) -> list[Item]:
@@ -123,6 +129,23 @@ def test_only_the_telling_pictures_are_kept(tmp_path: Path) -> None:
     goods = sorted((s for item, s in scores.items() if not item.label), reverse=True)
     assert [p.scored.score for p in found.pictures["worst"]] == goods[:PICTURES]
     assert [p.scored.score for p in found.pictures["missed"]] == [s for s in reversed(defects) if s < 0.45][:PICTURES]
+    for picture in found.pictures["best"] + found.pictures["worst"] + found.pictures["missed"]:
+        overlay = np.asarray(Image.open(io.BytesIO(picture.jpeg)))[:, -PICTURE_SIDE:]
+        assert drawn_verdict(overlay) == ("defect" if picture.scored.score >= 0.45 else "good")
+
+
+def test_heat_maps_of_the_report_are_the_calibrations(tmp_path: Path) -> None:
+    data = Dataset("mini", "mvtec", tmp_path, tuple(make_class(tmp_path, "bolt", 1, 1)))
+
+    def best(**calibrated: Any) -> NDArray[np.uint8]:
+        found = evaluate(replace(subject(), **calibrated), [to_evaluate(data, None)], 1, Console(quiet=True))
+        picture = found.results[0].classes[0].pictures["best"][0]
+        return np.asarray(Image.open(io.BytesIO(picture.jpeg)))[:, -PICTURE_SIDE:]
+
+    assert has_outlines(best())
+    assert not has_outlines(best(map_threshold=0.99))
+    warm, cold = (best(map_threshold=0.99, map_scale=scale).astype(int) for scale in ((0.0, 0.5), (0.9, 1.0)))
+    assert (warm - cold)[-300:, :, 0].mean() > 30
 
 
 def test_unreadable_files_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -206,6 +229,9 @@ def test_the_embedded_bundle_as_installed(fbclip: Run, tmp_path: Path) -> None:
     out = tmp_path / "runs/eval/exp"
     results = json.loads((out / "results.json").read_text())
     assert results["model"]["sha256"] == sha256(EMBEDDED / "manifest.json")
+    assert results["threshold"] == Bundle.load().manifest.threshold
+    assert results["threshold_from"] in done.stdout
+    assert "is the bundle's default: no calibration" in results["threshold_from"]
     assert re.fullmatch("[0-9a-f]{64}", results["data"][0]["fingerprint"])
     assert [entry["image"] for entry in results["skipped"]] == [str(broken)]
     with (out / "results.csv").open() as file:
@@ -218,12 +244,39 @@ def test_the_embedded_bundle_as_installed(fbclip: Run, tmp_path: Path) -> None:
     assert (out / "report.html").stat().st_size > 50_000
 
 
+def test_the_threshold_is_the_one_that_infer_would_take(fbclip: Run, tmp_path: Path) -> None:
+    make_class(tmp_path / "mini", "bolt", 2, 2)
+    shutil.copytree(EMBEDDED, tmp_path / "part.fbclip")
+    fbclip("calibrate", "part.fbclip", "mini/bolt/test", "--false-alarm-rate", 0.3)
+    calibrated = json.loads((tmp_path / "part.fbclip/calibration.json").read_text())["threshold"]
+    told = fbclip("infer", "mini/bolt/test/good", "--bundle", "part.fbclip", "--no-save").stdout.splitlines()[0]
+    for name, option in (("auto", []), ("given", ["--threshold", 0.05])):
+        fbclip("eval", "mini", "--bundle", "part.fbclip", "--name", name, *option)
+        out = tmp_path / "runs/eval" / name
+        results = json.loads((out / "results.json").read_text())
+        expected = calibrated if name == "auto" else 0.05
+        assert results["threshold"] == expected
+        assert results["threshold_from"] == (told if name == "auto" else "threshold 0.05 was given")
+        assert escape(results["threshold_from"]) in (out / "report.html").read_text()
+        with (out / "scores.csv").open() as file:
+            reached = [row["label"] for row in csv.DictReader(file) if float(row["score"]) >= expected]
+        bolt = results["results"][0]["classes"]["bolt"]
+        assert (bolt["found"], bolt["false_alarms"]) == (reached.count("1"), reached.count("0"))
+
+
 def test_a_checkpoint_scores_like_the_bundle_exported_from_it(fbclip: Run, tmp_path: Path) -> None:
     make_class(tmp_path / "mini", "bolt", 2, 2)
     checkpoint = EMBEDDED.with_suffix(".safetensors")
     size = json.loads((EMBEDDED / "manifest.json").read_text())["image_size"]
     fbclip("eval", "mini", "--no-report", "--name", "bundle")
     fbclip("eval", "mini", "--no-report", "--name", "torch", "--checkpoint", checkpoint, "--image-size", size)
+    fbclip("eval", "mini", "--no-report", "--name", "given", "--checkpoint", checkpoint, "--threshold", 0.3)
+    stamps = [json.loads((tmp_path / f"runs/eval/{name}/results.json").read_text()) for name in ("torch", "given")]
+    assert [stamp["threshold"] for stamp in stamps] == [0.5, 0.3]
+    assert [stamp["threshold_from"] for stamp in stamps] == [
+        "threshold 0.5 is a checkpoint's default",
+        "threshold 0.3 was given",
+    ]
     scores = []
     for name in ("bundle", "torch"):
         with (tmp_path / "runs/eval" / name / "scores.csv").open() as file:
@@ -239,9 +292,13 @@ def test_a_checkpoint_scores_like_the_bundle_exported_from_it(fbclip: Run, tmp_p
         ([".", "--image-size", 64], "go with --checkpoint"),
         ([".", "--bundle", "b", "--checkpoint", "c"], "a --checkpoint or a --bundle"),
         ([".", "--checkpoint", "c", "--precision", "fp16"], "a checkpoint runs in fp32"),
+        (["mini", "--threshold", "high"], "--threshold is auto or a probability"),
+        (["mini", "--threshold", 1.5], "--threshold is a probability between 0 and 1; got 1.5"),
+        (["mini", "--checkpoint", "c", "--threshold", -1], "--threshold is a probability between 0 and 1; got -1"),
     ],
 )
-def test_wrong_usage_is_one_line(fbclip: Run, arguments: list[object], message: str) -> None:
+def test_wrong_usage_is_one_line(fbclip: Run, tmp_path: Path, arguments: list[object], message: str) -> None:
+    make_class(tmp_path / "mini", "bolt", 1, 1)
     error = fbclip("eval", *arguments, code=2).stderr
     assert message in error
     assert error.count("\n") == 1

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import Run
+from delivered import drawn_verdict, has_outlines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ def labelled_regions(anomaly_map: NDArray[np.float32], threshold: float, min_are
         ys, xs = np.nonzero(labels == label)
         box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
         if len(ys) >= min_area:
-            regions.add(Region(box, float(anomaly_map[ys, xs].max()), len(ys)))
+            regions.add(Region(box, float(anomaly_map[ys, xs].max()), len(ys), np.empty((0, 2), np.int32)))
     return regions
 
 
@@ -50,6 +51,10 @@ def test_regions_are_the_labelled_ones(height: int, width: int, seed: int, thres
     assert len(found) == len(set(found))
     assert set(found) == labelled_regions(anomaly_map, threshold, min_area)
     assert [region.peak for region in found] == sorted((region.peak for region in found), reverse=True)
+    for region in found:
+        xs, ys = region.outline.T
+        assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == region.box
+        assert (anomaly_map[ys, xs] >= threshold).all()
 
 
 def test_a_rectangle_is_the_frame_cut_to_it() -> None:
@@ -78,6 +83,8 @@ def test_what_lies_outside_a_mask_raises_no_alarm(tmp_path: Path) -> None:
     assert beside.score == everything.score >= beside.threshold
     assert not beside.is_anomalous
     assert not beside.anomaly_map[mask == 0].any()
+    assert drawn_verdict(everything.overlay()) == "defect"
+    assert drawn_verdict(beside.overlay()) == "good"
 
 
 def test_a_least_area() -> None:
@@ -90,6 +97,8 @@ def test_a_least_area() -> None:
     assert not above.is_anomalous
     assert above.to_dict()["is_anomalous"] is False
     assert above.score == everything.score
+    assert (drawn_verdict(just.overlay()), has_outlines(just.overlay())) == ("defect", True)
+    assert (drawn_verdict(above.overlay()), has_outlines(above.overlay())) == ("good", False)
 
 
 def test_regions_that_do_not_fit(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import DeviceError, ImageError, UsageError
 from fbclip.reading import read_image
-from fbclip.runtime.draw import draw_overlay
-from fbclip.runtime.predictor import find_regions
+from fbclip.runtime.predictor import Prediction, find_regions
 
 SAMPLES = Path(fbclip.__file__).parent / "assets" / "samples"
 SCRATCHED = SAMPLES / "brushed-steel-scratch.jpg"
@@ -90,10 +89,27 @@ def test_regions() -> None:
     assert (second.box, second.area) == ((3, 2, 9, 5), 18)
 
 
+def test_a_picture_is_shrunk_to_the_longest_side_asked_for() -> None:
+    anomaly_map = np.zeros((1080, 1920), np.float32)
+    anomaly_map[400:600, 900:1200] = 0.8
+    image = np.full((1080, 1920, 3), 90, np.uint8)
+    prediction = Prediction(0.7, 0.5, anomaly_map, anomaly_map, find_regions(anomaly_map, 0.5), {}, image)
+    whole, small = prediction.overlay(), prediction.overlay(960)
+    assert (whole.shape[1], small.shape[1]) == (1920, 960)
+    assert (prediction.overlay(1920) == whole).all()
+    for picture, factor in ((whole, 1.0), (small, 0.5)):
+        bar = len(picture) - round(1080 * factor)
+        edge = picture[bar + round(500 * factor)].astype(int)  # a row through the middle of the region
+        marked = np.flatnonzero((edge[:, 0] > 180) & (edge[:, 1] < 90))  # red lines on both sides
+        assert abs(marked.min() - 900 * factor) <= 4
+        assert abs(marked.max() - 1199 * factor) <= 4
+
+
 @pytest.mark.parametrize("size_hw", [(1, 1), (1, 400), (30, 20), (1080, 1920), (3000, 12)])
 def test_overlays_are_legible_at_any_size(size_hw: tuple[int, int]) -> None:
     image = np.full((*size_hw, 3), 128, np.uint8)
-    overlay = draw_overlay(image, np.full(size_hw, 0.2, np.float32), 0.7, 0.5)
+    anomaly_map = np.full(size_hw, 0.2, np.float32)
+    overlay = Prediction(0.7, 0.5, anomaly_map, anomaly_map, find_regions(anomaly_map, 0.1), {}, image).overlay()
     height, width = overlay.shape[:2]
     assert width >= 320
     assert height > 320

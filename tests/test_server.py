@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import schemathesis
 from conftest import Run
+from delivered import drawn_verdict
 from hypothesis import HealthCheck, given, settings
 from numpy.typing import NDArray
 from PIL import Image
@@ -284,6 +285,19 @@ def test_a_threshold_is_for_camera_and_uploads(server: Server) -> None:
         status, problem = server.ask("/v1/threshold", "PUT", wrong, Content_Type="application/json")
         assert status == 422 and isinstance(json.loads(problem)["detail"], str)
     assert server.json("/v1/status")["threshold"] == 0.5
+
+
+def test_pictures_show_the_verdict_that_a_least_area_leaves() -> None:
+    predictor = Predictor(min_area=10**6)
+    predictor.backend = InTurn(predictor.backend)
+    with running(predictor=predictor) as server, server.watch() as viewer:
+        found = server.predict(SCRATCH.read_bytes(), "?overlay=1")[1]
+        server.belt.parts.put(SCRATCH)
+        message, live = until(viewer, lambda m: m["picture"])
+        assert live and found["score"] >= found["threshold"]
+        assert not found["is_anomalous"] and not message["result"]["is_anomalous"]
+        for data in (base64.b64decode(found["overlay_png"]), live):
+            assert drawn_verdict(np.asarray(Image.open(io.BytesIO(data)))) == "good"
 
 
 def test_too_many_viewers() -> None:

@@ -11,19 +11,26 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from random import Random
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import cv2
+import numpy as np
 import pytest
-from delivered import notice, result
+from delivered import drawn_verdict, has_outlines, let_off, notice, result
+from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from fbclip.errors import UsageError
-from fbclip.runtime.sinks import LineFile, SinkOptions, Video, make_sinks
+from fbclip.runtime import predictor, sinks
+from fbclip.runtime.events import EventRecorder, event_folders
+from fbclip.runtime.live import Result
+from fbclip.runtime.monitor import Monitor
+from fbclip.runtime.sinks import LineFile, SinkOptions, Video, Window, make_sinks
 from fbclip.runtime.sinks_network import Metrics, Webhook
 
 
@@ -242,6 +249,82 @@ def test_video_begins_anew_with_another_size_and_another_run(tmp_path: Path) -> 
     assert [len(part) for part in sizes] == [2, 1, 1, 2, 1, 1]
     height, width = result(size=(401, 333)).prediction.overlay().shape[:2]
     assert sizes[1] == sizes[4] == [(width, height)]
+
+
+def test_every_picture_shows_the_results_own_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, delivered in (("defect", result(score=0.75, alarm=True)), ("good", let_off())):
+        assert name == ("defect" if delivered.prediction.is_anomalous else "good")
+        pictures = pictures_of(delivered, tmp_path / name, monkeypatch)
+        assert len(pictures) == 4
+        for kind, picture in pictures.items():
+            assert (drawn_verdict(picture), has_outlines(picture)) == (name, name == "defect"), kind
+
+
+def pictures_of(delivered: Result, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, NDArray[np.uint8]]:
+    """What each sink with pictures makes of a result, RGB."""
+    shown: list[NDArray[np.uint8]] = []
+    for name in ("namedWindow", "resizeWindow", "setWindowTitle", "destroyWindow"):
+        monkeypatch.setattr(cv2, name, lambda *_: None)
+    monkeypatch.setattr(cv2, "imshow", lambda _, picture: shown.append(picture))
+    monkeypatch.setattr(cv2, "waitKey", lambda _: -1)
+    monkeypatch.setattr(sinks, "_is_shown", lambda: True)
+    monkeypatch.setattr(sinks, "_require_window", lambda: None)
+    monitor = Monitor()
+    made = [Video(folder / "live.avi", 10), Window(), EventRecorder(folder / "events", 10**7), monitor]
+    for sink in made:
+        sink.write(delivered)
+    for sink in made:
+        sink.close()
+    (event,) = event_folders(folder / "events")
+    pictures = {
+        "video": cv2.VideoCapture(str(folder / "live.avi")).read()[1],
+        "window": shown[0],
+        "event": cv2.imread(str(event / "overlay.jpg")),
+        "page": cv2.imdecode(np.frombuffer(monitor.picture(delivered), np.uint8), cv2.IMREAD_COLOR),
+    }
+    return {kind: np.asarray(picture[..., ::-1]) for kind, picture in pictures.items()}
+
+
+@pytest.fixture
+def drawings(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """The longest side asked for, of every overlay that is drawn."""
+    made: list[int | None] = []
+    draw = predictor.draw_overlay
+
+    def counted(prediction: Any, longest: int | None = None) -> NDArray[np.uint8]:
+        made.append(longest)
+        return draw(prediction, longest)
+
+    monkeypatch.setattr(predictor, "draw_overlay", counted)
+    return made
+
+
+@pytest.mark.parametrize(("size", "drawn"), [((640, 480), [None]), ((1920, 1080), [None, 1280])])
+def test_sinks_share_a_picture(
+    size: tuple[int, int],
+    drawn: list[int | None],
+    drawings: list[int | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures_of(result(score=0.75, alarm=True, size=size), tmp_path, monkeypatch)
+    assert drawings == drawn  # the page's is another where the frame is larger
+
+
+def test_a_picture_is_drawn_once_for_all_who_ask_at_the_same_time(drawings: list[int | None]) -> None:
+    delivered = result(size=(1920, 1080))
+    with ThreadPoolExecutor(8) as pool:
+        pictures = list(pool.map(lambda _: delivered.overlay(), range(8)))
+    assert len(drawings) == 1
+    assert all(picture is pictures[0] for picture in pictures)
+
+
+def test_no_picture_is_drawn_that_nobody_looks_at(drawings: list[int | None], tmp_path: Path) -> None:
+    made = make_sinks(SinkOptions(json=str(tmp_path / "live.jsonl"), csv=tmp_path / "live.csv"))
+    for sink in [*made, EventRecorder(tmp_path / "events", 10**7), Monitor()]:
+        sink.write(result(score=0.75))  # no alarm began
+        sink.close()
+    assert drawings == []
 
 
 def test_killed_video_plays_up_to_the_last_second(tmp_path: Path) -> None:
