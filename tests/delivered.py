@@ -29,7 +29,7 @@ def result(
 
 def let_off() -> Result:
     """A result whose score reaches the threshold, but whose regions were left out as too small: it is good."""
-    reaching = result(score=0.75, alarm=True)
+    reaching = result(score=0.75, alarm=True, size=(1280, 960))
     return replace(reaching, prediction=replace(reaching.prediction, regions=(), min_area=5000))
 
 
@@ -40,8 +40,9 @@ def drawn_verdict(picture: NDArray[np.uint8]) -> str:
 
 
 def has_outlines(picture: NDArray[np.uint8]) -> bool:
-    """Whether an overlay marks a region: a line in red beside white. The bar above isn't looked at."""
-    red, green, blue = picture[-300:].astype(int).transpose(2, 0, 1)
+    """Whether an overlay marks a region in red; the bar above ends where the right edge changes its colour."""
+    edge = np.abs(picture[:, -1].astype(int) - picture[3, -1]).max(axis=1)
+    red, green, blue = picture[np.argmax(edge > 40) :].astype(int).transpose(2, 0, 1)
     return bool(((red > 180) & (green < 90) & (blue < 90)).any())
 
 

@@ -252,7 +252,7 @@ def test_video_begins_anew_with_another_size_and_another_run(tmp_path: Path) -> 
 
 
 def test_every_picture_shows_the_results_own_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, delivered in (("defect", result(score=0.75, alarm=True)), ("good", let_off())):
+    for name, delivered in (("defect", result(score=0.75, alarm=True, size=(1280, 960))), ("good", let_off())):
         assert name == ("defect" if delivered.prediction.is_anomalous else "good")
         pictures = pictures_of(delivered, tmp_path / name, monkeypatch)
         assert len(pictures) == 4
