@@ -28,6 +28,9 @@ def train(
     clip_weights: WeightsOption = None,
     image_size: SizeOption = None,
     feature_layers: LayersOption = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Start from the weights of this checkpoint of ours, CLIP included.")
+    ] = None,
     train_tower: Annotated[bool, typer.Option("--train-tower", help="Train the vision tower too.")] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass and process.")] = 4,
@@ -36,6 +39,10 @@ def train(
     cosine: Annotated[bool, typer.Option("--cosine", help="Warm up, then decay the rate along a cosine.")] = False,
     samples: Annotated[int, typer.Option(min=1, help="Procedural images per epoch.")] = 10_000,
     ramp: Annotated[int, typer.Option(min=0, help="Procedural images over which the variety grows.")] = 0,
+    variety: Annotated[
+        float,
+        typer.Option(min=0, max=2, help="Of procedural images: 0 plain, 1 varied, 2 irregular as photographs are."),
+    ] = 1.0,
     seed: int = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 1,
@@ -61,18 +68,16 @@ def train(
     import torch
 
     from fbclip.checkpoint import DEFAULT_CLIP, DEFAULT_WEIGHTS
-    from fbclip.clip import load_clip
     from fbclip.data.dataset import SampleSet
     from fbclip.data.layouts import open_dataset
     from fbclip.data.procedural import ProceduralDefects
     from fbclip.errors import UsageError
-    from fbclip.model import FBCLIP, default_config
-    from fbclip.train import Execution, accelerator_for, init_from_scratch, train
+    from fbclip.train import Execution, accelerator_for, start_model, train
     from fbclip.training_step import Recipe
 
-    if clip is None:
+    if clip is None and start is None:
         clip, clip_weights = DEFAULT_CLIP, clip_weights or DEFAULT_WEIGHTS
-    if clip_weights is None and not train_tower:
+    if clip_weights is None and start is None and not train_tower:
         raise UsageError(f"a frozen CLIP needs weights: pass --clip-weights TAG or FILE for {clip}, or --train-tower")
     if teacher and (not train_tower or cache_tokens):
         raise UsageError("--teacher teaches the tower: pass --train-tower, and no --cache-tokens")
@@ -81,13 +86,10 @@ def train(
     accelerator = accelerator_for(amp)
     with accelerator.local_main_process_first():  # one process of a machine fetches the weights
         torch.manual_seed(seed)  # every process starts from the same weights
-        loaded, config = load_clip(clip, clip_weights)
-    model = FBCLIP(default_config(config, image_size, parse_layers(feature_layers)), loaded, train_tower)
-    if clip_weights is None:
-        init_from_scratch(model)
+        model = start_model(start, clip, clip_weights, image_size, parse_layers(feature_layers), train_tower)
     size = model.config.image_size
     data: SampleSet = (
-        ProceduralDefects(size, samples, seed, ramp)
+        ProceduralDefects(size, samples, seed, ramp, variety=variety)
         if source == "procedural"
         else open_dataset(Path(source)).for_training(size)
     )

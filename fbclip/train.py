@@ -16,10 +16,12 @@ import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fbclip import checkpoint
+from fbclip.clip import load_clip
 from fbclip.data.dataset import SampleSet
 from fbclip.errors import DeviceError, Interrupted, UsageError
 from fbclip.loading import Batch, ReadableSamples, load
-from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS
+from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS, default_config
 from fbclip.stopping import StopRequest
 from fbclip.token_cache import TokenCache
 from fbclip.training_report import StepLog, Throughput, draw_epoch, samples_to_show
@@ -189,6 +191,38 @@ def accelerator_for(amp: str) -> Accelerator:
     if not cuda:  # or plain attention in bfloat16 would go through float32
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return Accelerator(mixed_precision=amp, cpu=not torch.accelerator.is_available())
+
+
+def start_model(
+    start: Path | None,
+    clip: str | None,
+    clip_weights: str | None,
+    image_size: int | None,
+    feature_layers: tuple[int, ...] | None,
+    train_tower: bool,
+) -> FBCLIP:
+    """What a training begins with: a checkpoint's weights, or a CLIP with new learnt parts; a tower without weights is
+    drawn from torch's generator.
+
+    Args:
+        start: a checkpoint as `fbclip.checkpoint.load` takes it, with `clip` and `clip_weights` where it needs them.
+        clip, clip_weights: as `fbclip.clip.load_clip` takes them; without a checkpoint `clip` is needed.
+        image_size, feature_layers: None for those of the checkpoint, or the published ones.
+        train_tower: leave the vision tower trainable.
+
+    Raises:
+        CheckpointError: as `fbclip.checkpoint.load` and `load_clip`.
+    """
+    if start is not None:
+        model = checkpoint.load(start, clip, clip_weights, image_size, feature_layers)
+        model.visual.tower.requires_grad_(train_tower)
+        return model
+    assert clip is not None
+    loaded, config = load_clip(clip, clip_weights)
+    model = FBCLIP(default_config(config, image_size, feature_layers), loaded, train_tower)
+    if clip_weights is None:
+        init_from_scratch(model)
+    return model
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from fbclip.data.dataset import Sample
 from fbclip.data.surfaces import Field, Generator, Mask, Picture, direction, displaced, noise, rotated, surface, texture
 
+FROM_AFAR = 0.3  # of the images are drawn larger and made smaller, as a camera's are
+
 
 class ProceduralDefects:
     """Sample i of a seed is always the same image.
@@ -22,20 +24,28 @@ class ProceduralDefects:
         image_size: side in pixels.
         length: number of samples.
         seed: of the whole set.
-        ramp: samples over which the variety grows from plain surfaces with clear defects to everything.
+        ramp: samples over which the variety grows from 0.
         defective_share: probability of a defect.
+        variety: 0 for plain surfaces with clear defects, 1 for many of both, 2 for surfaces as irregular as those in
+            photographs, too, seen by a camera with faults of its own and from afar.
     """
 
     def __init__(
-        self, image_size: int = 128, length: int = 10_000, seed: int = 0, ramp: int = 0, defective_share: float = 0.5
+        self,
+        image_size: int = 128,
+        length: int = 10_000,
+        seed: int = 0,
+        ramp: int = 0,
+        defective_share: float = 0.5,
+        variety: float = 1.0,
     ) -> None:
-        if image_size < 32 or length < 1 or ramp < 0 or not 0 <= defective_share <= 1:
+        if image_size < 32 or length < 1 or ramp < 0 or not 0 <= defective_share <= 1 or not 0 <= variety <= 2:
             raise ValueError(
-                f"image_size >= 32, length >= 1, ramp >= 0, 0 <= defective_share <= 1; got "
-                f"{image_size}, {length}, {ramp}, {defective_share}"
+                f"image_size >= 32, length >= 1, ramp >= 0, 0 <= defective_share <= 1, 0 <= variety <= 2; got "
+                f"{image_size}, {length}, {ramp}, {defective_share}, {variety}"
             )
         self.image_size, self.length, self.seed = image_size, length, seed
-        self.ramp, self.defective_share = ramp, defective_share
+        self.ramp, self.defective_share, self.variety = ramp, defective_share, variety
 
     def __len__(self) -> int:
         return self.length
@@ -44,18 +54,28 @@ class ProceduralDefects:
         if not 0 <= index < self.length:
             raise IndexError(index)
         _, defective, mask, rng = self.render(index)
-        image = camera(defective, rng)
+        image = camera(defective, rng, self.variety)
         return Sample(image, mask, int(mask.any()))
 
     def render(self, index: int) -> tuple[Picture, Picture, Mask, Generator]:
         """The surface before and after the defects, float32 (S, S, 3) in 0..1, the mask, and the generator's state."""
         rng = np.random.Generator(np.random.PCG64([self.seed, index]))
-        variety = 1.0 if index >= self.ramp else index / self.ramp
-        clean, support, behind = surface(rng, self.image_size, variety)
+        variety = self.variety * (1.0 if index >= self.ramp else index / self.ramp)
+        side = self.image_size
+        if variety > 1 and rng.random() < FROM_AFAR:
+            side = int(side * rng.uniform(1, 2.5))
+        clean, support, behind = surface(rng, side, variety)
         image, mask = clean.copy(), np.zeros(support.shape, np.uint8)
         if rng.random() < self.defective_share:
-            for _ in range(1 + int(rng.random() < 0.3 * variety)):
+            for _ in range(1 + int(rng.random() < 0.3 * min(variety, 1.0))):
                 image, mask = add_defect(image, mask, support, behind, rng, variety)
+        if side != self.image_size:
+            shape = (self.image_size, self.image_size)
+            clean, image, share = (
+                cv2.resize(field, shape, interpolation=cv2.INTER_AREA).astype(np.float32)
+                for field in (clean, image, mask.astype(np.float32))
+            )
+            mask = (share > 0.2).astype(np.uint8)
         return clean, image, mask, rng
 
 
@@ -164,10 +184,10 @@ def add_defect(
     image: Picture, mask: Mask, support: Mask, behind: Picture, rng: Generator, variety: float
 ) -> tuple[Picture, Mask]:
     """Draw one defect on the part; drawn again where it missed the part or can hardly be seen."""
-    size = mask.shape[0]
+    size, shapes = mask.shape[0], min(variety, 1.0)
     for attempt in range(8):
-        shape = SHAPES[int(rng.uniform(0, SIMPLE + variety * (len(SHAPES) - SIMPLE)))]
-        alpha = shape(rng, size, variety)
+        shape = SHAPES[int(rng.uniform(0, SIMPLE + shapes * (len(SHAPES) - SIMPLE)))]
+        alpha = shape(rng, size, shapes)
         broken = rng.random() < 0.4 and not support.all() and shape in (patch, blob)
         if broken:
             alpha = moved_to_edge(alpha, support, rng)
@@ -178,7 +198,7 @@ def add_defect(
         filled = behind if broken else appearance(image, alpha, rng, variety, 1 + 0.4 * attempt)
         result = (image + alpha[..., None] * (filled - image)).clip(0, 1).astype(np.float32)
         change = np.abs(result - image).mean(2)[drawn].mean()
-        if change > 0.035 + 0.25 * float(image[drawn].std()) + 0.08 * (1 - variety):
+        if change > 0.035 + 0.25 * float(image[drawn].std()) + 0.08 * (1 - shapes):
             return result, mask | drawn.astype(np.uint8)
     return image, mask
 
@@ -194,25 +214,25 @@ def moved_to_edge(alpha: Field, support: Mask, rng: Generator) -> Field:
     return cv2.warpAffine(alpha, move, alpha.shape[::-1]).astype(np.float32)
 
 
-def level(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+def level(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     return image + np.float32(rng.uniform(0.08, 0.45) * boost * rng.choice([-1, 1]))
 
 
-def hole(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+def hole(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     """Nearly black, or nearly white, whatever the surface."""
     return image * np.float32(0.2) + np.float32(0.8 * (rng.uniform(0, 0.15) if rng.random() < 0.7 else 1))
 
 
-def elsewhere(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+def elsewhere(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     """Another place of the surface, turned."""
     return np.rot90(np.roll(image, int(rng.integers(len(image) // 4, len(image) // 2)), axis=1)).copy()
 
 
-def foreign(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
-    return texture(rng, len(image), 1)
+def foreign(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+    return texture(rng, len(image), max(1.0, variety))
 
 
-def dent(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+def dent(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     """Light on one side, dark on the other."""
     smooth = cv2.GaussianBlur(alpha, (0, 0), max(1.0, 0.02 * len(image)))
     angle = rng.uniform(0, 2 * np.pi)
@@ -221,24 +241,24 @@ def dent(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
     return lit
 
 
-def dirt(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+def dirt(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     share = rng.uniform(0.3, 0.8)
     return ((1 - share) * image + share * rng.uniform(0, 1, 3)).astype(np.float32)
 
 
-def smeared(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+def smeared(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     """The structure blurred away."""
     return cv2.GaussianBlur(image, (0, 0), rng.uniform(0.02, 0.06) * len(image)).astype(np.float32)
 
 
-def recontrasted(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+def recontrasted(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     """The structure stronger or weaker, and a little darker or brighter."""
     mean = cv2.GaussianBlur(image, (0, 0), 0.08 * len(image))
     gain = rng.uniform(0, 0.5) if rng.random() < 0.5 else rng.uniform(1.6, 3)
     return (mean * rng.uniform(0.8, 1.2) + gain * (image - mean)).astype(np.float32)
 
 
-def warped(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+def warped(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     """The structure pulled out of place."""
     size = len(image)
     reach, cells = rng.uniform(0.05, 0.25) * size * boost, rng.uniform(3, 12)
@@ -246,7 +266,7 @@ def warped(image: Picture, alpha: Field, rng: Generator, boost: float) -> Pictur
     return displaced(image, dx, dy)
 
 
-def rescaled(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+def rescaled(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     """The structure coarser or finer, and turned."""
     size = len(image)
     zoom = np.exp(rng.choice([-1, 1]) * rng.uniform(0.3, 1.0))
@@ -254,30 +274,44 @@ def rescaled(image: Picture, alpha: Field, rng: Generator, boost: float) -> Pict
     return cv2.warpAffine(image, turn, (size, size), borderMode=cv2.BORDER_REFLECT_101).astype(np.float32)
 
 
-def roughened(image: Picture, alpha: Field, rng: Generator, boost: float) -> Picture:
+def roughened(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     """Fine grain where the surface is smoother: corroded, fretted, frayed."""
     fine = noise(rng, len(image), len(image) / rng.uniform(1, 3)) - 0.5
     return (image + rng.uniform(0.3, 1) * boost * fine[..., None]).astype(np.float32)
 
 
-APPEARANCES: tuple[Callable[[Picture, Field, Generator, float], Picture], ...] = (
+APPEARANCES: tuple[Callable[[Picture, Field, Generator, float, float], Picture], ...] = (
     level, hole, elsewhere, foreign, dent, dirt, smeared, recontrasted, warped, rescaled, roughened,
 )  # fmt: skip
 
 
 def appearance(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
     """What a defect looks like inside: (S, S, 3). Half of the thin and small ones are lighter or darker, no more."""
-    simple = rng.random() > (0.5 if (alpha > 0.3).mean() < 0.04 else 0.85) * variety
+    simple = rng.random() > (0.5 if (alpha > 0.3).mean() < 0.04 else 0.85) * min(variety, 1.0)
     kind = APPEARANCES[int(rng.integers(2)) if simple else int(rng.integers(len(APPEARANCES)))]
-    return kind(image, alpha, rng, boost)
+    return kind(image, alpha, rng, variety, boost)
 
 
-def camera(image: Picture, rng: Generator) -> NDArray[np.uint8]:
-    """What a camera makes of it: blur, gamma, noise, often grey; uint8."""
-    if rng.random() < 0.3:
+def camera(image: Picture, rng: Generator, variety: float) -> NDArray[np.uint8]:
+    """What a camera makes of it: blur, gamma, noise, often grey, above variety 1 sharpening and compression; uint8."""
+    if variety > 1:
+        image = lens(image, rng)
+    elif rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (3, 3), 0).astype(np.float32)
     if rng.random() < 0.5:
         image = image.mean(axis=2, keepdims=True)
     grain = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(0, 0.025))
     pixels = ((image ** np.float32(rng.uniform(0.75, 1.3)) + grain) * 255).clip(0, 255).astype(np.uint8)
+    if variety > 1 and rng.random() < 0.3:
+        _, file = cv2.imencode(".jpg", pixels, (cv2.IMWRITE_JPEG_QUALITY, int(rng.uniform(40, 95))))
+        pixels = np.asarray(cv2.imdecode(file, cv2.IMREAD_UNCHANGED), np.uint8).reshape(pixels.shape)
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy()
+
+
+def lens(image: Picture, rng: Generator) -> Picture:
+    """A little out of focus, and sharpened again."""
+    if rng.random() < 0.4:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1)).astype(np.float32)
+    if rng.random() < 0.2:
+        image = image + np.float32(rng.uniform(0.3, 1)) * (image - cv2.GaussianBlur(image, (0, 0), 1))
+    return image.clip(0, 1).astype(np.float32)

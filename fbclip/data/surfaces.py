@@ -174,6 +174,86 @@ def dots(rng: Generator, size: int) -> Field:
     return rotated((0.5 + 0.4 * np.tanh(edge) * rng.choice([-1, 1])).astype(np.float32), direction(rng))
 
 
+def leaves(rng: Generator, size: int) -> Field:
+    """Plates of all sizes that cover each other, each of its own grey: chips, gravel, foliage.
+
+    The dead leaves model, whose sizes follow a power law, so that it looks alike at every distance, as photographs do
+    (Lee, Mumford and Huang, "Occlusion Models for Natural Images", IJCV 2001).
+    """
+    field = 0.5 * noise(rng, size, size / 2)
+    count, least = int(np.exp(rng.uniform(np.log(40), np.log(500)))), np.exp(rng.uniform(np.log(0.008), np.log(0.04)))
+    reach = size * least / np.sqrt(rng.uniform((least / 0.3) ** 2, 1, count))  # density of the radius r: r^-3
+    round_, turned, flat = rng.random() < 0.5, rng.random() < 0.7, rng.uniform(0, 0.8)
+    places, greys = rng.uniform(0, size, (count, 2)), rng.random(count)
+    for (x, y), r, grey in zip(places, reach, greys, strict=True):
+        axes, angle = (r, r * (1 - flat * rng.random())), rng.uniform(0, 360) if turned else 0.0
+        if round_:
+            cv2.ellipse(field, ((x, y), (2 * axes[0], 2 * axes[1]), angle), float(grey), -1)
+        else:
+            corners = cv2.boxPoints(((x, y), (2 * axes[0], 2 * axes[1]), angle))
+            cv2.fillConvexPoly(field, corners.astype(np.int32), float(grey))
+    return field
+
+
+def flecked(rng: Generator, size: int) -> Field:
+    """Marks of one kind all over: fibres, pores, seeds. What is everywhere is no defect."""
+    field = 0.5 + 0.2 * noise(rng, size, size / rng.uniform(1, 4))
+    count = int(np.exp(rng.uniform(np.log(15), np.log(300))))
+    length = size * np.exp(rng.uniform(np.log(0.01), np.log(0.12)))
+    width, along, spread = max(1, int(length * rng.uniform(0.1, 1))), rng.uniform(0, np.pi), rng.uniform(0, 2)
+    grey = float(rng.choice([-0.3, 1.3]))
+    for x, y in rng.uniform(0, size, (count, 2)):
+        angle, reach = along + spread * rng.normal(), length * rng.uniform(0.5, 1) / 2
+        dx, dy = reach * np.cos(angle), reach * np.sin(angle)
+        start, end = (int(x - dx), int(y - dy)), (int(x + dx), int(y + dy))
+        cv2.line(field, start, end, grey + rng.uniform(-0.2, 0.2), width, cv2.LINE_AA)
+    return field
+
+
+def crazed(rng: Generator, size: int) -> Field:
+    """A net of fine lines between cells: leather, glaze, dry ground."""
+    _, label = _nearest_seed(rng, size)
+    edge = ((label != np.roll(label, 1, 0)) | (label != np.roll(label, 1, 1))).astype(np.float32)
+    edge = cv2.GaussianBlur(edge, (0, 0), rng.uniform(0.4, 1.5)).astype(np.float32)
+    return (rng.choice([-1, 1]) * edge + rng.uniform(0, 0.6) * noise(rng, size, size / 2)).astype(np.float32)  # type: ignore[no-any-return]
+
+
+def bond(rng: Generator, size: int) -> Field:
+    """Bricks, planks or plates with joints, no two of one grey."""
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    sway = rng.uniform(0, 0.03) * size
+    height = rng.uniform(0.06, 0.3) * size
+    width = height * np.exp(rng.uniform(0, 2.5))
+    v = (y + sway * noise(rng, size, 8)) / height + rng.random()
+    row = np.floor(v).astype(int)
+    u = (x + sway * noise(rng, size, 8)) / width + rng.choice([0.5, 0.37]) * (row % 2) + rng.random()
+    column = np.floor(u).astype(int)
+    greys = rng.random((int(row.max()) + 1, int(column.max()) + 1), dtype=np.float32)
+    joint = np.minimum(np.minimum(u % 1, 1 - u % 1) * width, np.minimum(v % 1, 1 - v % 1) * height)
+    field = rng.uniform(0, 1) * greys[row, column] + rng.uniform(0, 0.5) * noise(rng, size, size / 2, stretch=4)
+    field = field + rng.choice([-1, 1]) * (joint < rng.uniform(0.5, 0.02 * size + 0.6))
+    return rotated(field.astype(np.float32), rng.choice([0, 90]) if rng.random() < 0.8 else rng.uniform(0, 180))
+
+
+def filtered(rng: Generator, size: int) -> Field:
+    """Noise through a few random filters and rectifiers, coarse to fine: structure that nobody thought of."""
+    side = max(8, size // int(rng.choice([2, 4, 8])))
+    channels = rng.standard_normal((side, side, 3), dtype=np.float32)
+    while True:
+        width = int(rng.choice([3, 5, 7]))
+        for c in range(3):
+            kernel = rng.standard_normal((width, width)).astype(np.float32) / width
+            channels[..., c] = cv2.filter2D(channels[..., c], -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+        channels = cv2.transform(channels, rng.standard_normal((3, 3)).astype(np.float32)).astype(np.float32)
+        channels = channels / (channels.std() + np.float32(1e-6))
+        if side == size:
+            return channels[..., 0] if rng.random() < 0.5 else np.abs(channels[..., 1])  # type: ignore[no-any-return]
+        channels = np.maximum(channels, np.float32(-0.2) * channels)
+        side = min(size, 2 * side)
+        channels = cv2.resize(channels, (side, side), interpolation=cv2.INTER_LINEAR).astype(np.float32)
+        channels = channels + np.float32(rng.uniform(0, 0.5)) * rng.standard_normal(channels.shape, dtype=np.float32)
+
+
 TEXTURES: tuple[Callable[[Generator, int], Field], ...] = (
     plain,
     grain,
@@ -189,17 +269,25 @@ TEXTURES: tuple[Callable[[Generator, int], Field], ...] = (
     speckle,
     grid,
     dots,
+    leaves,
+    flecked,
+    crazed,
+    bond,
+    filtered,
+    filtered,
 )
-SIMPLE = 4  # how many of them a plain curriculum starts with
+AT_VARIETY = (4, 14, len(TEXTURES))  # how many of them there are at variety 0, 1 and 2
 
 
 def texture(rng: Generator, size: int, variety: float) -> Picture:
     """One material, or one over another, float32 (S, S, 3) in about 0..1."""
-    last = SIMPLE + variety * (len(TEXTURES) - SIMPLE)
+    last, natural, variety = np.interp(variety, (0, 1, 2), AT_VARIETY), variety > 1, min(variety, 1.0)
     field = _standardised(TEXTURES[int(rng.uniform(0, last))](rng, size))
     if rng.random() < 0.4 * variety:  # a second structure on top, like grain on a weave
         second = TEXTURES[int(rng.uniform(0, last))](rng, size)
         field = _standardised(field + rng.uniform(0.1, 1) * _standardised(second))
+    if natural and rng.random() < 0.25:  # more of it here, less there
+        field = field * np.float32(rng.uniform(0.5, 2)) * noise(rng, size, rng.uniform(2, 8))
     if rng.random() < 0.15 * variety:
         field = field + np.float32(rng.choice([-1, 1]) * rng.uniform(1, 4)) * lines(rng, size)
     base = rng.uniform(0.15, 0.85)
@@ -219,7 +307,7 @@ def surface(rng: Generator, size: int, variety: float) -> tuple[Picture, Mask, P
 
     The part fills the frame, or nearly fills it with its edges in view, or lies before a background.
     """
-    image = texture(rng, size, variety)
+    image, variety = texture(rng, size, variety), min(variety, 1.0)
     support = np.ones((size, size), np.uint8)
     behind = texture(rng, size, 0) * rng.choice([0.1, 0.4, 1, 1.4])
     kind = rng.random()
