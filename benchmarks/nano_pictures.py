@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from make_nano import HELD_OUT, JUDGE
+from make_nano import HELD_OUT, JUDGE, VARIETY
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -40,7 +40,7 @@ def outlined(image: Picture, mask: Picture) -> Picture:
 
 def failures(predictor: Predictor) -> Picture:
     """Above the images with the true outlines, below what the model says: half of them missed, half false alarms."""
-    data = ProceduralDefects(SIDE, HELD_OUT, JUDGE)
+    data = ProceduralDefects(SIDE, HELD_OUT, JUDGE, variety=VARIETY)
     scored = [(predictor(sample.image), sample) for sample in (data[i] for i in range(HELD_OUT))]
     defective = sorted((pair for pair in scored if pair[1].label), key=lambda pair: pair[0].score)
     good = sorted((pair for pair in scored if not pair[1].label), key=lambda pair: -pair[0].score)
