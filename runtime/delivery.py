@@ -173,6 +173,8 @@ class Delivery:
         with self._changed:
             news = (failure is None) != (self.failure is None)
             self.failure = failure
+            if failure is None:
+                self._busy_since = time.monotonic()  # it has answered: what follows is no part of a long wait
             self._changed.notify_all()
         if news:
             state = "failing" if failure else "working"
