@@ -79,9 +79,8 @@ class Server:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         connection = HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         try:
-            with suppress(
-                BrokenPipeError, ConnectionResetError
-            ):  # refused before all of it was sent: the answer says why
+            # a body may be refused before all of it is sent; the answer says why
+            with suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, path, body, named, encode_chunked="Transfer-Encoding" in named)
             answer = connection.getresponse()
             return answer.status, answer.read()
