@@ -814,6 +814,7 @@ def test_a_garbled_stream_recovers(belt: Any) -> None:
     drain.next()
     proxy.garble(5)
     eventually(lambda: not proxy.garbled)
+    stall(source)  # FFmpeg may wait for the many bytes that a garbled length promises
     passed = time.monotonic()
     first = drain.next(lambda frame: frame.captured > passed)
     red_of(drain.next(lambda frame: frame.index >= first.index + 30))  # what was on its way is through
