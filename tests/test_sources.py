@@ -86,7 +86,7 @@ class Drain:
         try:
             for frame in self._source:
                 self.frames.put(frame)
-        except FBClipError as error:
+        except Exception as error:
             self.error = error
 
     def next(self, wanted: Callable[[Frame], bool] = lambda frame: True) -> Frame:
