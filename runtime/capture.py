@@ -220,9 +220,9 @@ class LiveSource(Source):
             before: why the one before failed.
         """
         self._readers = [reader for reader in self._readers if reader.is_alive()]
-        if self._closed.is_set():
-            return None
-        with self._lock:
+        with self._lock:  # from here on `close` finds this link to abandon
+            if self._closed.is_set():
+                return None
             link = self._link = _Link()
         if len(self._readers) >= STUCK:
             return Fault("stalled", f"{STUCK} connections hang, waiting for one to end")

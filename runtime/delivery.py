@@ -87,8 +87,8 @@ class Delivery:
         self._thread.join(self._left() + grace)
         with self._changed:
             if self._thread.is_alive():
-                self.failure = "did not close in time"
-                self.dropped += len(self._waiting)
+                self.failure = self.failure or "did not close in time"
+                self.dropped += len(self._waiting) + (self._busy_since is not None)
                 self._waiting.clear()
 
     def state(self) -> dict[str, Any]:
@@ -173,6 +173,8 @@ class Delivery:
         with self._changed:
             news = (failure is None) != (self.failure is None)
             self.failure = failure
+            if failure is None:
+                self._busy_since = time.monotonic()  # it has answered: what follows is no part of a long wait
             self._changed.notify_all()
         if news:
             state = "failing" if failure else "working"

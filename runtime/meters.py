@@ -162,11 +162,10 @@ class Tegrastats:
         self._lines = self._process.stdout
         if not self._lines.readline():
             raise OSError("tegrastats says nothing")
-        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread = threading.Thread(target=self._read, args=(time.perf_counter(),), daemon=True)
         self._thread.start()
 
-    def _read(self) -> None:
-        before = time.perf_counter()
+    def _read(self, before: float) -> None:
         for line in self._lines:
             now = time.perf_counter()
             self.joules += board_watts(line) * (now - before)

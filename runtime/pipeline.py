@@ -146,6 +146,7 @@ class Pipeline:
                 timer = threading.Timer(self.limits.duration, self.stop)
                 timer.daemon = True
                 timer.start()
+                stack.callback(timer.join)  # no thread stays behind
                 stack.callback(timer.cancel)
             for scored in results:
                 self._conclude(*scored)
@@ -206,7 +207,7 @@ class Pipeline:
             if self._misfitting:
                 self._misfitting = False
                 self._tell_source("live", "frames can be inspected again")
-            if self._camera["state"] == "connecting":  # files don't say that they are there
+            if not self.source.live and self._camera["state"] == "connecting":  # files don't say that they are there
                 self._camera["state"] = "live"
             yield _Prepared(frame, batch, (time.perf_counter() - start) * 1e3)
             taken += 1

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,18 +44,24 @@ class FileSource(Source):
         super().__init__(name, options)
         self._paths = paths
         self._frames = self._read()
+        self._turn = Lock()  # whoever is in the generator has it
 
     def __next__(self) -> Frame:
-        if self._closed.is_set():
-            raise StopIteration
-        frame = next(self._frames)
-        self._counters["frames"] += 1
-        return frame
+        with self._turn:
+            if self._closed.is_set():
+                self._frames.close()
+                raise StopIteration
+            frame = next(self._frames)
+            self._counters["frames"] += 1
+            return frame
 
     def close(self) -> None:
         super().close()
-        with suppress(ValueError):  # another thread is in it, and ends it
-            self._frames.close()
+        if self._turn.acquire(blocking=False):  # else another thread is in it, and ends it
+            try:
+                self._frames.close()
+            finally:
+                self._turn.release()
 
     def _read(self) -> Generator[Frame]:
         skipped = ""

@@ -6,18 +6,18 @@ import io
 import json
 import queue
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
 from PIL import Image
+from waiting import PATIENCE_S
 from websockets.sync.client import ClientConnection, connect
 
 from fbclip import Predictor
@@ -34,7 +34,6 @@ from fbclip.runtime.uploads import InTurn, Limits
 
 GOOD, SCRATCH = (samples_folder() / f"brushed-steel-{name}.jpg" for name in ("good", "scratch"))
 TOKEN = "not-a-secret-1234"
-T = TypeVar("T")
 
 
 class Belt:
@@ -78,13 +77,15 @@ class Server:
     ) -> tuple[int, bytes]:
         """Status and body; underscores in header names become hyphens."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        request = urllib.request.Request(self.url + path, body, named, method=method)  # type: ignore[arg-type]
-        opener = urllib.request.build_opener(_NoRedirect)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         try:
-            with opener.open(request, timeout=30) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
+            # a body may be refused before all of it is sent; the answer says why
+            with suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, path, body, named, encode_chunked="Transfer-Encoding" in named)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
 
     def json(self, path: str, method: str = "GET", body: bytes | None = None, **headers: str) -> Any:
         status, text = self.ask(path, method, body, **headers)
@@ -96,12 +97,7 @@ class Server:
         return status, json.loads(text)
 
     def watch(self, **options: Any) -> ClientConnection:
-        return connect(self.url.replace("http", "ws") + "/v1/live", **options)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
+        return connect(self.url.replace("http", "ws") + "/v1/live", open_timeout=PATIENCE_S, **options)
 
 
 @cache
@@ -143,18 +139,10 @@ def png(height: int, width: int) -> bytes:
     return file.getvalue()
 
 
-def eventually(ask: Callable[[], T]) -> T:
-    """Ask until the answer is true; each question is a request, so there is nothing to sleep for."""
-    deadline = time.monotonic() + 60
-    while not (answer := ask()):
-        assert time.monotonic() < deadline, "it never came"
-    return answer
-
-
 def news(viewer: ClientConnection) -> tuple[dict[str, Any], bytes | None]:
     """The next message and its picture."""
-    message = json.loads(viewer.recv(timeout=30))
-    return message, bytes(viewer.recv(timeout=30)) if message["picture"] else None  # type: ignore[arg-type]
+    message = json.loads(viewer.recv(timeout=PATIENCE_S))
+    return message, bytes(viewer.recv(timeout=PATIENCE_S)) if message["picture"] else None  # type: ignore[arg-type]
 
 
 def until(viewer: ClientConnection, wanted: Callable[[dict[str, Any]], bool]) -> tuple[dict[str, Any], bytes | None]:

@@ -173,31 +173,38 @@ def filming(camera: Camera, protocol: str) -> Iterator[int]:
         camera.stopped.set()
 
 
+def bound(port: int = 0) -> socket.socket:
+    """A socket at a port, 0 for a free one, which others that reuse addresses may have too while it doesn't listen."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind(("127.0.0.1", port))
+    return made
+
+
 class Proxy:
     """Passes TCP connections on, until told otherwise.
 
     Attributes:
         port: where it listens.
         flowing: clear it, and nothing comes from the server any more.
+        garbled: chunks from the server that are still to be garbled.
     """
 
     def __init__(self, upstream: int) -> None:
         self.upstream = upstream
         self.flowing = threading.Event()
         self.flowing.set()
-        self.port = 0
-        self._garbled = 0
+        self._reserved = bound()  # never listens: keeps the port from others while nobody does
+        self.port: int = self._reserved.getsockname()[1]
+        self.garbled = 0
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self.accept()
 
     def accept(self) -> None:
         """Take connections, at the port it had before."""
-        self._listener = socket.socket()
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.bind(("127.0.0.1", self.port))
+        self._listener = bound(self.port)
         self._listener.listen()
-        self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._serve, args=(self._listener,), daemon=True).start()
 
     def refuse(self) -> None:
@@ -216,10 +223,11 @@ class Proxy:
 
     def garble(self, chunks: int) -> None:
         """Turn the bytes of what comes next from the server."""
-        self._garbled = chunks
+        self.garbled = chunks
 
     def close(self) -> None:
         self.refuse()
+        self._reserved.close()
         self.flowing.set()
 
     def __enter__(self) -> Proxy:
@@ -251,8 +259,8 @@ class Proxy:
             while data := source.recv(1 << 16):
                 if down:
                     self.flowing.wait()
-                    if self._garbled:
-                        self._garbled -= 1
+                    if self.garbled:
+                        self.garbled -= 1
                         data = bytes(byte ^ 0x55 for byte in data)
                 target.sendall(data)
         for end in (source, target):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +84,17 @@ def test_side_by_side_then_compared(fbclip: Run, tmp_path: Path) -> None:
     assert 'src="http' not in page and 'href="http' not in page
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
 
-    old = folder / "bench.json"
+    old, new = folder / "bench.json", tmp_path / "slower.json"
     assert "same" in fbclip("bench", "--compare", old, old, "--fail-over", "5%").stdout
+    deployed["rounds_ms"] = [[30.0], [31.0], [32.0]]  # of a quiet machine: three noisy rounds prove nothing
+    old.write_text(json.dumps(before))
     deployed["rounds_ms"] = [[3 * ms for ms in one] for one in deployed["rounds_ms"]]
-    new = tmp_path / "slower.json"
     new.write_text(json.dumps(before))
     assert "3.000" in fbclip("bench", "--compare", old, new, "--fail-over", "5%", code=1).stdout
     assert "faster" in fbclip("bench", "--compare", new, old, "--fail-over", "0").stdout
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_torch_compile_runs_the_same_model() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (1, 192, 192, 3), np.uint8)
     eager, compiled = (bundle_backend(Bundle.load(), kind, None, None, None) for kind in ("torch", "torch-compile"))
@@ -219,8 +223,10 @@ def test_device_times_by_the_clock() -> None:
     bundle = Bundle.load()
     session = ort.InferenceSession(bundle.graph("fp32"), providers=["CPUExecutionProvider"])
     side = bundle.manifest.image_size
-    times = clocked_device_times(session, bundle.text, "cpu", np.zeros((1, side, side, 3), np.uint8))
-    assert times["compute"] > 10 * times["download"] > 0
+    image = np.zeros((1, side, side, 3), np.uint8)
+    times = [clocked_device_times(session, bundle.text, "cpu", image) for _ in range(20)]
+    compute, download = (min(one[name] for one in times) for name in ("compute", "download"))  # undisturbed ones
+    assert compute > 10 * download > 0
 
 
 def recorded(seed: int, milliseconds: float, spread: float = 0.03) -> list[list[float]]:
@@ -322,13 +328,19 @@ def test_power_of_jetsons(tmp_path: Path) -> None:
     agx = "RAM 1/30536MB VDD_GPU_SOC 2401mW/2401mW VDD_CPU_CV 401mW/401mW VIN_SYS_5V0 3024mW/3024mW"
     older = "RAM 1/2MB POM_5V_IN 2500/2400 POM_5V_GPU 80/80"
     assert [board_watts(line) for line in (nano, agx, older)] == pytest.approx([4.94, 5.826, 2.5])
-    command = tmp_path / "tegrastats"
+    command, gate = tmp_path / "tegrastats", tmp_path / "gate"
+    os.mkfifo(gate)
     speak = f"echo '{nano}'"
-    command.write_text(f"#!/bin/sh\ntrap '' TERM\n{speak}\n/bin/sleep 0.05\n{speak}\n")  # ends when it has spoken
+    command.write_text(f"#!/bin/sh\ntrap '' TERM\n{speak}\nread line < {gate}\n{speak}\n")  # ends when it has spoken
     command.chmod(0o755)
+    began = time.perf_counter()
     meter = Tegrastats(str(tmp_path))
+    between = time.perf_counter()
+    with gate.open("w") as opened:  # once it is read
+        least = time.perf_counter() - between
+        opened.write("go on\n")
     meter.close()
-    assert 0.04 * 4.94 <= meter.joules < 60 * 4.94
+    assert 0 < least * 4.94 <= meter.joules <= (time.perf_counter() - began) * 4.94
     command.write_text("#!/bin/sh\n")
     with pytest.raises(OSError, match="says nothing"):
         Tegrastats(str(tmp_path))

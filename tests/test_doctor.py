@@ -262,7 +262,7 @@ def test_a_jetson(tmp_path: Path) -> None:
 def test_a_strange_nvpmodel(tmp_path: Path, program: str, found: str) -> None:
     machine = jetson(tmp_path)
     command(machine.root, "bin/nvpmodel", program)
-    check = by_name(_power(Machine(machine.root, machine.path, patience=0.2 if "sleep" in program else 10)))[
+    check = by_name(_power(Machine(machine.root, machine.path, patience=0.2 if "sleep" in program else 120)))[
         "power mode"
     ]
     assert check.status == "broken"

@@ -7,7 +7,6 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,12 +19,19 @@ from paho.mqtt.client import Client, ConnectFlags, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from stream_faults import bound
+from waiting import PATIENCE_S, eventually
 
 from fbclip.runtime import sinks_network
 from fbclip.runtime.sinks import SinkOptions, make_sinks
 from fbclip.runtime.sinks_network import Mqtt
 
-PATIENCE_S = 20  # a busy machine
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker on a busy machine may take its time."""
+    monkeypatch.setattr(sinks_network, "GRACE_S", PATIENCE_S)
+    monkeypatch.setattr(sinks_network, "FLUSH_S", PATIENCE_S)
 
 
 def program(name: str) -> str:
@@ -41,8 +47,8 @@ class Broker:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.settings: list[str] = ["allow_anonymous true"]
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.reserved = bound()  # keeps the port from others while there is no broker
+        self.port: int = self.reserved.getsockname()[1]
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
@@ -81,6 +87,7 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
     program("mosquitto")
     yield broker
     broker.stop()
+    broker.reserved.close()
 
 
 class Listener:
@@ -124,7 +131,7 @@ def listener(broker: Broker) -> Iterator[Listener]:
 
 
 def test_results_notices_and_status(broker: Broker, listener: Listener) -> None:
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     (sink,) = make_sinks(SinkOptions(mqtt=broker.url))
     assert listener.next() == ("status", "online", False)
     sink.write(result(5, 0.75, alarm=True))
@@ -138,7 +145,7 @@ def test_results_notices_and_status(broker: Broker, listener: Listener) -> None:
     sink.close()
     assert listener.next() == late.next() == ("status", "offline", False)
     late.close()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= before
     latest = Listener(broker, "latest")
     assert latest.next() == ("status", "offline", True)
     latest.close()
@@ -173,7 +180,7 @@ def test_a_broker_that_restarts_gets_what_waited(broker: Broker, listener: Liste
 
 def test_an_absent_broker_is_an_error_until_it_comes(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sinks_network, "GRACE_S", 0)
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     sink = Mqtt(broker.url)
     with pytest.raises(OSError, match=f"no connection to the MQTT broker 127.0.0.1:{broker.port} for"):
         sink.write(result(0))
@@ -185,7 +192,7 @@ def test_an_absent_broker_is_an_error_until_it_comes(broker: Broker, monkeypatch
     assert (topic, json.loads(payload)["index"]) == ("results", 1)
     listener.close()
     sink.close()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_broker_that_hangs_fills_the_queue_and_does_not_hold_up_the_end(
@@ -193,11 +200,12 @@ def test_a_broker_that_hangs_fills_the_queue_and_does_not_hold_up_the_end(
 ) -> None:
     monkeypatch.setattr(sinks_network, "QUEUED", 30)
     monkeypatch.setattr(sinks_network, "FLUSH_S", 0.1)
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     sink = Mqtt(broker.url)
     assert listener.next() == ("status", "online", False)
     assert broker.process
     broker.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, broker.process.pid, os.WSTOPPED | os.WNOWAIT)
     for index in range(30):
         sink.write(result(index))
     for _ in range(2):
@@ -205,19 +213,18 @@ def test_a_broker_that_hangs_fills_the_queue_and_does_not_hold_up_the_end(
             sink.write(result(30))
     with pytest.raises(OSError, match="has not acknowledged"):
         sink.close()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= before
 
 
 def refused(sink: Mqtt, reason: str) -> None:
     """Write until the background connection knows why it fails."""
-    pause = threading.Event()
-    for _ in range(PATIENCE_S * 50):
+
+    def is_known() -> bool:
         with pytest.raises(OSError) as caught:
             sink.write(result())
-        if reason in str(caught.value):
-            return
-        pause.wait(0.02)
-    raise AssertionError(f"{reason!r} was never the reason: {caught.value}")
+        return reason in str(caught.value)
+
+    eventually(is_known)
 
 
 def test_password(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +238,6 @@ def test_password(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong.close()
     right = Mqtt(f"mqtt://cam:s%2Fecret@127.0.0.1:{broker.port}")
     monkeypatch.setattr(sinks_network, "GRACE_S", PATIENCE_S)
-    monkeypatch.setattr(sinks_network, "FLUSH_S", PATIENCE_S)
     right.write(result())
     right.close()  # which is an error unless the broker has acknowledged it
 
@@ -250,7 +256,6 @@ def test_tls_only_with_a_certificate_that_is_trusted(broker: Broker, monkeypatch
     untrusted.close()
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     monkeypatch.setattr(sinks_network, "GRACE_S", PATIENCE_S)
-    monkeypatch.setattr(sinks_network, "FLUSH_S", PATIENCE_S)
     trusted = Mqtt(url)
     trusted.write(result())
     trusted.close()  # which is an error unless the broker has acknowledged it

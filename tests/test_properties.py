@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,8 +16,6 @@ WIDTH = 24
 TOLERANCE = 2e-5
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
 masks = st.sampled_from(["mixed", "front", "behind"])
-settings.register_profile("fbclip", deadline=None, max_examples=60)
-settings.load_profile("fbclip")
 
 
 def make(shape: tuple[int, int, int], mask: str, seed: int, constant: bool) -> tuple[Tensor, Tensor]:

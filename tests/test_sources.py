@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler
+from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from stream_faults import SIZE, Camera, Proxy, filming, jpeg, serving
+from waiting import PATIENCE_S as SOON
+from waiting import eventually
 
 from fbclip.errors import FBClipError, UsageError
-from fbclip.runtime import capture
+from fbclip.runtime import capture, watch
 from fbclip.runtime.capture import LiveSource
-from fbclip.runtime.devices import Fault, MjpegStream, connect_camera, csi_pipeline, open_ffmpeg
+from fbclip.runtime.devices import (
+    Device,
+    Fault,
+    MjpegStream,
+    connect_camera,
+    connect_stream,
+    csi_pipeline,
+    open_ffmpeg,
+)
 from fbclip.runtime.live import Frame, Notice
 from fbclip.runtime.machine import Machine
-from fbclip.runtime.sources import CaptureOptions, Source, open_source
+from fbclip.runtime.sources import CaptureOptions, FileSource, Source, open_source
 from fbclip.runtime.watch import arrivals
-
-SOON = 20.0  # seconds that a machine under load may take; nothing waits that long when it works
 
 
 class Notices:
@@ -76,7 +86,7 @@ class Drain:
         try:
             for frame in self._source:
                 self.frames.put(frame)
-        except FBClipError as error:
+        except Exception as error:
             self.error = error
 
     def next(self, wanted: Callable[[Frame], bool] = lambda frame: True) -> Frame:
@@ -125,8 +135,32 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
 
 
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+def descriptors() -> list[str]:
+    """What the descriptors of this process are of."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was the listing's own
+            found.append(str(descriptor.readlink()))
+    return found
+
+
+def stall(source: LiveSource) -> None:
+    """Its connection counts as stalled from now on; the next one may take its time, however slow the machine is."""
+
+    def calm(notice: Notice) -> None:
+        if notice.state == "lost":  # told before the next try
+            source._stall = SOON
+
+    source.listen(calm)
+    with source._lock:
+        source._stall = 0.05
+        source._trouble.notify()
+
+
+def give_up(source: Source) -> None:
+    """The seconds of --give-up are over, whatever the clock says."""
+    assert isinstance(source, LiveSource)
+    source._lost = -inf
 
 
 def write_images(folder: Path, number: int) -> None:
@@ -226,7 +260,6 @@ def video(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_video(video: Path, every: int) -> None:
-    before = descriptors()
     with open_source(str(video), CaptureOptions(every=every)) as source:
         frames = list(source)
     wanted = list(range(0, 10, every))
@@ -235,16 +268,52 @@ def test_video(video: Path, every: int) -> None:
     for frame, i in zip(frames, wanted, strict=True):
         red, green, blue = frame.image[24, 32].astype(int)
         assert abs(red - (20 * i + 20)) <= 6 and green < 8 and blue < 8
-    assert descriptors() == before
+    assert str(video) not in descriptors()
 
 
 def test_a_video_left_early_is_released(video: Path) -> None:
-    before = descriptors()
     source = open_source(str(video))
     next(source)
-    assert descriptors() > before
+    assert str(video) in descriptors()
     source.close()
-    assert descriptors() == before
+    assert str(video) not in descriptors()
+
+
+def test_a_file_source_is_closed_while_another_thread_goes_on(tmp_path: Path) -> None:
+    """Between that thread's look whether it is closed and the next picture."""
+    looked, proceed, taken = threading.Event(), threading.Event(), threading.Event()
+
+    class Looked(threading.Event):
+        def is_set(self) -> bool:
+            answer = super().is_set()
+            if not answer:
+                looked.set()
+                assert proceed.wait(SOON)
+            return answer
+
+    def pictures() -> Iterator[Frame]:
+        try:
+            while True:
+                yield Frame(np.zeros((4, 6, 3), np.uint8), "picture", 0, 0.0, 0.0)
+        finally:  # as a video that takes its time to close
+            proceed.set()
+            assert taken.wait(SOON)
+
+    def close() -> None:
+        source.close()
+        proceed.set()
+
+    source = FileSource("pictures", (), CaptureOptions())
+    source._frames = pictures()  # type: ignore[assignment]
+    next(source)
+    source._closed = Looked()
+    drain, closing = Drain(source), threading.Thread(target=close)
+    assert looked.wait(SOON)
+    closing.start()
+    assert proceed.wait(SOON)
+    taken.set()
+    assert drain.ends() and drain.error is None
+    closing.join(SOON)
 
 
 @pytest.mark.parametrize("name", ["broken.mp4", "broken.png", "empty.avi"])
@@ -288,6 +357,13 @@ def nothing() -> None:
     """A look at the folder without a change."""
 
 
+@pytest.fixture
+def nothing_settles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that were just written stay new, however slow the machine is."""
+    monkeypatch.setattr(watch, "SETTLED_S", 3600.0)
+
+
+@pytest.mark.usefixtures("nothing_settles")
 def test_watch_takes_each_file_once_when_it_is_whole(tmp_path: Path) -> None:
     picture = jpeg(1)
     file = tmp_path / "a.jpg"
@@ -374,7 +450,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[LiveSo
                 raise device
             return device
 
-        source = LiveSource("belt", connect, CaptureOptions(**options))
+        source = LiveSource("belt", connect, CaptureOptions(**{"stall": SOON, **options}))
         opened.append(source)
         return source, line, Notices(source)
 
@@ -423,14 +499,14 @@ def test_every_nth_frame_and_the_first_of_each_connection(fake: Any) -> None:
 
 
 def test_a_reader_that_hangs_is_abandoned(fake: Any) -> None:
-    source, line, notices = fake(stall=0.05)
+    source, line, notices = fake()
     stuck, fresh = FakeDevice(), FakeDevice()
     line.put(stuck)
     stuck.script.put(1)
     drain = Drain(source)
     assert drain.next().image[0, 0, 0] == 1
+    stall(source)
     notices.wait("lost", "no frame for")
-    source._stall = SOON  # the next one may take its time
     line.put(fresh)
     fresh.script.put(2)
     assert drain.next().image[0, 0, 0] == 2
@@ -450,13 +526,30 @@ def test_connections_that_hang_for_ever_are_few(fake: Any, lives: bool) -> None:
         return {thread for thread in threading.enumerate() if thread.name == "read belt"}
 
     before = reading()
-    source, line, notices = fake(stall=0.05, give_up=0.6)
+
+    class Pauses(threading.Event):
+        """The time is over with the first try that finds too many connections hanging."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            if len(reading() - before) == capture.STUCK:
+                pauses.append(timeout)
+                if len(pauses) == 2:
+                    give_up(source)
+            return super().wait(timeout)
+
+    pauses: list[float | None] = []
+    source, line, notices = fake(stall=SOON if lives else 0.05, give_up=SOON)
+    source._closed = Pauses()
     stuck = [FakeDevice() for _ in range(capture.STUCK)]
-    for device in stuck if lives else ():
+    drain = Drain(source)
+    for number, device in enumerate(stuck if lives else ()):
         device.script.put(1)
         line.put(device)
-    with pytest.raises(FBClipError, match=r"belt gave no frame for 0.6 s \(--give-up\): 4 connections hang"):
-        list(source)
+        drain.next()
+        stall(source)
+        notices.wait("lost", times=number + 1)
+    assert drain.ends()
+    assert f"belt gave no frame for {SOON:g} s (--give-up): 4 connections hang" in str(drain.error)
     assert len(reading() - before) == capture.STUCK
     assert notices.states.count("lost") == source.counters["stalled"] == (capture.STUCK if lives else 1)
     for device in stuck:
@@ -465,7 +558,7 @@ def test_connections_that_hang_for_ever_are_few(fake: Any, lives: bool) -> None:
 
 
 def test_garbage_is_skipped_and_counted(fake: Any) -> None:
-    source, line, notices = fake(stall=0.3)
+    source, line, notices = fake()
     device = FakeDevice()
     line.put(device)
     for value in (1, Fault("garbage", "half a picture"), Fault("garbage", "half a picture"), 2):
@@ -475,6 +568,8 @@ def test_garbage_is_skipped_and_counted(fake: Any) -> None:
     assert source.counters["garbage"] == 2
     for _ in range(3):
         device.script.put(Fault("garbage", "half a picture"))
+    device.await_grabs(8)
+    stall(source)
     assert "no frame for" in notices.wait("lost").message  # nothing else comes: as good as stalled
     assert "5 undecodable" in notices.wait("lost").message
     assert [n.message for n in notices.all if "skipped" in n.message] == [
@@ -489,10 +584,11 @@ def test_each_cause_of_an_outage_is_told_once(fake: Any) -> None:
     for device in (first, second):
         device.script.put(1)
     first.script.put(OSError("pulled"))
-    for item in (first, *[Fault("missing", "not there"), Fault("refused", "not yet")] * 5, second):
-        line.put(item)
+    line.put(first)
     drain = Drain(source)
-    drain.next()
+    drain.next()  # taken before the next can replace it
+    for item in (*[Fault("missing", "not there"), Fault("refused", "not yet")] * 5, second):
+        line.put(item)
     drain.next()
     notices.wait("live", "live again")
     assert notices.states == ["connecting", "live", "lost", "lost", "lost", "live"]
@@ -525,25 +621,51 @@ def test_a_camera_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None
 
 def test_giving_up_on_a_camera(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "RETRY_S", (0.005, 0.02))
-    with open_source("987", CaptureOptions(give_up=0.1)) as source:
-        notices = Notices(source)
-        with pytest.raises(
-            FBClipError, match=r"/dev/video987 gave no frame for 0.1 s \(--give-up\): there is no /dev/video987"
-        ) as caught:
-            next(source)
-        assert caught.value.exit_code == 1
+    with open_source("987", CaptureOptions(give_up=SOON)) as source:
+        notices, drain = Notices(source), Drain(source)
+        notices.wait("lost")
+        give_up(source)
+        assert drain.ends() and isinstance(drain.error, FBClipError)
+        assert drain.error.exit_code == 1
+        wanted = f"/dev/video987 gave no frame for {SOON:g} s (--give-up): there is no /dev/video987"
+        assert str(drain.error).startswith(wanted)
         notices.wait("ended")
     assert notices.states == ["connecting", "lost", "ended"] and source.counters["missing"] == 1
 
 
 def test_closing_from_another_thread() -> None:
-    source = open_source("987")
+    source = open_source("987", CaptureOptions(stall=SOON))
     notices, drain = Notices(source), Drain(source)
     notices.wait("lost")
     source.close()
     assert drain.ends() and drain.error is None
     notices.wait("ended")
     assert notices.states == ["connecting", "lost", "ended"]
+
+
+def test_closing_between_two_connections(fake: Any) -> None:
+    """Between the supervisor's look whether it is closed and the connection it makes then, which is abandoned too."""
+    source, line, _ = fake()
+    closing = threading.Thread(target=source.close)
+
+    class Looked(threading.Event):
+        def is_set(self) -> bool:
+            answer = super().is_set()
+            if threading.current_thread() is source._supervisor and not closing.ident:
+                closing.start()
+                eventually(lambda: super(Looked, self).is_set() and (source._lock.locked() or source._link.abandoned))
+            return answer
+
+    source._closed = Looked()
+    device = FakeDevice()
+    line.put(device)
+    device.script.put(0)
+    assert list(source) == []
+    closing.join(SOON)
+    source._supervisor.join(SOON)
+    device.script.put(1)
+    device.script.put(2)
+    assert device.closed.wait(SOON)
 
 
 def test_a_listener_that_raises_ends_the_iteration(fake: Any) -> None:
@@ -597,7 +719,7 @@ def belt(request: pytest.FixtureRequest) -> Iterator[tuple[Camera, Proxy, Callab
         url = f"{protocol}://127.0.0.1:{proxy.port}/video"
 
         def make(**options: Any) -> Source:
-            opened = open_source(url, CaptureOptions(**options))
+            opened = open_source(url, CaptureOptions(**{"stall": SOON, **options}))
             if request.param == "ffmpeg":
                 opened = LiveSource(url, partial(open_ffmpeg, url, opened.options.stall), opened.options)
             sources.append(opened)
@@ -621,7 +743,7 @@ def test_stream(belt: Any) -> None:
         frames = [next(source) for _ in range(5)]
     assert all(frame.image.shape == (SIZE[1], SIZE[0], 3) and frame.image.dtype == np.uint8 for frame in frames)
     numbers = [red_of(frame) for frame in frames]
-    assert numbers == sorted(numbers) and numbers[-1] > numbers[0]
+    assert 0 < sum((later - earlier) % 200 for earlier, later in pairwise(numbers)) < 200  # once around at most
     assert len({frame.index for frame in frames}) == 5
     assert frames[0].name == f"{source.name}#{frames[0].index}"
 
@@ -640,42 +762,81 @@ def test_a_stream_that_is_cut(belt: Any) -> None:
 
 def test_a_stream_that_stalls(belt: Any) -> None:
     _, proxy, make = belt
-    source = make(stall=0.4)
+    source = make()
     notices, drain = Notices(source), Drain(source)
     drain.next()
     proxy.flowing.clear()
+    stall(source)
     notices.wait("lost")
-    assert source.counters["stalled"] == 1
+    assert source.counters["stalled"] == 1 and notices.states[-1] == "lost"
     proxy.flowing.set()
     notices.wait("live", "live again")
 
 
 def test_a_server_that_refuses_and_returns(belt: Any) -> None:
-    """From return to first frame: under 2 s, the issue's figure."""
+    """From return to first frame: under 2 s, the issue's figure.
+
+    Of these a pause between two tries takes 1 s at most, and the first try after the return is the last. The rest is
+    the machine's, which may have other work: the quickest of some outages counts.
+    """
+
+    class Pauses(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            return super().wait(timeout)
+
+    def seconds_to_return() -> float:
+        proxy.accept()
+        before, began = len(pauses), time.monotonic()
+        frame = drain.next(lambda frame: frame.captured > began)
+        assert len(pauses) - before <= 1  # of a try that was under way
+        lost = notices.states.count("lost")
+        proxy.refuse()
+        notices.wait("lost", times=lost + 1)
+        return frame.captured - began
+
     _, proxy, make = belt
     proxy.refuse()
     source = make()
+    pauses: list[float] = []
+    source._closed = Pauses()
     notices, drain = Notices(source), Drain(source)
     notices.wait("lost")
     assert source.counters["refused"] == 1
-    proxy.accept()
-    began = time.monotonic()
-    assert drain.next().captured - began < 2
-    proxy.refuse()
-    notices.wait("lost", times=2)
-    proxy.accept()
-    began = time.monotonic()
-    assert drain.next(lambda frame: frame.captured > began).captured - began < 2
+    assert any(seconds_to_return() < 2 for _ in range(5))
+    assert max(pauses) <= 1
 
 
 def test_a_garbled_stream_recovers(belt: Any) -> None:
     _, proxy, make = belt
-    source = make(stall=0.5)
+    source = make()
     drain = Drain(source)
-    before = drain.next()
+    drain.next()
     proxy.garble(5)
-    later = drain.next(lambda frame: frame.captured > before.captured + 0.5)
-    red_of(later)
+    eventually(lambda: not proxy.garbled)
+    stall(source)  # FFmpeg may wait for the many bytes that a garbled length promises
+    passed = time.monotonic()
+    first = drain.next(lambda frame: frame.captured > passed)
+    red_of(drain.next(lambda frame: frame.index >= first.index + 30))  # what was on its way is through
+
+
+def test_silence_ends_a_connection(mjpeg: Any) -> None:
+    _, proxy, url = mjpeg
+    device = eventually(lambda: connected(url, 0.5))
+    proxy.flowing.clear()
+    with pytest.raises(Fault) as caught:
+        while True:  # what was on its way
+            device.grab()
+    device.close()
+    assert caught.value.cause == "stalled"
+
+
+def connected(url: str, patience: float) -> Device | None:
+    """None where the machine is too busy for the patience."""
+    try:
+        return connect_stream(url, patience)
+    except Fault:
+        return None
 
 
 @pytest.fixture
@@ -689,7 +850,7 @@ def test_damaged_pictures_never_come_through(mjpeg: Any) -> None:
     """FFmpeg would paint what is missing, and that looks like a defect."""
     camera, proxy, url = mjpeg
     camera.broken = 3
-    with open_source(url) as source:
+    with open_source(url, CaptureOptions(stall=SOON)) as source:
         drain = Drain(source)
         for _ in range(6):
             red_of(drain.next())
@@ -701,7 +862,7 @@ def test_damaged_pictures_never_come_through(mjpeg: Any) -> None:
 
 def test_resolution_changes_midway(mjpeg: Any) -> None:
     camera, _, url = mjpeg
-    with open_source(url) as source:
+    with open_source(url, CaptureOptions(stall=SOON)) as source:
         notices, drain = Notices(source), Drain(source)
         drain.next()
         camera.size = (32, 16)
@@ -714,33 +875,37 @@ def test_passwords_are_used_and_not_shown(mjpeg: Any) -> None:
     camera, _, url = mjpeg
     camera.password = "s3cret/"
     secret = url.replace("//", "//me:s3cret%2F@") + "?token=abc"
-    with open_source(secret) as source:
+    with open_source(secret, CaptureOptions(stall=SOON)) as source:
         frame = next(source)
     assert source.name == url and frame.name.startswith(f"{url}#")
-    with open_source(secret.replace("s3cret", "s4cret"), CaptureOptions(give_up=0.2)) as source:
-        notices = Notices(source)
-        with pytest.raises(FBClipError, match="401 Unauthorized") as caught:
-            next(source)
-    assert not any(word in str((caught.value, notices.all)) for word in ("cret", "token", "abc"))
+    error, notices = refusal(secret.replace("s3cret", "s4cret"))
+    assert "401 Unauthorized" in error
+    assert not any(word in str((error, notices.all)) for word in ("cret", "token", "abc"))
+
+
+def refusal(url: str) -> tuple[str, Notices]:
+    """Why a source of that address gives up, and what it told."""
+    with open_source(url, CaptureOptions(stall=SOON, give_up=SOON)) as source:
+        notices, drain = Notices(source), Drain(source)
+        notices.wait("lost")
+        give_up(source)
+        assert drain.ends()
+    return str(drain.error), notices
 
 
 @pytest.mark.parametrize(
     ("path", "message"), [("nowhere", "answers 404"), ("page", "sends text/html, which is no stream")]
 )
 def test_an_address_without_a_stream(mjpeg: Any, path: str, message: str) -> None:
-    with (
-        open_source(mjpeg[2].replace("video", path), CaptureOptions(give_up=0.2)) as source,
-        pytest.raises(FBClipError, match=message),
-    ):
-        next(source)
+    assert message in refusal(mjpeg[2].replace("video", path))[0]
 
 
 def test_a_slow_camera_is_there_at_its_first_frame() -> None:
-    """FFmpeg's guess of the rate takes 20 frames, 10 s here, unless told not to."""
-    with filming(Camera(interval=0.5), "rtsp") as port, open_source(f"rtsp://127.0.0.1:{port}/video") as source:
+    """FFmpeg's guess of the rate takes 20 frames, 20 s here, unless told not to."""
+    options = CaptureOptions(stall=SOON)
+    with filming(Camera(interval=1), "rtsp") as port, open_source(f"rtsp://127.0.0.1:{port}/video", options) as source:
         began = time.monotonic()
-        next(source)
-        assert time.monotonic() - began < 5
+        assert next(source).captured - began < 10
 
 
 def test_nothing_leaks_over_many_cuts(belt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -753,24 +918,27 @@ def test_nothing_leaks_over_many_cuts(belt: Any, monkeypatch: pytest.MonkeyPatch
         now = time.monotonic()
         drain.next(lambda frame: frame.captured > now)
 
-    def cut(times: int) -> tuple[int, int]:
-        """Descriptors, and threads of the source, after some cuts."""
+    def cut(times: int) -> int:
+        """Descriptors after some cuts."""
         for _ in range(times):
             take_new()
-            lost = source.counters["cut"]
+            lost = notices.states.count("lost")
             proxy.cut()
             notices.wait("lost", times=lost + 1)
         take_new()
-        return descriptors(), sum(source.name in thread.name for thread in threading.enumerate())
+        return len(descriptors())
+
+    def threads() -> int:
+        return sum(source.name in thread.name for thread in threading.enumerate())
 
     before = cut(3)
-    after = cut(30)
+    cut(30)
     assert source.counters["reconnects"] >= 33
-    assert after[1] == before[1] == 2
-    assert abs(after[0] - before[0]) <= 12  # the server's and proxy's last ones close in their own time
+    eventually(lambda: threads() == 2)
+    eventually(lambda: len(descriptors()) <= before)  # the server's and proxy's last ones close in their own time
     source.close()
     assert drain.ends()
-    assert not [thread for thread in threading.enumerate() if source.name in thread.name]
+    eventually(lambda: threads() == 0)
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on PATH (apt install ffmpeg)")
@@ -793,12 +961,17 @@ def test_a_real_mpeg_stream_is_cut_and_garbled() -> None:
         def log_message(self, *message: object) -> None:
             pass
 
-    with serving(Encoder) as port, Proxy(port) as proxy, open_source(f"http://127.0.0.1:{proxy.port}/") as source:
+    with (
+        serving(Encoder) as port,
+        Proxy(port) as proxy,
+        open_source(f"http://127.0.0.1:{proxy.port}/", CaptureOptions(stall=SOON)) as source,
+    ):
         notices, drain = Notices(source), Drain(source)
         assert drain.next().image.shape == (120, 160, 3)
         proxy.garble(3)
         later = time.monotonic() + 0.5
         drain.next(lambda frame: frame.captured > later)
+        lost, reconnects = notices.states.count("lost"), source.counters["reconnects"]
         proxy.cut()
-        notices.wait("lost")
-        notices.wait("live", "live again")
+        notices.wait("lost", times=lost + 1)
+        eventually(lambda: source.counters["reconnects"] > reconnects)

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from waiting import PATIENCE_S, eventually
 
 from fbclip import checkpoint
 from fbclip import train as training
@@ -166,7 +167,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
     while "training" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=5 * PATIENCE_S)  # saves a checkpoint
     assert process.returncode == 128 + number, errors
     assert "--resume" in errors and "Traceback" not in errors
     taken = metrics(tmp_path / "run")[-1]["step"]
@@ -264,7 +265,7 @@ def test_an_unreadable_image_is_left_out(tmp_path: Path, capsys: pytest.CaptureF
     execution = training.Execution(progress=False, workers=1)
     took = training.train(tiny_model(), Spoilt(12, spoil), recipe, tmp_path / "run", execution)
     assert took.images == 8
-    assert not multiprocessing.active_children()
+    eventually(lambda: not multiprocessing.active_children())
     assert capsys.readouterr().out.count("left out: part-") == 4
 
     def spoil_all(index: int, sample: Sample) -> Sample:

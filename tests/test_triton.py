@@ -19,6 +19,7 @@ import pytest
 from conftest import Run
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
+from waiting import PATIENCE_S
 
 import fbclip
 from fbclip.bundle import Bundle, Manifest, save
@@ -215,7 +216,7 @@ def test_the_client_of_the_readme(tmp_path: Path) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     with stand_in_server(folder) as address:
         command = [sys.executable, "-c", program, SAMPLES[0], address]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5 * PATIENCE_S)  # imports much
     assert done.returncode == 0, done.stderr
     score, highest = (float(n) for n in re.findall(r"\d+\.\d+", done.stdout))
     prediction = fbclip.Predictor()(SAMPLES[0])

@@ -8,10 +8,11 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from serving import GOOD, SCRATCH, TOKEN, Server, eventually, running
+from serving import GOOD, SCRATCH, TOKEN, Server, running
+from waiting import PATIENCE_S, eventually
 
 CHROMIUM = Path("/usr/bin/chromium")
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=1e3 * PATIENCE_S)
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser) -> Iterator[Page]:
     """A page that has asked nobody but the server, and met no error, at the end."""
     opened = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    opened.set_default_timeout(1e3 * PATIENCE_S)
     asked: set[str] = set()
     errors: list[str] = []
     opened.on("request", lambda request: asked.add(urlsplit(request.url).hostname or "localhost"))
@@ -52,7 +54,8 @@ def test_the_page_shows_the_belt(server: Server, page: Page) -> None:
     expect(page.locator("#verdict")).to_contain_text("Good")
     picture = page.get_by_role("img", name="Heat map of belt, brushed-steel-good: good")
     expect(picture).to_be_visible()
-    assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [720, 523]
+    expect(picture).to_have_js_property("naturalWidth", 720)
+    expect(picture).to_have_js_property("naturalHeight", 523)
     expect(page.locator("#gallery li")).to_have_count(0)
     server.belt.parts.put(SCRATCH)
     expect(page.locator("#verdict")).to_contain_text("Defect")
@@ -99,7 +102,7 @@ def test_an_image_is_dropped(page: Page) -> None:
         page.set_input_files("#file", SCRATCH)
         picture = page.get_by_role("img", name="Heat map of brushed-steel-scratch.jpg: defect")
         expect(picture).to_be_visible()
-        assert picture.evaluate("image => image.naturalWidth") == 720
+        expect(picture).to_have_js_property("naturalWidth", 720)
         expect(page.locator("#scored-text")).to_contain_text("Defect")
         page.get_by_role("slider", name="Threshold").press("End")  # it is scored anew
         expect(page.locator("#scored-text")).to_contain_text("threshold 1.000")
@@ -114,7 +117,7 @@ def test_an_image_is_dropped(page: Page) -> None:
             "<b>note</b>.png: The image is no image that Pillow can read"
         )
         page.set_viewport_size({"width": 360, "height": 740})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.wait_for_function("document.documentElement.scrollWidth <= 360")
     expect(page.locator("#connection")).to_have_text("disconnected")
 
 

@@ -155,7 +155,7 @@ class Builder:
                 if not go_on:
                     break
                 if interrupt:
-                    threading.Event().wait(0.01)
+                    threading.Event().wait(0.06)
             if interrupt and go_on:
                 os._exit(99)  # nothing stopped the build
             monitor.phase_finish("Timing graph nodes")
