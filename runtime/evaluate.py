@@ -52,7 +52,7 @@ class Subject:
         description: plain values for the stamp: kind, name, sha256, device, precision and what shapes the figures.
         package: the one that runs it: "onnxruntime", "tensorrt" or "torch".
         channel_order: of the backend's images, "rgb" or "bgr".
-        map_threshold, map_scale: as in a `Prediction`.
+        map_threshold, map_scale: as in a `Predictor`.
     """
 
     backend: Backend
@@ -337,7 +337,6 @@ def _panels(scored: Scored, sample: Sample, anomaly_map: NDArray[np.float32], su
         find_regions(heat, marked_from),
         {},
         photograph.astype(np.uint8),
-        subject.map_threshold,
         subject.map_scale,
     ).overlay()
     bar = ((len(overlay) - PICTURE_SIDE, 0), (0, 0), (0, 0))  # the overlay's has the verdict

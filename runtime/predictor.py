@@ -51,7 +51,6 @@ class Prediction:
         regions: of the map at or above its threshold and not smaller than `min_area`, the highest peak first.
         timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
         image: the frame itself, uint8 (H, W, 3) RGB.
-        map_threshold: map values from here on are marked; None without a calibration: from `threshold` on.
         map_scale: map values (low, high) of the first and the last colour of the overlay.
         min_area: pixels that a region needs, and an anomaly needs a region; 0 where it needs none.
     """
@@ -63,7 +62,6 @@ class Prediction:
     regions: tuple[Region, ...]
     timings_ms: dict[str, float]
     image: NDArray[np.uint8] = field(repr=False)
-    map_threshold: float | None = None
     map_scale: tuple[float, float] = (0.0, 1.0)
     min_area: int = 0
 
@@ -108,7 +106,8 @@ class Predictor:
 
     Attributes:
         calibration: the one in use, or None.
-        threshold, map_threshold, map_scale: as in a Prediction; each call takes what they are then.
+        threshold, map_scale: as in a Prediction; each call takes what they are then.
+        map_threshold: map values from here on are regions; None without a calibration: from `threshold` on.
 
     Raises:
         BundleError, DeviceError, UsageError.
@@ -225,8 +224,8 @@ class Predictor:
             anomaly_map[y0:y1, x0:x1] = part
             if self.roi.inside is not None:
                 anomaly_map[y0:y1, x0:x1] *= self.roi.inside
-        map_threshold = self.map_threshold
-        regions = find_regions(anomaly_map, threshold if map_threshold is None else map_threshold, self.min_area)
+        marked_from = threshold if self.map_threshold is None else self.map_threshold
+        regions = find_regions(anomaly_map, marked_from, self.min_area)
         timings_ms = {**timings_ms, "postprocess": (time.perf_counter() - start) * 1e3}
         return Prediction(
             score,
@@ -236,7 +235,6 @@ class Predictor:
             regions,
             timings_ms,
             frame,
-            map_threshold,
             self.map_scale,
             self.min_area,
         )

@@ -151,8 +151,9 @@ def test_one_of_19_good_parts_is_above_and_no_other_is_painted_red(
     predictions = [predictor(path) for path in paths]
     assert sum(p.is_anomalous for p in predictions) == 1  # m - 1, where m = floor(0.1 * 20)
     assert sum(bool(p.regions) for p in predictions) == 1
+    assert predictor.map_threshold == calibration.map_threshold
     for p in predictions:
-        assert (p.threshold, p.map_threshold) == (calibration.threshold, calibration.map_threshold)
+        assert p.threshold == calibration.threshold
         surface, peak = np.full((320, 320, 3), 128, np.uint8), np.full((320, 320), p.anomaly_map.max(), np.float32)
         grey = replace(p, image=surface, anomaly_map=peak, regions=())
         red, green, _ = grey.overlay()[-160, 160].astype(int)
@@ -162,7 +163,7 @@ def test_one_of_19_good_parts_is_above_and_no_other_is_painted_red(
 def test_the_scale_is_the_calibrations_not_the_images() -> None:
     def heat(anomaly_map: NDArray[np.float32]) -> NDArray[np.uint8]:
         image = np.full((320, 320, 3), 128, np.uint8)
-        return Prediction(0.1, 0.5, anomaly_map, anomaly_map, (), {}, image, 0.7, (0.3, 0.97)).overlay()
+        return Prediction(0.1, 0.5, anomaly_map, anomaly_map, (), {}, image, (0.3, 0.97)).overlay()
 
     faint, clear = (np.full((320, 320), value, np.float32) for value in (0.3, 0.95))
     low, high = (heat(m)[-160, 160].astype(int) for m in (faint, clear))
@@ -175,10 +176,10 @@ def test_the_scale_is_the_calibrations_not_the_images() -> None:
 
 def test_an_explicit_threshold_leaves_the_maps_calibrated(calibrated: tuple[Bundle, Calibration, list[Path]]) -> None:
     bundle, calibration, paths = calibrated
-    prediction = Predictor(bundle, threshold=0.0)(paths[0])
-    assert prediction.is_anomalous
-    assert prediction.map_threshold == calibration.map_threshold
-    plain = Predictor(bundle, calibrated=False)(paths[0])
+    predictor = Predictor(bundle, threshold=0.0)
+    assert predictor(paths[0]).is_anomalous
+    assert predictor.map_threshold == calibration.map_threshold
+    plain = Predictor(bundle, calibrated=False)
     assert (plain.threshold, plain.map_threshold, plain.map_scale) == (bundle.manifest.threshold, None, (0.0, 1.0))
 
 

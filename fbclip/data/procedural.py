@@ -54,13 +54,13 @@ class ProceduralDefects:
         if not 0 <= index < self.length:
             raise IndexError(index)
         _, defective, mask, rng = self.render(index)
-        image = camera(defective, rng, self.variety)
+        image = camera(defective, rng, self._variety(index))
         return Sample(image, mask, int(mask.any()))
 
     def render(self, index: int) -> tuple[Picture, Picture, Mask, Generator]:
         """The surface before and after the defects, float32 (S, S, 3) in 0..1, the mask, and the generator's state."""
         rng = np.random.Generator(np.random.PCG64([self.seed, index]))
-        variety = self.variety * (1.0 if index >= self.ramp else index / self.ramp)
+        variety = self._variety(index)
         side = self.image_size
         if variety > 1 and rng.random() < FROM_AFAR:
             side = int(side * rng.uniform(1, 2.5))
@@ -77,6 +77,9 @@ class ProceduralDefects:
             )
             mask = (share > 0.2).astype(np.uint8)
         return clean, image, mask, rng
+
+    def _variety(self, index: int) -> float:
+        return self.variety * (1.0 if index >= self.ramp else index / self.ramp)
 
 
 def walk(rng: Generator, size: int, length: float, bend: float, start: NDArray[np.float64] | None = None) -> Field:
