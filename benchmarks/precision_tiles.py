@@ -23,9 +23,9 @@ from rich.table import Table
 
 from fbclip.bundle import GRAPHS, Bundle
 from fbclip.data.layouts import open_dataset
+from fbclip.files import write_text
 from fbclip.metrics import image_metrics
 from fbclip.runtime.predictor import Predictor
-from fbclip.writing import write_text
 
 TILES = Path(os.environ.get("FBCLIP_DATA", "../shared/data")) / "magnetic_tile"
 GOOD = 300

@@ -33,17 +33,17 @@ from torch import Tensor
 from vit_large import generated_clip, generated_model
 
 from fbclip import checkpoint
-from fbclip.bundle import DYNAMIC, EMBEDDED, Bundle, sha256
+from fbclip.bundle import DYNAMIC, EMBEDDED, Bundle
 from fbclip.clip import VisionTower, clip_config, linear
 from fbclip.export.backend import TorchBackend
 from fbclip.export.cpu import write_cpu_graph
 from fbclip.export.graph import DeployedModel, write_onnx
 from fbclip.export.quantize import Quantizer
+from fbclip.files import sha256, write_text
 from fbclip.image import resize
 from fbclip.model import FBCLIP, default_config
 from fbclip.reading import read_image
 from fbclip.runtime.backends import Backend, OnnxRuntimeBackend
-from fbclip.writing import write_text
 
 RESULTS = Path(__file__).parent / "results/tradeoffs.json"
 ROUNDS, LARGE_ROUNDS = 40, 1

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fbclip import reference
-from fbclip.bundle import EMBEDDED, Bundle, sha256
+from fbclip.bundle import EMBEDDED, Bundle
 from fbclip.checkpoint import fingerprint, load
 from fbclip.errors import CheckpointError, DeviceError
+from fbclip.files import sha256
 from fbclip.image import upsampling_matrix
 from fbclip.model import FBCLIP
 from fbclip.runtime.calibration import checked_threshold

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from fbclip.bundle import Bundle
 from fbclip.engines import Engine, EngineOptions
 from fbclip.errors import DeviceError, FBClipError, UsageError
+from fbclip.files import replacing
 from fbclip.runtime.backends import resolve_precision
 from fbclip.runtime.gpu import Gpu
-from fbclip.runtime.infer import replacing
 
 MIB = 2**20
 MEMINFO = Path("/proc/meminfo")

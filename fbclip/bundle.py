@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fbclip.engines import Engine, Platform
 from fbclip.errors import BundleError, DeviceError
+from fbclip.files import sha256
 
 FORMAT = 3
 ADDED = {
@@ -272,14 +273,6 @@ def save(path: Path, text: NDArray[np.float32], write_files: Callable[[Path], Ma
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return Bundle.load(path)
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _checked(folder: Path, manifest: Manifest, name: str) -> Path:

@@ -45,11 +45,10 @@ def bench(
     """Time backends side by side, with drift and distance to the machine's limit; compare recorded runs."""
     from fbclip.bundle import Bundle
     from fbclip.errors import UsageError
+    from fbclip.files import new_run, write_text
     from fbclip.runtime.bench import Options, bench
     from fbclip.runtime.bench_compare import compare_files
     from fbclip.runtime.bench_report import show, to_json, write_bench
-    from fbclip.runtime.infer import new_run
-    from fbclip.writing import write_text
 
     console = make_console(stderr=json == "-")
     if compare:

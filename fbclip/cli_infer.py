@@ -100,10 +100,11 @@ def infer(
     metrics_port: Annotated[int | None, option(STREAMS, "Port of 127.0.0.1 for Prometheus.", min=1, max=65535)] = None,
 ) -> None:
     """Score images, or the frames of a camera, and draw where the defects are."""
+    from fbclip.files import new_run
     from fbclip.runtime.decisions import Vote
     from fbclip.runtime.events import parse_size
     from fbclip.runtime.images import list_images
-    from fbclip.runtime.infer import Outputs, infer, new_run, report
+    from fbclip.runtime.infer import Outputs, infer, report
     from fbclip.runtime.live_infer import Stream, find_stream, infer_stream, parse_resolution
     from fbclip.runtime.pipeline import Limits
     from fbclip.runtime.predictor import Predictor

@@ -130,8 +130,8 @@ def eval_(
     """Measure a checkpoint or a deployed bundle on the test splits of data sets."""
     from fbclip.data.layouts import open_dataset
     from fbclip.errors import Interrupted, UsageError
+    from fbclip.files import new_run
     from fbclip.runtime.evaluate import bundle_subject, evaluate, to_evaluate
-    from fbclip.runtime.infer import new_run
     from fbclip.runtime.report import require_report, write_report
     from fbclip.runtime.results import show, stamp, write_results
 

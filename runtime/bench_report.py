@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fbclip.runtime.infer import replacing
+from fbclip.files import replacing
 from fbclip.runtime.page import INK, chart, missing_packages, write_page
 
 if TYPE_CHECKING:

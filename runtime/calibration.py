@@ -18,7 +18,7 @@ import numpy as np
 
 from fbclip.bundle import Bundle
 from fbclip.errors import BundleError, UsageError
-from fbclip.writing import write_text
+from fbclip.files import write_text
 
 TAILS = (0.025, 0.975)  # of every interval: 95 % confidence
 

@@ -23,10 +23,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import fbclip
+from fbclip.files import write_text
 from fbclip.runtime.doctor_gpu import check_nvidia, check_onnxruntime
 from fbclip.runtime.machine import GSTREAMER, Check, Machine, ProbeFailed, failed, installed, version_of
 from fbclip.runtime.probes import reason
-from fbclip.writing import write_text
 
 STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red", "info": "dim"}
 TESTED = ((3, 10), (3, 13))  # versions of Python

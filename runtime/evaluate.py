@@ -17,9 +17,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from fbclip.bundle import Bundle, sha256
+from fbclip.bundle import Bundle
 from fbclip.data.dataset import Dataset, Item, Sample, Samples, parallel_map
 from fbclip.errors import BundleError, ImageError, UsageError
+from fbclip.files import sha256
 from fbclip.image import in_order
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
 from fbclip.runtime.backends import Backend

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fbclip.errors import UsageError
+from fbclip.files import replacing
 from fbclip.runtime.calibration import Calibration, percent
-from fbclip.runtime.infer import replacing
 
 SIZE = (1200, 640)
 PLOT = (90, 130, 1160, 560)  # left, top, right, bottom

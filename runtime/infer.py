@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fbclip.errors import ImageError, UsageError
+from fbclip.files import replacing
 from fbclip.runtime.predictor import Prediction, Predictor
 
 CSV_COLUMNS = ("source", "score", "threshold", "is_anomalous", "regions", "largest_peak", "model_ms")
@@ -46,20 +45,6 @@ class Outputs:
     map_size: str = "frame"
     json: str | None = None
     csv: Path | None = None
-
-
-def new_run(project: Path, name: str, exist_ok: bool) -> Path:
-    """`project/name`, or name2, name3, … where it is taken; made."""
-    for number in range(1, 1_000_000):
-        folder = project / (name if number == 1 else f"{name}{number}")
-        try:
-            folder.mkdir(parents=True, exist_ok=exist_ok)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UsageError(f"can't write results to {folder}: {error}; choose another --project") from error
-    raise UsageError(f"{project} is full of {name}: pass another --name")
 
 
 def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, console: Console) -> Summary:
@@ -119,28 +104,14 @@ def _write(prediction: Prediction, source: Path, name: str, outputs: Outputs) ->
     if outputs.folder and outputs.save_map:
         map_path = outputs.folder / f"{name}.npy"
         array = prediction.anomaly_map if outputs.map_size == "frame" else prediction.model_map
-        with replacing(map_path) as temporary:
+        with replacing(map_path, durable=False) as temporary:
             np.save(temporary, array)
     if outputs.folder and outputs.save:
-        with replacing(outputs.folder / f"{name}.jpg") as temporary:
+        with replacing(outputs.folder / f"{name}.jpg", durable=False) as temporary:
             Image.fromarray(prediction.overlay()).save(temporary, "JPEG", quality=92)
     values = prediction.to_dict()
     timings = values.pop("timings_ms")
     return {"source": str(source), **values, "map": None if map_path is None else str(map_path), "timings_ms": timings}
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes its name only when it is whole."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fbclip
-from fbclip.runtime.infer import replacing
+from fbclip.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import fbclip
+from fbclip.files import replacing
 from fbclip.runtime.evaluate import VALUES, DataResult, Evaluation
-from fbclip.runtime.infer import replacing
 
 HEADINGS = {
     "image_auroc": "image AUROC",

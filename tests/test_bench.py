@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from fbclip.bundle import EMBEDDED, Bundle, sha256
+from fbclip.bundle import EMBEDDED, Bundle
 from fbclip.errors import UsageError
 from fbclip.export.backend import bundle_backend
+from fbclip.files import sha256
 from fbclip.runtime.bench import Options, runs_of_round, turn_order
 from fbclip.runtime.bench_compare import compare, parse_share, ratio_interval, read_report
 from fbclip.runtime.bench_worker import Worker, WorkerFailed, clocked_device_times, is_stable

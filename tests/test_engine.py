@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from fbclip import Predictor
-from fbclip.bundle import EMBEDDED, Bundle, sha256
+from fbclip.bundle import EMBEDDED, Bundle
 from fbclip.engines import Engine, EngineOptions, Platform
 from fbclip.errors import BundleError, DeviceError, FBClipError, UsageError
 from fbclip.export import engine as builder
 from fbclip.export.engine import build_engine
+from fbclip.files import sha256
 from fbclip.runtime.backends import make_backend
 
 SAMPLE = EMBEDDED.parent / "samples" / "brushed-steel-scratch.jpg"

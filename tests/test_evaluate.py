@@ -22,9 +22,10 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from fbclip.bundle import EMBEDDED, Bundle, sha256
+from fbclip.bundle import EMBEDDED, Bundle
 from fbclip.data.dataset import Dataset, Item
 from fbclip.errors import UsageError
+from fbclip.files import sha256
 from fbclip.runtime.evaluate import PICTURE_SIDE, PICTURES, VALUES, Evaluation, Subject, evaluate, to_evaluate
 from fbclip.runtime.report import write_report
 from fbclip.runtime.results import show, stamp, to_dict, write_results

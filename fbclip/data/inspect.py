@@ -14,8 +14,8 @@ from rich.table import Table
 
 from fbclip.data.dataset import Dataset, Item, file_digest, parallel_map
 from fbclip.errors import ImageError
+from fbclip.files import write_text
 from fbclip.reading import read_image, read_mask
-from fbclip.writing import write_text
 
 SHAPE_TOLERANCE = 0.02  # relative difference of aspect ratios that rounding to whole pixels explains
 SHOWN = 3  # files named on screen per finding; the JSON has all
