@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,9 +20,17 @@ RoiOption = Annotated[str | None, typer.Option(help="Inspect only x0,y0,x1,y1 in
 
 
 def make_console(stderr: bool = False) -> Console:
+    """A console on which no text can colour the terminal or move its cursor; rich itself lets escape codes through."""
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(stderr=stderr)
+    from fbclip.terminal import CONTROLS
+
+    class Harmless(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(text.translate(CONTROLS), **options)
+
+    return Harmless(stderr=stderr, emoji=False)
 
 
 def parse_threshold(text: str) -> float | None:

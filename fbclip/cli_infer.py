@@ -100,17 +100,18 @@ def infer(
     metrics_port: Annotated[int | None, option(STREAMS, "Port of 127.0.0.1 for Prometheus.", min=1, max=65535)] = None,
 ) -> None:
     """Score images, or the frames of a camera, and draw where the defects are."""
-    from fbclip.files import new_run
+    from fbclip.files import new_run, require_file
     from fbclip.runtime.decisions import Vote
     from fbclip.runtime.events import parse_size
     from fbclip.runtime.images import list_images
-    from fbclip.runtime.infer import Outputs, infer, report
+    from fbclip.runtime.infer import Outputs, Summary, infer, report
     from fbclip.runtime.live_infer import Stream, find_stream, infer_stream, parse_resolution
     from fbclip.runtime.pipeline import Limits
     from fbclip.runtime.predictor import Predictor
     from fbclip.runtime.roi import Roi
     from fbclip.runtime.sinks import SinkOptions
     from fbclip.runtime.sources import CaptureOptions
+    from fbclip.terminal import say
 
     console = make_console(stderr=json == "-")
     stream = find_stream(source or [], camera, watch)
@@ -118,7 +119,7 @@ def infer(
     region = Roi.parse(roi) if roi else None
     predictor = Predictor(bundle, device, precision, parse_threshold(threshold), roi=region, min_area=min_area)
     if threshold == "auto":
-        console.print(predictor.explain_threshold(), soft_wrap=True, highlight=False)
+        say(console, predictor.explain_threshold())
     if stream:
         setup = Stream(
             stream,
@@ -132,10 +133,14 @@ def infer(
         infer_stream(predictor, setup, console)
     else:
         images = list_images(source or [])[:max_frames]
+        for target in (json, csv):
+            require_file(target)
         folder = new_run(project, name, exist_ok) if save or save_map else None
-        outputs = Outputs(folder, save, save_map, map_size.value, json, csv)
-        summary = infer(predictor, images, outputs, console)
-        report(summary, outputs, console)
+        outputs, summary = Outputs(folder, save, save_map, map_size.value, json, csv), Summary()
+        try:
+            infer(predictor, images, outputs, summary, console)
+        finally:  # also of what was done before a disk was full
+            report(summary, outputs, console)
         if summary.skipped:
             raise typer.Exit(2)
 

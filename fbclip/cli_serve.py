@@ -92,6 +92,7 @@ def serve(
     from fbclip.runtime.serve import Address, serve
     from fbclip.runtime.sinks import SinkOptions
     from fbclip.runtime.sources import CaptureOptions
+    from fbclip.terminal import say
 
     console = make_console(stderr=json == "-")
     stream = find_stream(source or [], camera, watch)
@@ -117,7 +118,7 @@ def serve(
         Limits(),
     )
     if threshold == "auto":
-        console.print(predictor.explain_threshold(), soft_wrap=True, highlight=False)
+        say(console, predictor.explain_threshold())
     serve(predictor, setup or None, Address(host, port, token), console)
 
 
