@@ -62,7 +62,10 @@ def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console
     """
     precision = resolve_precision(bundle, "tensorrt", precision)
     graph = bundle.graph(precision)
-    require_writable(bundle.engines if bundle.engines.exists() else bundle.path)
+    try:
+        require_writable(bundle.engines if bundle.engines.exists() else bundle.path)
+    except UsageError as error:
+        raise UsageError(f"an engine goes into its bundle: copy the bundle first; {error}") from error
     with _open_gpu() as gpu:
         plan_path = bundle.engines / f"{gpu.platform.engine_name(precision)}.plan"
         timing_cache = bundle.engines / gpu.platform.timing_cache_name()

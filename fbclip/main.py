@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import suppress
-from types import FrameType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
 
 INTERRUPTED = "interrupted; what was finished is kept"
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells have it
@@ -46,11 +48,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
     if abandon := getattr(sys.modules.get("fbclip.files"), "abandon", None):
         abandon()
-    with suppress(OSError):
+    try:
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
         os.write(2, f"fbclip: {INTERRUPTED}\n".encode())
-    os._exit(EXIT_INTERRUPTED)
+    finally:
+        os._exit(EXIT_INTERRUPTED)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -86,6 +89,8 @@ def _explain(error: BaseException) -> int:
 
 
 def _tell(line: str) -> None:
+    from contextlib import suppress
+
     from fbclip.terminal import printable
 
     with suppress(OSError):  # then nobody can be told
