@@ -64,7 +64,8 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, option(SERVER, "0 takes a free one.", min=0, max=65535)] = 8000,
     token: Annotated[
-        str | None, option(SERVER, "Secret without which nothing is served.", "--token", envvar="FBCLIP_TOKEN")
+        str | None,
+        option(SERVER, "Secret that every client must send, 16 characters or more.", "--token", envvar="FBCLIP_TOKEN"),
     ] = None,
     camera: CameraOption = None,
     watch: WatchOption = False,

@@ -40,7 +40,7 @@ WRONG_PLACE = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
-LEAST = 64 * 1024  # bytes that results need at least: a disk with less is full, though it may take an empty file
+LEAST = 4096  # bytes, a block of most disks: one with less is full, though it may take an empty file
 NEW_S = 2.0  # seconds in which a writer may not yet have locked what it made
 _swept: set[Path] = set()
 _unfinished: set[Path] = set()
@@ -100,7 +100,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     with _telling(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path.parent) as folder:
+        with _temporary(path.parent) as folder, _telling(path):  # before room is made again: see `_is_full`
             folder.mkdir()
             with _held(folder):
                 yield folder

@@ -62,18 +62,18 @@ def _is_importing(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def _explain(error: BaseException) -> int:
+def _explain(error: BaseException) -> int | str:
     """Say in one line what went wrong, if anything did; returns the exit code."""
     from fbclip.errors import FBClipError, Interrupted
     from fbclip.files import FULL, write_error
 
     if isinstance(error, SystemExit) and not (_interrupted and error.code):  # what went wrong was said
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
+        return 0 if error.code is None else error.code
     if "--debug" in sys.argv:
         import traceback
 
         traceback.print_exception(error)
-    if _interrupted and not isinstance(error, Interrupted):
+    if isinstance(error, KeyboardInterrupt) or (_interrupted and not isinstance(error, Interrupted)):
         _tell(INTERRUPTED)
         return EXIT_INTERRUPTED
     if isinstance(error, BrokenPipeError):  # the reader of our output left

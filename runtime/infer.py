@@ -97,8 +97,8 @@ def _open(outputs: Outputs) -> dict[str, Lines]:
 def csv_line(values: Sequence[Any]) -> str:
     """A row of a CSV table, without the end of the line."""
     row = io.StringIO()
-    csv.writer(row, lineterminator="").writerow(values)
-    return row.getvalue()
+    csv.writer(row, lineterminator="\r\n").writerow(values)  # both kinds of line ends are quoted in names
+    return row.getvalue().removesuffix("\r\n")
 
 
 def csv_row(record: dict[str, Any], model_ms: float) -> list[Any]:
