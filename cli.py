@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,25 +13,23 @@ from fbclip.cli_export import export
 from fbclip.cli_infer import infer
 from fbclip.cli_serve import serve
 from fbclip.cli_train import eval_, train
+from fbclip.main import main
 
 app = typer.Typer(
     name="fbclip",
     help="Find defects on objects never seen before: FB-CLIP, deployed.",
-    no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-debug = False
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-    debug_: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    global debug
-    debug = debug_
     if debug:
         import logging
 
@@ -43,6 +39,9 @@ def options(
 
         typer.echo(f"fbclip {fbclip.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:  # no_args_is_help would leave out fbclip --debug, and fails in typer 0.16.0
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 app.command()(infer)
@@ -62,7 +61,9 @@ def data(
     """Say what a data set is, and whether training and evaluation on it would be right."""
     from fbclip.data.inspect import inspect, print_report, write_report
     from fbclip.data.layouts import open_dataset
+    from fbclip.files import require_file
 
+    require_file(json)
     console = make_console(stderr=json == "-")
     report = inspect(open_dataset(path, layout), console)
     print_report(report, console)
@@ -126,8 +127,10 @@ def doctor(
     json: Annotated[str | None, typer.Option(help="Write the report to this file, or - for standard output.")] = None,
 ) -> None:
     """Say what works on this machine and what is missing, with the cure."""
+    from fbclip.files import require_file
     from fbclip.runtime.doctor import examine, print_report, works, write_report
 
+    require_file(json)
     console = make_console(stderr=json == "-")
     with console.status("looking") as status:
         checks = examine(bundle, say=lambda topic: status.update(f"looking at {topic}"))
@@ -136,25 +139,6 @@ def doctor(
         write_report(checks, json)
     if not works(checks):
         raise typer.Exit(1)
-
-
-def main() -> None:
-    """The installed command: errors as one line, exit code 2 for wrong usage or input, 1 for a failure."""
-    from fbclip.errors import FBClipError
-
-    try:
-        app()
-    except FBClipError as error:
-        if debug:
-            raise
-        typer.echo(f"fbclip: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("fbclip: interrupted; what was finished is kept", err=True)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,9 +18,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from fbclip.bundle import Bundle
 from fbclip.engines import Engine, EngineOptions
 from fbclip.errors import DeviceError, FBClipError, UsageError
-from fbclip.files import replacing
+from fbclip.files import replacing, require_writable, write_text
 from fbclip.runtime.backends import resolve_precision
 from fbclip.runtime.gpu import Gpu
+from fbclip.terminal import say
 
 MIB = 2**20
 MEMINFO = Path("/proc/meminfo")
@@ -57,12 +57,15 @@ def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console
 
     Raises:
         DeviceError: no GPU, less memory than the build needs at least, or 8 bit in the form for CPUs.
-        UsageError: a bundle that can't be written to, or that lacks the graph.
+        UsageError: a bundle that can't be written to, said before the build, or that lacks the graph.
         FBClipError: TensorRT could not build it; names the layer.
     """
     precision = resolve_precision(bundle, "tensorrt", precision)
     graph = bundle.graph(precision)
-    _check_writable(bundle)
+    try:
+        require_writable(bundle.engines if bundle.engines.exists() else bundle.path)
+    except UsageError as error:
+        raise UsageError(f"an engine goes into its bundle: copy the bundle first; {error}") from error
     with _open_gpu() as gpu:
         plan_path = bundle.engines / f"{gpu.platform.engine_name(precision)}.plan"
         timing_cache = bundle.engines / gpu.platform.timing_cache_name()
@@ -98,27 +101,16 @@ def _open_gpu() -> Iterator[Gpu]:
     gpu.close()
 
 
-def _check_writable(bundle: Bundle) -> None:
-    place = bundle.engines if bundle.engines.exists() else bundle.path
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise UsageError(f"an engine goes into its bundle; {place} is not a folder to write to: copy the bundle first")
-
-
 def _write(plan_path: Path, plan: memoryview, engine: Engine, timing_cache: Path, timings: memoryview) -> None:
     """The plan, then its sidecar, without which it does not count."""
     sidecar = plan_path.with_suffix(".json")
-    try:
-        plan_path.parent.mkdir(exist_ok=True)
-        with replacing(plan_path) as file:
-            file.write(plan)
-            file.flush()
-            sidecar.unlink(missing_ok=True)  # the older plan's
-        with replacing(sidecar) as file:
-            file.write(engine.to_json().encode())
-        with replacing(timing_cache) as file:
-            file.write(timings)
-    except OSError as error:
-        raise FBClipError(f"the engine is built but could not be written to {plan_path}: {error}") from error
+    with replacing(plan_path) as file:
+        file.write(plan)
+        file.flush()
+        sidecar.unlink(missing_ok=True)  # the older plan's
+    write_text(engine.to_json(), sidecar)
+    with replacing(timing_cache) as file:
+        file.write(timings)
 
 
 def _check_memory(gpu: Gpu, graph: Path, workspace_mib: int | None) -> str:
@@ -165,8 +157,8 @@ def _build(
     gpu: Gpu, graph: Path, options: EngineOptions, timing_cache: Path, name: str, console: Console
 ) -> tuple[memoryview, memoryview]:
     """Plan and timing cache. TensorRT works in a thread, so that Ctrl-C is heard here and stops it at its next step."""
-    console.print(f"building {name} for {gpu.platform}", highlight=False, soft_wrap=True)
-    console.print(_check_memory(gpu, graph, options.workspace_mib), highlight=False, soft_wrap=True)
+    say(console, f"building {name} for {gpu.platform}")
+    say(console, _check_memory(gpu, graph, options.workspace_mib))
     cancelled = Event()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with (

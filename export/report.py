@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fbclip.export.parity import Parity, Proof, Reference, thumbnail
 from fbclip.image import resize
+from fbclip.terminal import say
 
 SHOWN = 4  # images of the picture
 FULL_SCALE = 1e-6  # least difference that the picture's colours are stretched to
@@ -42,20 +43,16 @@ def print_parity(parities: list[Parity], console: Console) -> None:
         f"{p.precision} {p.score_budget:g} and {p.map_budget:g}{f', AUROC {p.auroc_budget:.2g}' if p.auroc_budget else ''}"
         for p in parities
     )
-    console.print(f"budgets of score and map: {'; '.join(budgets)}", highlight=False)
+    say(console, f"budgets of score and map: {'; '.join(budgets)}")
     for p in parities:
         if p.islands:
-            console.print(
-                f"{p.precision} keeps in float32 to stay in its budget: {', '.join(p.islands)}", highlight=False
-            )
+            say(console, f"{p.precision} keeps in float32 to stay in its budget: {', '.join(p.islands)}")
         if p.auroc:
             change = f"{p.auroc[1] - p.auroc[0]:+.4f}"
-            console.print(f"{p.precision} changes the image AUROC by {change}", highlight=False)
+            say(console, f"{p.precision} changes the image AUROC by {change}")
         if p.stages:
             largest = max(p.stages, key=lambda stage: stage.error)
-            console.print(
-                f"{p.precision} against fp32 by stages: at most {largest.error:.1e}, in {largest.name}", highlight=False
-            )
+            say(console, f"{p.precision} against fp32 by stages: at most {largest.error:.1e}, in {largest.name}")
 
 
 def draw_parity(path: Path, proof: Proof, reference: Reference, parities: list[Parity]) -> None:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = (
+    False  # as type checkers know it; until `fbclip.main` is imported Ctrl-C is a traceback, so no typing here
+)
 
 __version__ = "0.1.0"
 __all__ = ["Bundle", "FBClipError", "Prediction", "Predictor", "__version__"]

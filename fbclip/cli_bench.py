@@ -45,10 +45,11 @@ def bench(
     """Time backends side by side, with drift and distance to the machine's limit; compare recorded runs."""
     from fbclip.bundle import Bundle
     from fbclip.errors import UsageError
-    from fbclip.files import new_run, write_text
+    from fbclip.files import new_run, require_file, write_text
     from fbclip.runtime.bench import Options, bench
     from fbclip.runtime.bench_compare import compare_files
     from fbclip.runtime.bench_report import show, to_json, write_bench
+    from fbclip.terminal import say
 
     console = make_console(stderr=json == "-")
     if compare:
@@ -67,16 +68,15 @@ def bench(
         clip_weights,
     )
     loaded = Bundle.load(bundle)
+    require_file(json)
     folder = new_run(project, name, exist_ok)
     report = bench(loaded, options, console)
     show(report, console)
     if missing := write_bench(report, folder):
-        console.print(
-            f"no chart and page without {' and '.join(missing)}: pip install 'fbclip\\[eval]'", highlight=False
-        )
+        say(console, f"no chart and page without {' and '.join(missing)}: pip install 'fbclip[eval]'")
     if json:
         write_text(to_json(report), json)
-    console.print(f"results are in {folder}", soft_wrap=True, highlight=False)
+    say(console, f"results are in {folder}")
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

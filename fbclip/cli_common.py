@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,13 +17,25 @@ ClipOption = Annotated[str | None, typer.Option(help="open_clip model name, or a
 WeightsOption = Annotated[str | None, typer.Option(help="Pretrained tag of that name, or a weights file.")]
 LayersOption = Annotated[str | None, typer.Option(help="Blocks whose tokens are used, like 1,6,12,18,24.")]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the model's square input in pixels.")]
+PIPE_WIDTH = 1000  # characters: a pipe has no width, and a name that is broken there is lost to who looks for it
 RoiOption = Annotated[str | None, typer.Option(help="Inspect only x0,y0,x1,y1 in pixels, or a mask picture.")]
 
 
 def make_console(stderr: bool = False) -> Console:
+    """A console on which no text can colour the terminal or move its cursor; rich itself lets escape codes through."""
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(stderr=stderr)
+    from fbclip.terminal import CONTROLS
+
+    class Harmless(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(text.translate(CONTROLS), **options)
+
+    console = Harmless(stderr=stderr, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
+    return console
 
 
 def parse_threshold(text: str) -> float | None:

@@ -127,7 +127,7 @@ def export(
         embedded = Bundle.load().manifest
         image_size = image_size or embedded.image_size
         threshold = embedded.threshold if threshold is None else threshold
-    console.print(f"loading {path.name}")
+    console.print(f"loading {path.name}", markup=False)
     model = load(path, clip, clip_weights, image_size, parse_layers(feature_layers))
     model.set_noun(object)
 
@@ -151,7 +151,7 @@ def export(
     )
     exported, parities = export_bundle(model, out or Path(f"{path.stem}.fbclip"), proof, deployment, say)
     print_parity(parities, console)
-    console.print(f"wrote {exported.path}", soft_wrap=True, highlight=False)
+    say(f"wrote {exported.path}")
     if engine or triton:
         _deploy(exported.path, triton, precision, options if engine else None)
 
@@ -162,6 +162,7 @@ def _deploy(bundle: Path, triton: Path | None, precision: str, options: EngineOp
 
     from fbclip.bundle import Bundle
     from fbclip.export.engine import build_engine, build_plan
+    from fbclip.terminal import say
 
     console = make_console()
     if triton:
@@ -170,7 +171,7 @@ def _deploy(bundle: Path, triton: Path | None, precision: str, options: EngineOp
         max_batch = options.batch[2] if options and options.batch[2] > 1 else MAX_BATCH
         build = partial(build_plan, options=options, max_batch=max_batch, console=console) if options else None
         folder = write_model(Bundle.load(bundle), triton, precision, build, max_batch)
-        console.print(f"wrote {folder}; its README.md says how to serve it", soft_wrap=True, highlight=False)
+        say(console, f"wrote {folder}; its README.md says how to serve it")
     elif options:
         plan = build_engine(Bundle.load(bundle), precision, options, console)
-        console.print(f"wrote {plan}; use it with --device tensorrt", soft_wrap=True, highlight=False)
+        say(console, f"wrote {plan}; use it with --device tensorrt")

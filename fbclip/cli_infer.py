@@ -42,20 +42,27 @@ def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
 PrecisionOption = Annotated[str, typer.Option(help="auto, fp32, fp16 or int8.")]
 ThresholdOption = Annotated[str, typer.Option(help="auto (calibrated, else the bundle's), or 0 to 1.")]
 MinAreaOption = Annotated[int, typer.Option(min=0, help="An anomaly needs a region of so many pixels.")]
-JsonOption = Annotated[str | None, typer.Option(help="Write JSON lines to this file, or - for standard output.")]
-CsvOption = Annotated[Path | None, typer.Option(help="Write a CSV table to this file.")]
+JsonOption = Annotated[
+    str | None,
+    typer.Option(help="Write JSON lines to this file (images: anew; streams: at its end), or - for standard output."),
+]
+CsvOption = Annotated[
+    Path | None, typer.Option(help="Write a CSV table to this file (images: anew; streams: at its end).")
+]
 CameraOption = Annotated[str | None, option(STREAMS, "The same as SOURCE: a camera's number, …")]
 WatchOption = Annotated[bool, option(STREAMS, "SOURCE is a folder: inspect images as they arrive.", "--watch")]
 ResolutionOption = Annotated[str | None, option(STREAMS, "WIDTHxHEIGHT to ask the camera for.")]
 FpsOption = Annotated[float | None, option(STREAMS, "Frames per second to ask the camera for.")]
 EveryOption = Annotated[int, option(STREAMS, "Inspect every Nth frame.", min=1)]
 GiveUpOption = Annotated[
-    float | None, option(STREAMS, "Seconds without a frame after which the run fails; never, if left out.")
+    float | None, option(STREAMS, "Exit with code 1 after so many seconds without a frame. Default: keep trying.")
 ]
 VoteOption = Annotated[str, option(STREAMS, "K/N: alarm where K of the last N frames are anomalous.")]
 EventsOption = Annotated[Path | None, option(STREAMS, "Save the frames around each alarm in this folder.")]
-EventsSizeOption = Annotated[str, option(STREAMS, "Bound of that folder; the oldest go.")]
-MqttOption = Annotated[str | None, option(STREAMS, "mqtt://user:password@host:port/prefix of a broker.")]
+EventsSizeOption = Annotated[str, option(STREAMS, "Largest size of that folder; the oldest events are deleted.")]
+MqttOption = Annotated[
+    str | None, option(STREAMS, "Publish results to this MQTT broker and topic prefix: mqtt://HOST/PREFIX.")
+]
 WebhookOption = Annotated[str | None, option(STREAMS, "Address that alarms and notices are posted to.")]
 
 
@@ -93,24 +100,29 @@ def infer(
     vote: VoteOption = "1/1",
     events: EventsOption = None,
     events_size: EventsSizeOption = "1GB",
-    show: Annotated[bool, option(STREAMS, "A window with the overlay.", "--show")] = False,
+    show: Annotated[
+        bool, option(STREAMS, "Show the pictures in a window (needs opencv-python, not headless).", "--show")
+    ] = False,
     video: Annotated[Path | None, option(STREAMS, "Write the overlays to this Motion JPEG file (.avi).")] = None,
     mqtt: MqttOption = None,
     webhook: WebhookOption = None,
-    metrics_port: Annotated[int | None, option(STREAMS, "Port of 127.0.0.1 for Prometheus.", min=1, max=65535)] = None,
+    metrics_port: Annotated[
+        int | None, option(STREAMS, "Serve Prometheus metrics on this port of 127.0.0.1.", min=1, max=65535)
+    ] = None,
 ) -> None:
     """Score images, or the frames of a camera, and draw where the defects are."""
-    from fbclip.files import new_run
+    from fbclip.files import new_run, require_file
     from fbclip.runtime.decisions import Vote
     from fbclip.runtime.events import parse_size
     from fbclip.runtime.images import list_images
-    from fbclip.runtime.infer import Outputs, infer, report
+    from fbclip.runtime.infer import Outputs, Summary, infer, report
     from fbclip.runtime.live_infer import Stream, find_stream, infer_stream, parse_resolution
     from fbclip.runtime.pipeline import Limits
     from fbclip.runtime.predictor import Predictor
     from fbclip.runtime.roi import Roi
     from fbclip.runtime.sinks import SinkOptions
     from fbclip.runtime.sources import CaptureOptions
+    from fbclip.terminal import say
 
     console = make_console(stderr=json == "-")
     stream = find_stream(source or [], camera, watch)
@@ -118,7 +130,7 @@ def infer(
     region = Roi.parse(roi) if roi else None
     predictor = Predictor(bundle, device, precision, parse_threshold(threshold), roi=region, min_area=min_area)
     if threshold == "auto":
-        console.print(predictor.explain_threshold(), soft_wrap=True, highlight=False)
+        say(console, predictor.explain_threshold())
     if stream:
         setup = Stream(
             stream,
@@ -132,10 +144,14 @@ def infer(
         infer_stream(predictor, setup, console)
     else:
         images = list_images(source or [])[:max_frames]
+        for target in (json, csv):
+            require_file(target)
         folder = new_run(project, name, exist_ok) if save or save_map else None
-        outputs = Outputs(folder, save, save_map, map_size.value, json, csv)
-        summary = infer(predictor, images, outputs, console)
-        report(summary, outputs, console)
+        outputs, summary = Outputs(folder, save, save_map, map_size.value, json, csv), Summary()
+        try:
+            infer(predictor, images, outputs, summary, console)
+        finally:  # also of what was done before a disk was full
+            report(summary, outputs, console)
         if summary.skipped:
             raise typer.Exit(2)
 

@@ -64,7 +64,8 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, option(SERVER, "0 takes a free one.", min=0, max=65535)] = 8000,
     token: Annotated[
-        str | None, option(SERVER, "Secret without which nothing is served.", "--token", envvar="FBCLIP_TOKEN")
+        str | None,
+        option(SERVER, "Secret that every client must send, 16 characters or more.", "--token", envvar="FBCLIP_TOKEN"),
     ] = None,
     camera: CameraOption = None,
     watch: WatchOption = False,
@@ -92,6 +93,7 @@ def serve(
     from fbclip.runtime.serve import Address, serve
     from fbclip.runtime.sinks import SinkOptions
     from fbclip.runtime.sources import CaptureOptions
+    from fbclip.terminal import say
 
     console = make_console(stderr=json == "-")
     stream = find_stream(source or [], camera, watch)
@@ -117,7 +119,7 @@ def serve(
         Limits(),
     )
     if threshold == "auto":
-        console.print(predictor.explain_threshold(), soft_wrap=True, highlight=False)
+        say(console, predictor.explain_threshold())
     serve(predictor, setup or None, Address(host, port, token), console)
 
 

@@ -134,6 +134,7 @@ def eval_(
     from fbclip.runtime.evaluate import bundle_subject, evaluate, to_evaluate
     from fbclip.runtime.report import require_report, write_report
     from fbclip.runtime.results import show, stamp, write_results
+    from fbclip.terminal import say
 
     if checkpoint and bundle:
         raise UsageError("eval takes a --checkpoint or a --bundle; got both")
@@ -158,14 +159,14 @@ def eval_(
         subject = bundle_subject(bundle, device, precision, parse_threshold(threshold), batch_size)
     folder = new_run(project, name, exist_ok)
     console = make_console()
-    console.print(subject.threshold_from, soft_wrap=True, highlight=False)
+    say(console, subject.threshold_from)
     evaluation = evaluate(subject, tests, batch_size, console)
     stamped = stamp(evaluation)
     show(evaluation, console)
     write_results(evaluation, stamped, folder)
     if report:
         write_report(evaluation, stamped, folder / "report.html")
-    console.print(f"results are in {folder}", soft_wrap=True, highlight=False)
+    say(console, f"results are in {folder}")
     if not evaluation.complete:
         raise Interrupted("stopped by Ctrl-C; the results hold the classes that were finished", signal.SIGINT)
     if evaluation.skipped:

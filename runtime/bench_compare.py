@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fbclip.errors import UsageError
 from fbclip.runtime.bench import SCHEMA
+from fbclip.terminal import cell, say
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 LEAST_ROUNDS = 3  # fewer say nothing of noise
@@ -158,7 +159,7 @@ def compare_files(before: Path, after: Path, fail_over: str | None, console: Con
     show_comparison(comparison, console)
     if limit is None or not comparison.fails(limit):
         return 0
-    console.print(f"slower by more than {100 * limit:g} % beyond noise, or gone", style="red", highlight=False)
+    say(console, f"slower by more than {100 * limit:g} % beyond noise, or gone", "red")
     return 1
 
 
@@ -170,7 +171,7 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     colours = {"slower": "red", "faster": "green", "same": ""}
     for change in comparison.changes:
         table.add_row(
-            change.name,
+            cell(change.name),
             f"{change.before_ms:.2f}",
             f"{change.after_ms:.2f}",
             f"{change.ratio:.3f}",
@@ -181,9 +182,9 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     console.print(table)
     for names, what in ((comparison.gone, "only before"), (comparison.new, "only after")):
         if names:
-            console.print(f"{what}: {', '.join(names)}", highlight=False)
+            say(console, f"{what}: {', '.join(names)}")
     for note in comparison.notes:
-        console.print(f"differs: {note}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"differs: {note}")
 
 
 def parse_share(text: str) -> float:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fbclip.files import replacing
+from fbclip.files import replacing, write_text
 from fbclip.runtime.page import INK, chart, missing_packages, write_page
+from fbclip.terminal import cell, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,13 +103,12 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     for heading in used.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for row in cells:
-        table.add_row(row["subject"], *(row[key] for key in used))
+        table.add_row(cell(row["subject"]), *(row[key] for key in used))
     console.print(table)
     for line in remarks(report):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
     for name, reason in left_out(report):
-        line = f"left out: {name}: {reason}"
-        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"left out: {name}: {reason}", "dim")
     for result in report["results"]:
         if result["profile"]:
             console.print(_profile_table(result))
@@ -181,8 +181,7 @@ def write_bench(report: Mapping[str, Any], folder: Path) -> list[str]:
         The packages that are missing for the latter.
     """
     for name, text in (("bench.json", to_json(report)), ("bench.csv", to_csv(report))):
-        with replacing(folder / name) as file:
-            file.write(text.encode())
+        write_text(text, folder / name)
     missing = missing_packages()
     if not missing:
         size = (8.0, 1.4 + 0.45 * len(report["results"]))

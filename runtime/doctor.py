@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 import fbclip
@@ -27,6 +26,7 @@ from fbclip.files import write_text
 from fbclip.runtime.doctor_gpu import check_nvidia, check_onnxruntime
 from fbclip.runtime.machine import GSTREAMER, Check, Machine, ProbeFailed, failed, installed, version_of
 from fbclip.runtime.probes import reason
+from fbclip.terminal import cell, say
 
 STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red", "info": "dim"}
 TESTED = ((3, 10), (3, 13))  # versions of Python
@@ -279,19 +279,15 @@ def print_report(checks: list[Check], console: Console) -> None:
     for check in checks:
         if check.topic != topic:
             topic = check.topic
-            table.add_row("", f"[bold]{escape(topic)}[/bold]", "")
-        style = STYLES[check.status]
-        table.add_row(f"[{style}]{check.status}[/{style}]", escape(check.name), escape(check.found))
+            table.add_row("", cell(topic, "bold"), "")
+        table.add_row(cell(check.status, STYLES[check.status]), cell(check.name), cell(check.found))
     console.print(table)
     cures = [check for check in checks if check.cure]
     for status in ("broken", "missing", "info"):
         for check in (c for c in cures if c.status == status):
-            style = STYLES[status]
-            console.print(f"[{style}]{status}[/{style}] {escape(check.topic)}: {escape(check.name)}", highlight=False)
-            console.print(f"  {escape(check.cure)}", soft_wrap=True, highlight=False)
-    console.print(
-        "inference works" if works(checks) else "[bold red]inference does not work[/bold red]", highlight=False
-    )
+            console.print(cell(status, STYLES[status]), cell(f"{check.topic}: {check.name}"))
+            say(console, f"  {check.cure}")
+    say(console, "inference works") if works(checks) else say(console, "inference does not work", "bold red")
 
 
 def write_report(checks: list[Check], target: str) -> None:

@@ -25,6 +25,7 @@ from fbclip.image import in_order
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
 from fbclip.runtime.backends import Backend
 from fbclip.runtime.predictor import Prediction, Predictor, find_regions
+from fbclip.terminal import say
 
 VALUES = (
     "image_auroc",
@@ -224,8 +225,7 @@ def evaluate(subject: Subject, tests: list[Dataset], batch_size: int, console: C
                     for batch in _batches(_load(one.items, subject.image_size), batch_size):
                         for item, error in one.run(batch):
                             skipped.append((item, str(error)))
-                            text = f"skipped: {error}"
-                            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+                            say(console, f"skipped: {error}", "yellow")
                         progress.advance(task, len(batch))
                     classes.append(one.result())
             except KeyboardInterrupt:

@@ -7,9 +7,7 @@ where all together would pass the bound.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -21,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import UsageError
+from fbclip.files import new_folder, remove_folder, require_writable, sweep
 from fbclip.runtime.live import Notice, Result
 
 BEFORE, AFTER = 10, 10  # frames kept around the one that raised an alarm
@@ -68,11 +67,11 @@ class EventRecorder:
     What the disk doesn't take is tried again with the next result; beyond `UNSAVED` events the oldest is given up.
 
     Args:
-        folder: made if it isn't there; leftovers of a killed run are removed.
+        folder: made if it isn't there, also when it is removed later; leftovers of a killed run are removed.
         max_bytes: of all events together.
 
     Raises:
-        UsageError: the folder can't be written to, or the bound is below 1 MB.
+        FBClipError, UsageError: the folder can't be written to, or the bound is below 1 MB.
     """
 
     name = "events"
@@ -86,14 +85,8 @@ class EventRecorder:
         self._event: _Event | None = None
         self._unsaved: deque[_Event] = deque()
         self._last: Result | None = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".*.part"):
-                shutil.rmtree(leftover)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError("it may not be written to")
-        except OSError as error:
-            raise UsageError(f"--events {folder} can't hold events: {error}; choose another folder") from error
+        require_writable(folder)
+        sweep(folder)
 
     def write(self, result: Result) -> None:
         if result is not self._last:  # the same one comes again after a failure
@@ -145,18 +138,13 @@ class EventRecorder:
         frames = [{"file": f"{shot.record['index']:06d}.jpg", **shot.record} for shot in shots]
         description = json.dumps({"event": name, "time": first["time"], "alarms": event.alarms, "frames": frames})
         need = sum(len(shot.jpeg) for shot in shots) + len(event.overlay) + len(description.encode())
-        self._make_room(need)
-        part = self.folder / f".{name}.part"
-        try:
-            part.mkdir()
+        with new_folder(self.folder / name) as part:
+            self._make_room(need)
             for frame, shot in zip(frames, shots, strict=True):
                 (part / str(frame["file"])).write_bytes(shot.jpeg)
             (part / "overlay.jpg").write_bytes(event.overlay)
             (part / "event.json").write_text(description, encoding="utf-8")
             part.rename(self.folder / name)
-        except OSError:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
 
     def _make_room(self, need: int) -> None:
         """Remove the oldest events until the new one fits too."""
@@ -165,9 +153,7 @@ class EventRecorder:
         for event, size in sizes.items():
             if total + need <= self.max_bytes:
                 return
-            part = event.with_name(f".{event.name}.part")
-            event.rename(part)  # half an event must not look like one
-            shutil.rmtree(part)
+            remove_folder(event)
             total -= size
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,12 +20,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fbclip.errors import ImageError, UsageError
+from fbclip.errors import ImageError
 from fbclip.files import replacing
+from fbclip.runtime.lines import LineFile, Lines, StandardOutput
 from fbclip.runtime.predictor import Prediction, Predictor
+from fbclip.terminal import cell, say
 
 CSV_COLUMNS = ("source", "score", "threshold", "is_anomalous", "regions", "largest_peak", "model_ms")
 SHOWN = 20  # rows of the table on screen
+LONGEST_NAME = 255  # bytes, of a file
 
 
 @dataclass
@@ -47,15 +53,19 @@ class Outputs:
     csv: Path | None = None
 
 
-def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, console: Console) -> Summary:
-    """Score every image; one that can't be read is reported and skipped. Finished results are never lost."""
-    summary = Summary()
+def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, summary: Summary, console: Console) -> None:
+    """Score every image; one that can't be read is reported and skipped. Finished results are never lost.
+
+    Args:
+        summary: empty; what is in it after an error, or Ctrl-C, is written.
+
+    Raises:
+        FBClipError, UsageError: results can't be written, as on a full disk.
+    """
     with ExitStack() as stack:
-        lines = stack.enter_context(_text_output(outputs.json))
-        rows = stack.enter_context(_text_output(None if outputs.csv is None else str(outputs.csv)))
-        table = csv.writer(rows) if rows else None
-        if table:
-            table.writerow(CSV_COLUMNS)
+        opened = _open(outputs)
+        for lines in opened.values():
+            stack.enter_context(closing(lines))
         names = _names(sources)
         quiet = not console.is_terminal or len(sources) < 3
         for source in track(sources, "inspecting", console=console, disable=quiet):
@@ -63,19 +73,32 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, console: 
                 prediction = predictor(source)
             except ImageError as error:
                 summary.skipped.append((source, str(error)))
-                console.print(f"skipped: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+                say(console, f"skipped: {error}", "yellow")
                 continue
             record = _write(prediction, source, names[source], outputs)
             if predictor.launches:  # beside the timings, which depend on it
                 summary.launches = record["launches"] = predictor.launches
+            forms = {"json": json.dumps(record), "csv": csv_line(csv_row(record, record["timings_ms"]["model"]))}
+            for kind, lines in opened.items():
+                lines.append(forms[kind])
             summary.results.append((source, record))
-            if lines:
-                lines.write(json.dumps(record) + "\n")
-                lines.flush()
-            if table and rows:
-                table.writerow(csv_row(record, record["timings_ms"]["model"]))
-                rows.flush()
-    return summary
+
+
+def _open(outputs: Outputs) -> dict[str, Lines]:
+    """The files of lines that are asked for."""
+    opened: dict[str, Lines] = {}
+    if outputs.json is not None:
+        opened["json"] = StandardOutput() if outputs.json == "-" else LineFile(Path(outputs.json), fresh=True)
+    if outputs.csv is not None:
+        opened["csv"] = LineFile(outputs.csv, csv_line(CSV_COLUMNS), fresh=True)
+    return opened
+
+
+def csv_line(values: Sequence[Any]) -> str:
+    """A row of a CSV table, without the end of the line."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="\r\n").writerow(values)  # both kinds of line ends are quoted in names
+    return row.getvalue().removesuffix("\r\n")
 
 
 def csv_row(record: dict[str, Any], model_ms: float) -> list[Any]:
@@ -86,49 +109,49 @@ def csv_row(record: dict[str, Any], model_ms: float) -> list[Any]:
 
 
 def _names(sources: list[Path]) -> dict[Path, str]:
-    """A file name for each source's results; images of one name in different folders keep apart."""
+    """A file name, without suffix, for each source's results; images of one name in different folders keep apart."""
     names: dict[Path, str] = {}
     taken: set[str] = set()
+    used: Counter[str] = Counter()
     for source in sources:
-        name, number = source.stem, 2
+        stem = name = _shortened(source.stem)
+        used[stem] += 1
         while name in taken:
-            name, number = f"{source.stem}-{number}", number + 1
+            used[stem] += 1
+            name = f"{stem}-{used[stem]}"
         taken.add(name)
         names[source] = name
     return names
 
 
+def _shortened(stem: str) -> str:
+    """The stem itself where it leaves room for a number and a suffix, else its beginning and a hash of it."""
+    room = LONGEST_NAME - len("-1000000.npy")
+    if len(os.fsencode(stem)) <= room:
+        return stem
+    digest = f"-{hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]}"
+    while len(os.fsencode(stem)) > room - len(digest):
+        stem = stem[:-1]
+    return stem + digest
+
+
 def _write(prediction: Prediction, source: Path, name: str, outputs: Outputs) -> dict[str, Any]:
     """Write pictures and maps; returns the JSON record."""
-    map_path = None
+    written: dict[str, str | None] = {"overlay": None, "map": None}
     if outputs.folder and outputs.save_map:
-        map_path = outputs.folder / f"{name}.npy"
         array = prediction.anomaly_map if outputs.map_size == "frame" else prediction.model_map
-        with replacing(map_path, durable=False) as temporary:
-            np.save(temporary, array)
+        path = outputs.folder / f"{name}.npy"
+        with replacing(path, durable=False) as file:
+            np.save(file, array)
+        written["map"] = str(path)
     if outputs.folder and outputs.save:
-        with replacing(outputs.folder / f"{name}.jpg", durable=False) as temporary:
-            Image.fromarray(prediction.overlay()).save(temporary, "JPEG", quality=92)
+        path = outputs.folder / f"{name}.jpg"
+        with replacing(path, durable=False) as file:
+            Image.fromarray(prediction.overlay()).save(file, "JPEG", quality=92)
+        written["overlay"] = str(path)
     values = prediction.to_dict()
     timings = values.pop("timings_ms")
-    return {"source": str(source), **values, "map": None if map_path is None else str(map_path), "timings_ms": timings}
-
-
-@contextmanager
-def _text_output(target: str | None) -> Iterator[IO[str] | None]:
-    if target is None:
-        yield None
-    elif target == "-":
-        yield sys.stdout
-    else:
-        path = Path(target)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("w", newline="")
-        except OSError as error:
-            raise UsageError(f"can't write {path}: {error}") from error
-        with file:
-            yield file
+    return {"source": str(source), **values, **written, "timings_ms": timings}
 
 
 def report(summary: Summary, outputs: Outputs, console: Console) -> None:
@@ -146,17 +169,17 @@ def report(summary: Summary, outputs: Outputs, console: Console) -> None:
     for source, record in ranked[:SHOWN]:
         verdict = "[red]defect[/]" if record["is_anomalous"] else "[green]good[/]"
         milliseconds = sum(record["timings_ms"].values())
-        table.add_row(
-            source.name, verdict, f"{record['score']:.3f}", str(len(record["regions"])), f"{milliseconds:.0f}"
-        )
+        regions = str(len(record["regions"]))
+        table.add_row(cell(source.name), verdict, f"{record['score']:.3f}", regions, f"{milliseconds:.0f}")
     if ranked:
         console.print(table)
     if len(ranked) > SHOWN:
-        console.print(f"… and {len(ranked) - SHOWN} more with lower scores")
+        say(console, f"… and {len(ranked) - SHOWN} more with lower scores")
     defects = sum(record["is_anomalous"] for _, record in ranked)
     skipped = f", {len(summary.skipped)} skipped" if summary.skipped else ""
-    console.print(f"{len(ranked)} images: {defects} with defects, {len(ranked) - defects} good{skipped}")
+    say(console, f"{len(ranked)} images: {defects} with defects, {len(ranked) - defects} good{skipped}")
     if summary.launches:
-        console.print(f"TensorRT's executions were started by {summary.launches}", highlight=False)
-    if outputs.folder and (outputs.save or outputs.save_map) and ranked:
-        console.print(f"pictures and maps are in {outputs.folder}", soft_wrap=True, highlight=False)
+        say(console, f"TensorRT's executions were started by {summary.launches}")
+    kinds = [kind for kind, asked in (("pictures", outputs.save), ("maps", outputs.save_map)) if asked]
+    if outputs.folder and kinds and ranked:
+        say(console, f"{' and '.join(kinds)} are in {outputs.folder}")

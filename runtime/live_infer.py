@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -26,6 +26,7 @@ from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sinks import SinkOptions, make_sinks
 from fbclip.runtime.sources import CaptureOptions, Source, open_source
 from fbclip.stopping import StopRequest
+from fbclip.terminal import printable, say
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm", ".wmv"})
 REFRESH_S = 0.25
@@ -82,7 +83,7 @@ class ConsoleLog:
         if notice.kind != "run":
             stamp = time.strftime("%H:%M:%S", time.localtime(notice.time))
             line = f"{stamp} {notice.kind} {notice.state} ({notice.subject}): {notice.message}"
-            self.console.print(Text(line, COLOURS.get(notice.state, "")), soft_wrap=True)
+            say(self.console, line, COLOURS.get(notice.state, ""))
 
     def close(self) -> None:
         """Nothing to release."""
@@ -159,7 +160,8 @@ def _watch(running: Future[LiveSummary], pipeline: Pipeline, stop: StopRequest, 
                 live.update(status_text(pipeline.status()))
             elif time.monotonic() >= next_log:
                 next_log += LOG_S
-                console.print(status_text(pipeline.status()), soft_wrap=True)
+                with suppress(OSError):  # that nobody can read it is no reason to stop, nor to wait for ever
+                    console.print(status_text(pipeline.status()), soft_wrap=True)
         if live:
             live.update(status_text(pipeline.status()))
 
@@ -175,7 +177,8 @@ def _ended(running: Future[LiveSummary]) -> bool:
 def status_text(status: dict[str, Any]) -> Text:
     """One line of what `Pipeline.status` says: source, rate, age, stages, score, alarm, drift, losses, sinks."""
     source, stages = status["source"], status["stages_ms"]
-    parts = [Text.assemble((source["state"], COLOURS.get(source["state"], "green")), f" {source['name']}")]
+    state = (source["state"], COLOURS.get(source["state"], "green"))
+    parts = [Text.assemble(state, f" {printable(source['name'])}")]
     if status["age_ms"]:
         age = "/".join(f"{status['age_ms'][p]:.0f}" for p in ("p50", "p95", "p99"))
         medians = " ".join(f"{stage} {values['p50']:.0f}" for stage, values in stages.items() if values)
@@ -206,16 +209,11 @@ def print_summary(summary: LiveSummary, console: Console) -> None:
     rate = summary.frames / summary.seconds if summary.seconds else 0.0
     age = summary.status["age_ms"]
     ages = f"; age {age['p50']:.0f} ms, at p99 {age['p99']:.0f}" if age else ""
-    console.print(
+    say(
+        console,
         f"{summary.frames} frames in {summary.seconds:.1f} s ({rate:.1f}/s{ages}): {summary.anomalous} anomalous, "
         f"{summary.alarms} alarms",
-        soft_wrap=True,
-        highlight=False,
     )
     for name, sink in summary.status["sinks"].items():
         if sink["dropped"]:
-            console.print(
-                f"{name} lost {sink['dropped']} results and notices: {sink['error'] or 'it was too slow'}",
-                soft_wrap=True,
-                markup=False,
-            )
+            say(console, f"{name} lost {sink['dropped']} results and notices: {sink['error'] or sink['lost_to']}")

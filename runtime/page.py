@@ -32,7 +32,8 @@ def write_page(template: str, path: Path, **values: Any) -> None:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     with replacing(path) as file:
-        file.write(environment.get_template(template).render(**values).encode())
+        page = environment.get_template(template).render(**values)
+        file.write(page.encode(errors="backslashreplace"))  # names that are no UTF-8
 
 
 def chart(draw: Callable[[Axes], None], size: tuple[float, float] = (4.2, 3.4)) -> str:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 import fbclip
-from fbclip.files import replacing
+from fbclip.files import write_text
 from fbclip.runtime.evaluate import VALUES, DataResult, Evaluation
+from fbclip.terminal import cell, say
 
 HEADINGS = {
     "image_auroc": "image AUROC",
@@ -84,21 +84,19 @@ def show(evaluation: Evaluation, console: Console) -> None:
     """One table per data set in percent, then why something is undefined."""
     for result in evaluation.results:
         table = Table(
-            box=None, pad_edge=False, padding=(0, 1, 0, 0), title=escape(result.data.name), title_justify="left"
+            box=None, pad_edge=False, padding=(0, 1, 0, 0), title=cell(result.data.name), title_justify="left"
         )
         table.add_column("class", overflow="fold")
         for heading in ("images", "defects", *(text.replace(" ", "\n", 1) for text in HEADINGS.values())):
             table.add_column(heading, justify="right", no_wrap=True)
         for _, name, images, defective, values in rows(result):
             style = "bold" if name == "mean" and len(result.classes) > 1 else None
-            table.add_row(
-                escape(name), str(images), str(defective), *(_percent(values[v]) for v in VALUES), style=style
-            )
+            table.add_row(cell(name), str(images), str(defective), *(_percent(values[v]) for v in VALUES), style=style)
         console.print(table)
         for reason in reasons(result):
-            console.print(f"{UNDEFINED} {reason}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{UNDEFINED} {reason}")
     if evaluation.skipped:
-        console.print(f"{len(evaluation.skipped)} images could not be read and are not in the figures", style="yellow")
+        say(console, f"{len(evaluation.skipped)} images could not be read and are not in the figures", "yellow")
 
 
 def reasons(result: DataResult) -> list[str]:
@@ -127,8 +125,7 @@ def write_results(evaluation: Evaluation, stamped: Mapping[str, Any], folder: Pa
         ),
     }
     for name, text in texts.items():
-        with replacing(folder / name) as file:
-            file.write(text.encode())
+        write_text(text, folder / name)
 
 
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:

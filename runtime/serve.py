@@ -23,6 +23,7 @@ from fbclip.runtime.sinks_network import Metrics
 from fbclip.runtime.sources import open_source
 from fbclip.runtime.uploads import InTurn
 from fbclip.stopping import StopRequest
+from fbclip.terminal import say
 
 MAX_CONNECTIONS = 100
 GRACE_S = 3  # for requests under way when the server stops
@@ -62,7 +63,7 @@ def serve(predictor: Predictor, stream: Stream | None, address: Address, console
         else:
             metrics = Metrics(dict)
         app = create_app(predictor, access, monitor, pipeline, metrics)
-        console.print(f"serving on {_url(ip, port)}", soft_wrap=True, highlight=False)
+        say(console, f"serving on {_url(ip, port)}")
         summary = _run(listening, app, pipeline)
     if summary:
         print_summary(summary, console)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import json
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count
 from pathlib import Path
-from typing import Protocol
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import FBClipError, UsageError
-from fbclip.runtime.infer import CSV_COLUMNS, csv_row
+from fbclip.files import require_writable
+from fbclip.runtime.infer import CSV_COLUMNS, csv_line, csv_row
+from fbclip.runtime.lines import LineFile, Lines, StandardOutput
 from fbclip.runtime.live import Notice, Result, Sink
 
 LIVE_COLUMNS = ("time", "index", *CSV_COLUMNS, "alarm")
@@ -109,116 +107,6 @@ def to_json(record: Result | Notice) -> str:
     return json.dumps(values if isinstance(record, Notice) else {"kind": "result", **values})
 
 
-class Lines(Protocol):
-    """What takes whole lines."""
-
-    def append(self, line: str) -> None:
-        """OSError where it can't; nothing of the line is there then."""
-
-    def close(self) -> None: ...
-
-
-class LineFile:
-    """Whole lines at the end of a file: each is one write, so that a killed process tears the line under way at most.
-
-    Such a torn tail is left as it is, and the next line begins afresh. A file that is full is put aside as NAME.1, the
-    earlier NAME.1 as NAME.2 and so on; the oldest is removed. One that another program moved or removed is made anew.
-
-    Args:
-        header: first line of each file, if any.
-        limit: bytes a file may have before it is put aside.
-        keep: how many files put aside stay, at least 1.
-
-    Raises:
-        UsageError: the file can't be written, or begins with another header.
-    """
-
-    def __init__(self, path: Path, header: str = "", limit: int = 100_000_000, keep: int = 5) -> None:
-        if limit < 1 or keep < 1:
-            raise UsageError(f"{path} takes at least a byte and 1 file put aside; got {limit} bytes and {keep} files")
-        self.path, self._limit, self._keep = path, limit, keep
-        self._header = f"{header}\n".encode() if header else b""
-        self._fd: int | None = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd = self._current()
-            begin = os.pread(fd, len(self._header), 0) if _size(fd) else self._header
-        except OSError as error:
-            raise UsageError(f"can't write {path}: {error.strerror}; choose another file") from error
-        if begin != self._header:
-            self.close()
-            raise UsageError(f"{path} is there and does not begin with {header!r}; choose another file")
-
-    def append(self, line: str) -> None:
-        """Add a line; OSError leaves the file as it was, and the next call tries anew."""
-        data = line.encode(errors="surrogateescape") + b"\n"
-        try:
-            fd = self._current()
-            size = _size(fd)
-            if size and size + len(data) > self._limit:
-                self._put_aside()
-                fd, size = self._current(), 0
-            if size == 0:
-                data = self._header + data
-            elif size and os.pread(fd, 1, size - 1) != b"\n":
-                data = b"\n" + data
-            try:
-                _write_all(fd, data)
-            except OSError:
-                if size is not None:
-                    os.ftruncate(fd, size)  # a full disk takes the beginning of a line
-                raise
-        except OSError as error:
-            self.close()
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-    def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-
-    def _current(self) -> int:
-        """Descriptor of the file that has the name now."""
-        if self._fd is not None:
-            with suppress(FileNotFoundError):
-                if os.path.samestat(self.path.stat(), os.fstat(self._fd)):
-                    return self._fd
-            self.close()
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        return self._fd
-
-    def _put_aside(self) -> None:
-        self.close()
-        old = (self._aside(number) for number in range(1, self._keep))
-        moving = [self.path, *takewhile(Path.exists, old)]
-        for number in range(len(moving), 0, -1):
-            moving[number - 1].replace(self._aside(number))
-
-    def _aside(self, number: int) -> Path:
-        return self.path.with_name(f"{self.path.name}.{number}")
-
-
-class StandardOutput:
-    """Whole lines to whoever reads this process's output."""
-
-    def append(self, line: str) -> None:
-        _write_all(sys.stdout.fileno(), line.encode(errors="surrogateescape") + b"\n")
-
-    def close(self) -> None:
-        """Standard output stays open."""
-
-
-def _size(fd: int) -> int | None:
-    """Bytes of a regular file; None of pipes and devices."""
-    status = os.fstat(fd)
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    while data:  # once, but where the disk fills up (then the rest raises) or a pipe is narrow
-        data = data[os.write(fd, data) :]
-
-
 class JsonLines:
     """Results and notices, one JSON object a line."""
 
@@ -247,10 +135,8 @@ class Csv:
 
     def write(self, result: Result) -> None:
         record = result.to_dict()
-        row = io.StringIO()
         values = [record["time"], record["index"], *csv_row(record, record["stages_ms"]["model"]), record["alarm"]]
-        csv.writer(row, lineterminator="").writerow(values)
-        self._lines.append(row.getvalue())
+        self._lines.append(csv_line(values))
 
     def notify(self, notice: Notice) -> None:
         pass
@@ -280,10 +166,7 @@ class Video:
             )
         if not 0 < fps < 1000:
             raise UsageError(f"a video has more than 0 and less than 1000 frames per second; got {fps}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"can't write {path}: {error.strerror}; choose another file") from error
+        require_writable(path.parent)
         self.path, self._fps = path, fps
         self._writer: cv2.VideoWriter | None = None
         self._part, self._size = path, (0, 0)
@@ -292,10 +175,11 @@ class Video:
         picture = _bgr(result)
         size = (picture.shape[1], picture.shape[0])
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             # OpenCV doesn't say when a disk is full
             if shutil.disk_usage(self.path.parent).free < RESERVE_BYTES:
                 raise OSError(errno.ENOSPC, f"less than {RESERVE_BYTES // 10**6} MB left, no video", str(self.path))
-            if self._writer and (size != self._size or self._part.stat().st_size > PART_BYTES):
+            if self._writer and not (size == self._size and self._goes_on()):
                 self.close()
             writer = self._writer or self._begin(size)
         except OSError:
@@ -310,6 +194,10 @@ class Video:
         if self._writer:
             self._writer.release()
             self._writer = None
+
+    def _goes_on(self) -> bool:
+        """Whether the file is still there, and not full."""
+        return self._part.is_file() and self._part.stat().st_size <= PART_BYTES
 
     def _begin(self, size: tuple[int, int]) -> cv2.VideoWriter:
         names = (self.path if n == 1 else self.path.with_stem(f"{self.path.stem}-{n}") for n in count(1))

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Run
+from disks import tiny_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fbclip.errors import UsageError
+from fbclip import files
+from fbclip.errors import FBClipError, UsageError
 from fbclip.runtime import events
 from fbclip.runtime.events import AFTER, BEFORE, LONGEST, EventRecorder, event_folders, parse_size
 from fbclip.runtime.live import Frame, Notice, Result
@@ -96,33 +98,47 @@ def test_an_event_larger_than_the_bound_keeps_what_is_nearest(tmp_path: Path) ->
 
 
 def test_a_full_disk_is_reported_and_survived(tmp_path: Path) -> None:
-    recorder = EventRecorder(tmp_path / "events", 10**7)
-    for i in range(BEFORE + 5):
+    with tiny_disk(tmp_path / "disk", "150k"):
+        folder, ballast = tmp_path / "disk" / "events", tmp_path / "disk" / "ballast"
+        recorder = EventRecorder(folder, 10**7)
+        ballast.write_bytes(bytes(120_000))
+        for i in range(BEFORE + AFTER):
+            recorder.write(result(i, began=i == BEFORE))
+        failing = result(BEFORE + AFTER)
+        for _ in range(3):  # the pipeline tries the same result again
+            with pytest.raises(FBClipError, match=r"the disk is full: can't write .*events"):
+                recorder.write(failing)
+            assert list(folder.iterdir()) == []
+        ballast.unlink()
+        recorder.write(failing)
+        recorder.close()
+        (event,) = event_folders(folder)
+        assert indices(event) == list(range(BEFORE + AFTER + 1))
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "all" / "events"
+    recorder = EventRecorder(folder, 10**7)
+    for i in range(BEFORE + AFTER + 1):
+        if i == BEFORE + 5:
+            folder.parent.rename(tmp_path / "gone")
         recorder.write(result(i, began=i == BEFORE))
-    (tmp_path / "events").rename(tmp_path / "away")
-    for i in range(BEFORE + 5, BEFORE + AFTER):
-        recorder.write(result(i))
-    failing = result(BEFORE + AFTER)
-    for _ in range(3):  # the pipeline tries the same result again
-        with pytest.raises(OSError, match="No such file"):
-            recorder.write(failing)
-    (tmp_path / "away").rename(tmp_path / "events")
-    recorder.write(failing)
     recorder.close()
-    (event,) = event_folders(tmp_path / "events")
+    (event,) = event_folders(folder)
     assert indices(event) == list(range(BEFORE + AFTER + 1))
 
 
 def test_events_wait_in_bounded_memory_while_the_disk_takes_none(tmp_path: Path) -> None:
     recorder = EventRecorder(tmp_path / "events", 10**7)
     (tmp_path / "events").rmdir()
+    (tmp_path / "events").touch()  # a file, in which no folder can be made
     for i in range(400):
         try:
             recorder.write(result(i, began=i % 40 == 20))
-        except OSError:
+        except UsageError:
             continue
     assert recorder.lost == 10 - events.UNSAVED
-    (tmp_path / "events").mkdir()
+    (tmp_path / "events").unlink()
     recorder.close()
     assert len(event_folders(tmp_path / "events")) == events.UNSAVED
 
@@ -135,12 +151,17 @@ def test_a_camera_that_leaves_ends_the_event(tmp_path: Path) -> None:
     assert indices(event_folders(tmp_path)[0]) == [0, 1]
 
 
-def test_leftovers_of_a_killed_run_go(tmp_path: Path) -> None:
-    (tmp_path / ".20260101T000000.000000-000001.part").mkdir()
-    (tmp_path / ".20260101T000000.000000-000001.part" / "000001.jpg").write_bytes(b"half")
+def test_leftovers_of_a_killed_run_go_and_what_another_run_writes_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "NEW_S", 0.0)
+    (tmp_path / ".fbclip-killed.tmp").mkdir()
+    (tmp_path / ".fbclip-killed.tmp" / "000001.jpg").write_bytes(b"half")
     (tmp_path / "notes").mkdir()  # somebody else's
-    EventRecorder(tmp_path, 10**7)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    with files.new_folder(tmp_path / "event") as living:
+        files._swept.clear()
+        EventRecorder(tmp_path, 10**7)
+        assert {path.name for path in tmp_path.iterdir()} == {"notes", living.name}
     assert event_folders(tmp_path) == []
 
 
@@ -160,7 +181,7 @@ def test_sizes() -> None:
 
 def test_a_folder_that_cannot_hold_events(fbclip: Run, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(UsageError, match="can't hold events"):
+    with pytest.raises(UsageError, match=r"can't write .*taken"):
         EventRecorder(tmp_path / "taken", 10**7)
     with pytest.raises(UsageError, match="at least 1MB"):
         EventRecorder(tmp_path / "e", 1000)

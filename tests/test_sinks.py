@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from random import Random
@@ -23,12 +22,13 @@ import cv2
 import numpy as np
 import pytest
 from delivered import drawn_verdict, has_outlines, let_off, notice, result
+from disks import largest_file, read_only, tiny_disk
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 from stream_faults import bound
 from waiting import PATIENCE_S, eventually
 
-from fbclip.errors import UsageError
+from fbclip.errors import FBClipError, UsageError
 from fbclip.runtime import predictor, sinks, sinks_network
 from fbclip.runtime.events import EventRecorder, event_folders
 from fbclip.runtime.live import Result
@@ -77,6 +77,45 @@ def test_json_lines_hold_results_and_notices(tmp_path: Path) -> None:
     assert first["regions"] == [{"box": [60, 100, 100, 140], "peak": 0.75, "area": 1600}]
     assert (second["kind"], second["state"], second["counters"]["dropped"]) == ("source", "lost", 2)
     sink.close()
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    options = SinkOptions(json=str(folder / "live.jsonl"), csv=folder / "live.csv", video=folder / "live.avi")
+    made = make_sinks(options)
+    for index in range(2):
+        for sink in made:
+            sink.write(result(index))
+        if index == 0:
+            folder.rename(tmp_path / "gone")
+    for sink in made:
+        sink.close()
+    for place, index in ((tmp_path / "gone", 0), (folder, 1)):
+        assert json.loads((place / "live.jsonl").read_text())["index"] == index
+        with (place / "live.csv").open(newline="") as file:
+            assert [int(row["index"]) for row in csv.DictReader(file)] == [index]
+        assert len(frames_of(place / "live.avi")) == 1
+
+
+def test_processes_that_write_lines_to_one_file_lose_and_tear_none(tmp_path: Path) -> None:
+    """Also while either puts the file aside, and gives back the beginning of a line for which there was no room."""
+    program = (
+        "import sys; from pathlib import Path; from fbclip.runtime.lines import LineFile\n"
+        "lines = LineFile(Path(sys.argv[1]), 'header', limit=20_000, keep=1000)\n"
+        "for number in range(500): lines.append(f'{sys.argv[2]} {number} ' + 'x' * (number * 7919 % 2000) + ' end')"
+    )
+    path = tmp_path / "live.csv"
+    writers = [subprocess.Popen([sys.executable, "-c", program, path, letter]) for letter in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    written: dict[str, list[int]] = {"a": [], "b": []}
+    for file in sorted(tmp_path.iterdir(), key=lambda file: -int(file.suffix[1:]) if file != path else 0):
+        head, *lines = file.read_text().splitlines()
+        assert head == "header"
+        for line in lines:
+            letter, number, _, end = line.split(" ")
+            assert end == "end"
+            written[letter].append(int(number))
+    assert written == {letter: list(range(500)) for letter in "ab"}
 
 
 def test_json_lines_go_to_standard_output() -> None:
@@ -157,36 +196,13 @@ def test_a_file_that_was_moved_away_is_made_anew(tmp_path: Path) -> None:
     assert ((tmp_path / "taken").read_text(), path.read_text()) == ("one\n", "three\n")
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """As a disk that is full after `size` bytes of a file: the beginning of a line still fits."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@contextmanager
-def tiny_disk(folder: Path, size: str) -> Iterator[None]:
-    """A file system of that size, where one may be mounted."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
 def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "live.jsonl"
     lines = LineFile(path)
     with largest_file(100_000):
         lines.append("a" * 70_000)
         for _ in range(3):
-            with pytest.raises(OSError, match=r"File too large: .*live\.jsonl"):
+            with pytest.raises(FBClipError, match=r"live\.jsonl: File too large"):
                 lines.append("b" * 70_000)
             assert path.stat().st_size == 70_001
     lines.append("c" * 70_000)
@@ -201,7 +217,7 @@ def test_a_full_disk_is_reported_and_recovers(tmp_path: Path, kind: str) -> None
         (sink,) = make_sinks(SinkOptions(**{kind: str(path) if kind == "json" else path}))
         (tmp_path / "ballast").write_bytes(bytes(40_000))
         written = []
-        with pytest.raises(OSError, match=r"No space left on device: .*live"):
+        with pytest.raises(FBClipError, match=r"^the disk is full: can't write .*/live;"):
             for index in range(1000):
                 sink.write(result(index))
                 written.append(index)
@@ -245,6 +261,13 @@ def frames_of(path: Path) -> list[tuple[int, int]]:
         sizes.append((read[1].shape[1], read[1].shape[0]))
     capture.release()
     return sizes
+
+
+def test_a_video_that_can_not_be_written_is_told_at_the_start(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    with read_only(folder), pytest.raises(UsageError, match="Read-only file system; choose another place"):
+        make_sinks(SinkOptions(video=folder / "live.avi"))
 
 
 def test_video_begins_anew_with_another_size_and_another_run(tmp_path: Path) -> None:

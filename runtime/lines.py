@@ -1,0 +1,170 @@
+"""Files that grow by whole lines: JSON lines and CSV."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+from typing import Protocol
+
+from fbclip.errors import UsageError
+from fbclip.files import lock, unlock, write_error
+
+
+class Lines(Protocol):
+    """What takes whole lines."""
+
+    def append(self, line: str) -> None:
+        """FBClipError where it can't, BrokenPipeError where the reader left; nothing of the line is there then."""
+
+    def close(self) -> None: ...
+
+
+class LineFile:
+    """Whole lines at the end of a file: each is one write, so that a killed process tears the line under way at most.
+
+    Such a torn tail is left as it is, and the next line begins afresh. A file that is full is put aside as NAME.1, the
+    earlier NAME.1 as NAME.2 and so on; the oldest is removed. One that another program moved or removed, even with its
+    folder, is made anew. Several processes may write lines to the same file.
+
+    Args:
+        header: first line of each file, if any.
+        limit: bytes a file may have before it is put aside.
+        keep: how many files put aside stay, at least 1.
+        fresh: for one list of images: what was in the file goes, it is never put aside, and no other process may write
+            to it meanwhile.
+
+    Raises:
+        FBClipError, UsageError: the file can't be written, is another's, or begins with another header.
+    """
+
+    def __init__(
+        self, path: Path, header: str = "", limit: int = 100_000_000, keep: int = 5, fresh: bool = False
+    ) -> None:
+        if limit < 1 or keep < 1:
+            raise UsageError(f"{path} takes at least a byte and 1 file put aside; got {limit} bytes and {keep} files")
+        self.path, self._keep, self._fresh = path, keep, fresh
+        self._limit = None if fresh else limit
+        self._header = f"{header}\n".encode() if header else b""
+        self._fd: int | None = None
+        try:
+            with self._alone() as fd:
+                begin, size = self._header, _size(fd)
+                if fresh and size:
+                    os.ftruncate(fd, 0)
+                if fresh or size is None:
+                    _write_all(fd, self._header)
+                elif size:
+                    begin = os.pread(fd, len(self._header), 0)
+        except OSError as error:
+            self.close()
+            raise write_error(error, path) from error
+        if begin != self._header:
+            self.close()
+            raise UsageError(f"{path} is there and does not begin with {header!r}; choose another file")
+
+    def append(self, line: str) -> None:
+        """Add a line; an error, as `write_error` makes it, leaves the file as it was, and the next call tries anew."""
+        data = line.encode(errors="surrogateescape") + b"\n"
+        try:
+            with self._alone() as fd:
+                size = _size(fd)
+                if not (size and self._limit and size + len(data) > self._limit):
+                    self._write(fd, size, data)
+                    return
+                self._put_aside()
+            self.append(line)
+        except OSError as error:
+            self.close()
+            raise write_error(error, self.path) from error
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _write(self, fd: int, size: int | None, data: bytes) -> None:
+        if size == 0:
+            data = self._header + data
+        elif size and not self._fresh and os.pread(fd, 1, size - 1) != b"\n":
+            data = b"\n" + data
+        try:
+            _write_all(fd, data)
+        except BaseException:
+            if size is not None:
+                os.ftruncate(fd, size)  # a full disk takes the beginning of a line
+            raise
+
+    @contextmanager
+    def _alone(self) -> Iterator[int]:
+        """Descriptor of the file that has the name, which no other process writes to or puts aside meanwhile."""
+        while True:
+            fd = self._current()
+            if _size(fd) is not None and not lock(fd, wait=not self._fresh):
+                raise UsageError(f"another fbclip is writing to {self.path}; choose another file")
+            if self._is_named(fd):
+                break
+            self.close()  # it was put aside while this waited
+        try:
+            yield fd
+        finally:
+            if not self._fresh and self._fd is not None:
+                unlock(self._fd)
+
+    def _current(self) -> int:
+        if self._fd is not None and self._is_named(self._fd):
+            return self._fd
+        self.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        return self._fd
+
+    def _is_named(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(fd))
+        except FileNotFoundError:
+            return False
+
+    def _put_aside(self) -> None:
+        old = (self._aside(number) for number in range(1, self._keep))
+        moving = [self.path, *takewhile(Path.exists, old)]
+        for number in range(len(moving), 0, -1):
+            moving[number - 1].replace(self._aside(number))
+        self.close()
+
+    def _aside(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{number}")
+
+
+class StandardOutput:
+    """Whole lines to whoever reads this process's output."""
+
+    def append(self, line: str) -> None:
+        try:
+            _write_all(sys.stdout.fileno(), line.encode(errors="surrogateescape") + b"\n")
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise write_error(error, "standard output") from error
+
+    def close(self) -> None:
+        """Standard output stays open."""
+
+
+def _size(fd: int) -> int | None:
+    """Bytes of a regular file; None of pipes and devices."""
+    status = os.fstat(fd)
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:  # once, but where the disk fills up (then the rest raises) or a pipe is narrow
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:  # another program has set the pipe so
+            select.select([], [fd], [])

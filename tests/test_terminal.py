@@ -1,0 +1,297 @@
+"""What people read, on any console and with any name; and how the command ends, whatever happens."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from conftest import Run
+from disks import tiny_disk
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fbclip.cli import app
+from fbclip.cli_common import make_console
+from fbclip.errors import UsageError
+from fbclip.runtime.infer import _names
+from fbclip.runtime.lines import LineFile
+from fbclip.terminal import cell, printable, say
+
+COMMAND = Path(sys.executable).with_name("fbclip")
+CONSOLES = {
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "posix": {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    "strict": {"PYTHONIOENCODING": "utf-8:strict"},
+}
+NAMES = [
+    *(b"part[left].png", b"part[right].png", b"[red]x.png", b"a:smile:b.png", b"two\nlines  0 with defects.png"),
+    *(b"\x1b[31mred.png", b"Ri\xdf.png", "Riß_ö.png".encode(), "😀.png".encode(), "漆".encode() * 82 + b".png"),
+    b"a" * 251 + b".png",
+    b"a" * 251 + b".bmp",
+]
+
+
+def make_names(folder: Path) -> list[str]:
+    """Files of odd names; as Python reads these."""
+    folder.mkdir()
+    for number, name in enumerate(NAMES):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:  # noqa: PTH118, PTH123
+            Image.new("RGB", (40, 30), (20 * number, 90, 90)).save(file, "PNG")
+    return sorted(os.fsdecode(name) for name in NAMES)
+
+
+def run(folder: Path, console: str, *arguments: str) -> tuple[int, bytes, bytes]:
+    """The installed command in an environment of nothing but a console."""
+    environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", **CONSOLES[console]}
+    done = subprocess.run([COMMAND, *arguments], cwd=folder, env=environment, capture_output=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("console", CONSOLES)
+def test_any_name_on_any_console(tmp_path: Path, console: str) -> None:
+    names = make_names(tmp_path / "in")
+    code, out, err = run(tmp_path, console, "infer", "in", "--csv", "o.csv", "--json", "o.jsonl", "--project", "r[/x]s")
+    assert (code, err) == (0, b"")
+    assert b"\x1b" not in out
+    shown = out.decode({"strict": "utf-8", "latin-1": "latin-1"}.get(console, "ascii"))
+    assert shown.splitlines()[-2:] == ["12 images: 0 with defects, 12 good", "pictures are in r[/x]s/exp"]
+    for name in ("part[left].png", "part[right].png", "[red]x.png", "a:smile:b.png", r"\x1b[31mred.png", r"Ri\xdf.png"):
+        assert f"\n{name} " in shown
+    assert "\ntwo\\nlines  0 with defects.png " in shown
+    spelled = {"ascii": r"Ri\xdf_\xf6.png", "posix": r"Ri\xc3\x9f_\xc3\xb6.png"}.get(console, "Riß_ö.png")
+    assert f"\n{spelled} " in shown
+    with (tmp_path / "o.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert sorted(row["source"] for row in csv.DictReader(file)) == [f"in/{name}" for name in names]
+    records = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    pictures = {
+        os.fsencode(record["source"]) if console != "posix" else record["source"]: record["overlay"]
+        for record in records
+    }
+    assert len(pictures) == len(set(pictures.values())) == len(NAMES)
+    made = {entry.name for entry in os.scandir(os.fsencode(tmp_path / "r[/x]s" / "exp"))}
+    assert len(made) == len(NAMES)
+    if console != "posix":  # there the names in JSON are what Python makes of bytes that it takes for ASCII
+        assert {os.path.basename(os.fsencode(path)) for path in pictures.values()} == made  # noqa: PTH119
+
+
+def test_a_watched_folder_with_any_name_loses_no_notice(tmp_path: Path) -> None:
+    make_names(tmp_path / "in")
+    arguments = ("infer", "--watch", "in", "--max-frames", str(len(NAMES)), "--threshold", "0", "--json", "o.jsonl")
+    for console in ("ascii", "strict"):
+        code, out, err = run(tmp_path, console, *arguments)
+        assert (code, err) == (0, b""), out
+        assert b"lost" not in out
+        assert b" alarm on " in out
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) > 2 * len(NAMES)
+
+
+def test_more_images_than_are_shown_on_a_console_without_an_ellipsis(tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for number in range(21):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / "many" / f"{number}.png")
+    code, out, _ = run(tmp_path, "latin-1", "infer", "many", "--no-save")
+    assert code == 0
+    assert out.splitlines()[-2:] == [b"... and 1 more with lower scores", b"21 images: 0 with defects, 21 good"]
+
+
+def test_help_is_whole_in_80_columns(tmp_path: Path) -> None:
+    """No word of it is cut, as rich cuts those that are longer than their column; and any console shows it."""
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        lines = CliRunner().invoke(app, [name, "-h"], env={"COLUMNS": "80"}).stdout.splitlines()
+        assert max(map(len, lines)) <= 80
+        words = set(" ".join(lines).split())
+        for parameter in command.params:
+            assert set((getattr(parameter, "help", None) or "").split()) <= words, name
+    for name in ("infer", "serve"):
+        code, out, _ = run(tmp_path, "ascii", name, "-h")
+        assert (code, out.isascii()) == (0, True)
+
+
+def test_the_command_alone_prints_its_help(fbclip: Run) -> None:
+    for arguments in ((), ("--debug",)):
+        done = fbclip(*arguments, code=2)
+        assert "calibrate" in done.stdout
+        assert done.stderr == ""
+    assert fbclip("--version").stdout.startswith("fbclip ")
+
+
+def test_what_is_printable() -> None:
+    assert printable("Stück 漆 😀.png") == "Stück 漆 😀.png"
+    assert printable("a\nb\x1b[31m\x9b\udcdf\u202e\u2028") == r"a\nb\x1b[31m\x9b\xdf\u202e\u2028"
+
+
+def test_a_line_is_one_line_and_its_brackets_stay() -> None:
+    console = Console(file=io.StringIO(), width=20)
+    say(console, "wrote [/x]/:smile:/" + 40 * "a" + "\nforged")
+    console.print(cell("[red]x"))
+    assert console.file.getvalue() == "wrote [/x]/:smile:/" + 40 * "a" + "\\nforged\n[red]x\n"  # type: ignore[attr-defined]
+
+
+def test_no_text_on_our_console_can_colour_the_terminal() -> None:
+    console = make_console()
+    console.file = io.StringIO()
+    console.print("a\x1b[31mb\x9bc\u202e:smile:", markup=False)
+    assert console.file.getvalue() == "a\\x1b[31mb\\x9bc\\u202e:smile:\n"
+
+
+def test_names_of_results_are_unique_and_short() -> None:
+    sources = [Path(folder) / name for folder in "ab" for name in ("x.png", "x.jpg", "x-2.png", "y" * 251 + ".png")]
+    names = _names(sources)
+    assert list(names) == sources
+    assert len(set(names.values())) == len(sources)
+    assert max(len(f"{name}.npy") for name in names.values()) <= 255
+    assert names[Path("a/x.png")] == "x"
+
+
+def ended(program: str, *arguments: str, stdout: int | None = subprocess.PIPE) -> tuple[int, str]:
+    """Exit code and standard error of the command, whose work is `program`."""
+    code = f"from fbclip import cli, main\ndef app():\n    {program}\ncli.app = app; main.main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        ("raise MemoryError('Unable to allocate 7 TiB')", 1, "fbclip: MemoryError: Unable to allocate 7 TiB; for the"),
+        (
+            "raise OSError(5, 'Input/output error', 'x')",
+            1,
+            "fbclip: OSError: [Errno 5] Input/output error: 'x'; for the",
+        ),
+        (
+            "raise OSError(28, 'No space left on device', 'x\\ny')",
+            1,
+            r"fbclip: the disk is full: can't write x\ny; free",
+        ),
+        ("raise ImportError('two\\nlines')", 1, "fbclip: ImportError: two lines; for the traceback run fbclip --debug"),
+        ("import json; json.loads('[' * 100000)", 1, "fbclip: RecursionError: "),
+        ("raise BrokenPipeError", 1, ""),
+        ("raise SystemExit(2)", 2, ""),
+        ("raise KeyboardInterrupt", 130, "fbclip: interrupted; what was finished is kept\n"),
+        ("import signal; signal.raise_signal(2)", 130, "fbclip: interrupted; what was finished is kept\n"),
+    ],
+)
+def test_whatever_ends_the_command_is_one_line(program: str, code: int, said: str) -> None:
+    found, error = ended(program)
+    assert (found, error[: len(said)]) == (code, said)
+    assert error.count("\n") == bool(said)
+
+
+def test_debug_shows_the_traceback() -> None:
+    code, error = ended("raise OSError(5, 'broken')", "--debug")
+    assert code == 1
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("fbclip: OSError: ")
+
+
+def test_an_output_that_takes_nothing_is_one_line(fbclip: Run, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        assert ended("print('x')", stdout=full.fileno()) == (
+            1,
+            "fbclip: the disk is full: can't write the output; free some space, or choose another disk\n",
+        )
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert ended("print('x')", stdout=writer) == (1, "")
+    os.close(writer)
+
+
+def test_ctrl_c_at_any_moment_of_the_start(tmp_path: Path) -> None:
+    """From where the command is heard of on: before, Python itself starts."""
+    program = "import fbclip.main as m, sys; print(flush=True); sys.argv = ['fbclip', 'infer', '--no-save']; m.main()"
+    endings = []
+    for moment in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout
+        process.stdout.readline()
+        time.sleep(0.01 + 0.06 * moment)  # how long the process may live, not a wait for something
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+        endings.append((process.returncode, error))
+    assert set(endings) <= {(130, "fbclip: interrupted; what was finished is kept\n"), (0, "")}
+    assert endings[0][0] == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def make_images(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (40, 30), (4 * number, 90, 90)).save(folder / f"{number:02d}.png")
+
+
+def test_a_disk_that_fills_up_keeps_whole_lines_and_says_what_was_done(fbclip: Run, tmp_path: Path) -> None:
+    make_images(tmp_path / "in", 40)
+    with tiny_disk(tmp_path / "disk", "64k"):
+        (tmp_path / "disk" / "ballast").write_bytes(bytes(56 * 1024))
+        done = fbclip("infer", "in", "--json", "disk/o.jsonl", "--csv", "disk/o.csv", "--no-save", code=1)
+        text = (tmp_path / "disk" / "o.jsonl").read_text()
+        with (tmp_path / "disk" / "o.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    records = [json.loads(line) for line in text.splitlines()]
+    assert text.endswith("\n")
+    assert 5 < len(records) < 40
+    assert [row["source"] for row in rows] == [record["source"] for record in records]
+    assert done.stdout.splitlines()[-1] == f"{len(rows)} images: 0 with defects, {len(rows)} good"
+    full = "fbclip: the disk is full: can't write disk/o.jsonl; free some space, or choose another disk\n"
+    assert done.stderr == full
+
+
+def test_a_disk_that_fills_up_keeps_whole_pictures(fbclip: Run, tmp_path: Path) -> None:
+    make_images(tmp_path / "in", 40)
+    with tiny_disk(tmp_path / "disk", "200k"):
+        done = fbclip("infer", "in", "--project", "disk/r", "--json", "o.jsonl", "--save-map", code=1)
+        assert done.stderr.startswith("fbclip: the disk is full: can't write disk/r/exp/")
+        assert done.stderr.count("\n") == 1
+        assert done.stdout.splitlines()[-1] == "pictures and maps are in disk/r/exp"
+        records = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+        assert records
+        for record in records:
+            Image.open(tmp_path / record["overlay"]).load()
+            assert np.load(tmp_path / record["map"]).shape == (30, 40)
+        assert f"\n{len(records)} images: " in done.stdout
+        assert not list((tmp_path / "disk").rglob(".fbclip-*"))
+
+
+def test_where_results_can_not_go_is_told_before_the_work(fbclip: Run, tmp_path: Path) -> None:
+    make_images(tmp_path / "in", 1)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for arguments in (
+        ("infer", "in", "--json", "folder"),
+        ("infer", "in", "--csv", "file/o.csv"),
+        ("infer", "in", "--project", "file"),
+        ("doctor", "--json", "folder"),
+        ("bench", "--json", "folder"),
+    ):
+        error = fbclip(*arguments, code=2).stderr
+        assert error.startswith("fbclip: can't write ")
+        assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "in"]
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    first = LineFile(tmp_path / "o.jsonl", fresh=True)
+    first.append("one")
+    with pytest.raises(UsageError, match=r"another fbclip is writing to .*; choose another file"):
+        LineFile(tmp_path / "o.jsonl", fresh=True)
+    first.append("two")
+    first.close()
+    assert (tmp_path / "o.jsonl").read_text() == "one\ntwo\n"
+    LineFile(tmp_path / "o.jsonl", "header", fresh=True).close()
+    assert (tmp_path / "o.jsonl").read_text() == "header\n"
