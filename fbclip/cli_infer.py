@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,7 +132,8 @@ def infer(
         )
         infer_stream(predictor, setup, console)
     else:
-        images = list_images(source or [])[:max_frames]
+        say = partial(console.print, style="yellow", markup=False, emoji=False, highlight=False, soft_wrap=True)
+        images = list_images(source or [], say)[:max_frames]
         folder = new_run(project, name, exist_ok) if save or save_map else None
         outputs = Outputs(folder, save, save_map, map_size.value, json, csv)
         summary = infer(predictor, images, outputs, console)

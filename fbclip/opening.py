@@ -6,6 +6,7 @@ before Pillow sees it, since their parsers fail on values that have nothing to d
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
@@ -25,7 +26,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of what uploa
 FILE_FORMATS = (*FORMATS, "GIF", "PPM")
 RARE_FORMATS = {".jp2": "JPEG2000", ".j2k": "JPEG2000", ".avif": "AVIF"}  # seconds a picture, or not in every Pillow
 SUFFIXES = frozenset(  # of FILE_FORMATS: what is taken from folders
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .bmp .tif .tiff .webp .gif .ppm .pgm .pbm .pnm".split()
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+    | {".ppm", ".pgm", ".pbm", ".pnm"}
 )
 MAX_PIXELS = 178_956_970  # what Pillow takes for honest
 MAX_SIDE = 65_535  # the most that JPEG knows
@@ -54,6 +56,7 @@ MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within a JPEG's scans
 # Pillow's warnings are of sizes, which are bounded here, and of metadata, which isn't used. Once and for its modules
 # alone: warnings.catch_warnings isn't for threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Tag(NamedTuple):
     """Of a TIFF directory: type, number of values, and the first one where it is in the directory."""
 
     kind: int
-    count: int
+    values: int
     value: int
 
 
@@ -105,6 +108,18 @@ def open_picture(source: Path | bytes, max_pixels: int = MAX_PIXELS, max_side: i
         raise ImageError(f"{name} can't be read: {error.strerror or _one_line(error)}") from error
     except Exception as error:
         raise ImageError(f"{name} can't be read: {_one_line(error)}") from error
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file begins like an image that can be read."""
+    with suppress(Exception), path.open("rb") as file:
+        head = file.read(16)
+        if head.startswith(b"\xff\xd8\xff") or head[:4] in TIFF_HEADS:
+            return True
+        rare = RARE_FORMATS.get(path.suffix.lower())
+        with Image.open(file, formats=(rare,) if rare else FILE_FORMATS):
+            return True
+    return False
 
 
 def more_pages(path: Path) -> int:
@@ -137,9 +152,7 @@ def _file_size(path: Path, name: str) -> int:
     return status.st_size
 
 
-def _decode(
-    file: IO[bytes], name: str, size: int, formats: tuple[str, ...], max_pixels: int, max_side: int
-) -> Picture:
+def _decode(file: IO[bytes], name: str, size: int, formats: tuple[str, ...], max_pixels: int, max_side: int) -> Picture:
     def check(width: int, height: int) -> None:
         if width * height > max_pixels:
             raise SizeError(f"at most {max_pixels:,} pixels are taken; {name} has {width} × {height}")
@@ -213,7 +226,7 @@ def _without_metadata(data: bytes, name: str) -> tuple[bytes, bytes]:
             at += 2
             continue
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xFE or 0xE0 < marker <= 0xEF and marker != 0xEE:
+        if marker == 0xFE or (0xE0 < marker <= 0xEF and marker != 0xEE):
             if not exif and marker == 0xE1 and data.startswith(b"Exif\0\0", at + 4):
                 exif = data[at + 10 : end]
         else:
@@ -250,7 +263,7 @@ def _orientation(exif: bytes) -> int:
     except Exception:
         return 1
     tag = tags.get(ORIENTATION)
-    return tag.value if tag and tag.kind in (3, 4) and tag.count == 1 and 1 <= tag.value <= 8 else 1
+    return tag.value if tag and tag.kind in (3, 4) and tag.values == 1 and 1 <= tag.value <= 8 else 1
 
 
 def _raw_profile(image: Image.Image) -> bytes:
@@ -305,9 +318,9 @@ def _tiff_pages(file: IO[bytes]) -> Iterator[dict[int, Tag]]:
 
 def _check_tags(tags: dict[int, Tag], size: int, name: str) -> None:
     """Refuse a directory that would grow far beyond its file in memory."""
-    if sum(min(tag.count * TIFF_SIZES.get(tag.kind, 8), size) for tag in tags.values()) > 2 * size:
+    if sum(min(tag.values * TIFF_SIZES.get(tag.kind, 8), size) for tag in tags.values()) > 2 * size:
         raise ImageError(f"{name} can't be read: its tags say that they hold more than the file does")
-    if any(tag.count > MAX_PARTS for tag in tags.values() if TIFF_SIZES.get(tag.kind, 8) > 1):
+    if any(tag.values > MAX_PARTS for tag in tags.values() if TIFF_SIZES.get(tag.kind, 8) > 1):
         raise ImageError(f"{name} can't be read: it has a tag or strips of more than {MAX_PARTS:,} values")
     width, height = (tags.get(side, Tag(4, 1, 0)).value for side in (TILE_WIDTH, TILE_HEIGHT))
     if width * height > max(MAX_TILE_PIXELS, tags[WIDTH].value * tags[HEIGHT].value):

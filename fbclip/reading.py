@@ -11,9 +11,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fbclip.errors import FBClipError, ImageError, printable
-from fbclip.opening import MAX_PIXELS, SUFFIXES, Picture, more_pages, open_picture
+from fbclip.opening import SUFFIXES, Picture, is_image, more_pages, open_picture
 
-__all__ = ["SUFFIXES", "decode_image", "more_pages", "read_image", "read_mask", "to_rgb", "union_of_masks"]
+__all__ = [
+    "SUFFIXES",
+    "decode_image",
+    "is_image",
+    "more_pages",
+    "note_of_pages",
+    "read_image",
+    "read_mask",
+    "to_rgb",
+    "union_of_masks",
+]
 
 UPLOAD_SIDE = 16_384  # pixels: longer ones are line scans, which come as files
 CLASS_LEVELS = 5  # grey levels of a mask drawn in flat greys, black included; soft edges make more
@@ -36,6 +46,12 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         SizeError: more than 178,956,970 pixels, or a side of more than 65,535.
     """
     return _rgb(open_picture(path), printable(path))
+
+
+def note_of_pages(path: Path) -> str:
+    """A line for a person where a file has more pages or frames than the one that is read; empty otherwise."""
+    more = more_pages(path)
+    return f"{printable(path)}: {more} more page{'s are' if more > 1 else ' is'} not inspected" if more > 0 else ""
 
 
 def decode_image(data: bytes, max_pixels: int, max_side: int = UPLOAD_SIDE) -> NDArray[np.uint8]:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from fbclip.errors import ImageError, UsageError
 from fbclip.files import replacing
+from fbclip.reading import note_of_pages
 from fbclip.runtime.predictor import Prediction, Predictor
 
 CSV_COLUMNS = ("source", "score", "threshold", "is_anomalous", "regions", "largest_peak", "model_ms")
@@ -65,6 +66,8 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, console: 
                 summary.skipped.append((source, str(error)))
                 console.print(f"skipped: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
                 continue
+            if note := note_of_pages(source):
+                console.print(note, style="yellow", markup=False, emoji=False, highlight=False, soft_wrap=True)
             record = _write(prediction, source, names[source], outputs)
             if predictor.launches:  # beside the timings, which depend on it
                 summary.launches = record["launches"] = predictor.launches

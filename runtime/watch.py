@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
 from fbclip.errors import FBClipError
+from fbclip.folders import walk
 from fbclip.reading import SUFFIXES
 
 POLL_S = 0.2  # between looks at the folder
@@ -31,8 +33,8 @@ def arrivals(
     """Images of a folder and those below it: those there, oldest first, then new ones as they come, until `closed`.
 
     A file is taken when its size and time are the same in two looks, or its time is SETTLED_S old (moved in). Written
-    anew it is taken again. Hidden files, and names that end otherwise than an image's, are left alone until they are
-    renamed.
+    anew it is taken again. What is hidden, and names that end otherwise than an image's, are left alone until they are
+    renamed; so is what can't be read, until it can. Links to folders are followed once.
 
     Args:
         tell: told (state, message) when the folder goes and when it comes back.
@@ -71,17 +73,15 @@ def arrivals(
         closed.wait(max(POLL_S, 4 * (time.monotonic() - began)))  # a folder of a million files may take a core's fifth
 
 
-def _images(folder: Path | str) -> Iterator[tuple[Path, _State]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _images(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():  # noqa: PTH122
-                    status = entry.stat()
-                    if status.st_size:
-                        yield Path(entry.path), _State(status.st_mtime_ns, status.st_size, status.st_ino)
-            except (FileNotFoundError, PermissionError):  # gone since it was listed, or not for us
-                continue
+def _images(folder: Path) -> Iterator[tuple[Path, _State]]:
+    """Image files below a folder that hold something; what can't be asked for its state is left for the next look.
+
+    Raises:
+        OSError: the folder itself can't be listed.
+    """
+    for entry, is_file in walk(folder):
+        if is_file and os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122
+            with suppress(OSError):  # gone since it was listed, not for us, or its disk doesn't answer
+                status = entry.stat()
+                if status.st_size:
+                    yield Path(entry.path), _State(status.st_mtime_ns, status.st_size, status.st_ino)
