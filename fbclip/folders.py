@@ -13,15 +13,21 @@ from fbclip.errors import printable
 from fbclip.reading import SUFFIXES
 
 MAX_DEPTH = 64  # folders within folders
+OF_SYSTEMS = frozenset({"@eadir", "#recycle", "$recycle.bin", "__macosx", "lost+found", "system volume information"})
 NO_PICTURES = frozenset(
     {".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".pdf", ".txt", ".xml", ".yaml", ".zip"}
 )
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no part of what people put there: dot files, and what network drives and archives add."""
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
+
+
 def walk(folder: Path | str) -> Iterator[tuple[os.DirEntry[str], bool]]:
     """Everything below a folder but the folders themselves, in no order.
 
-    Left out is what begins with "." and what lies in folders that do. Links to folders are followed, each folder once.
+    What is hidden is left out, with all that lies in it. Links to folders are followed, each folder once.
 
     Yields:
         An entry, and whether it is a file. It is none where a link leads nowhere or in a circle, where a folder can't
@@ -53,7 +59,7 @@ def walk(folder: Path | str) -> Iterator[tuple[os.DirEntry[str], bool]]:
             yield found_as, False
             continue
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
                 continue
             try:
                 if entry.is_dir():

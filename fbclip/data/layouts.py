@@ -13,7 +13,7 @@ from pathlib import Path
 from fbclip.data import trees
 from fbclip.data.dataset import Dataset, Item
 from fbclip.errors import UsageError, printable
-from fbclip.folders import what_was_left_out
+from fbclip.folders import is_hidden, what_was_left_out
 
 Recognise = Callable[[Path, list[Item]], bool]
 
@@ -129,8 +129,8 @@ def open_dataset(path: Path, layout: str | None = None) -> Dataset:
     No image is read, except KolektorSDD's masks, which are its only labels.
 
     Args:
-        path: its root; a folder that holds nothing but one folder is looked through. An index (meta.json, CSV) may
-            be named itself.
+        path: its root; one that isn't laid out so and holds one folder only is looked through. An index (meta.json,
+            CSV) may be named itself.
         layout: one of `NAMES`; recognised if left out. Where several fit, the most specific wins: an index that
             lists its files before a tree, a data set that is known by its classes before any set of that tree.
 
@@ -206,6 +206,6 @@ def _recognised(root: Path, rows: list[Layout], unknown: dict[str, trees.NotOurs
 
 
 def _only_folder(root: Path) -> Path | None:
-    """The one thing a folder holds, if it is a folder: archives often unpack so."""
-    inside = [f for f in root.iterdir() if not f.name.startswith(".")] if root.is_dir() else []
-    return inside[0] if len(inside) == 1 and inside[0].is_dir() else None
+    """The one folder that a folder holds, perhaps beside files: archives often unpack so."""
+    inside = [f for f in root.iterdir() if f.is_dir() and not is_hidden(f.name)] if root.is_dir() else []
+    return inside[0] if len(inside) == 1 else None

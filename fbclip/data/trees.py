@@ -20,7 +20,7 @@ from typing import Any
 
 from fbclip.data.dataset import GOOD, Item, parallel_map
 from fbclip.errors import ImageError, UsageError, printable
-from fbclip.folders import images_below, locate, plain
+from fbclip.folders import images_below, is_hidden, locate, plain
 from fbclip.reading import SUFFIXES, read_mask
 
 GOOD_KINDS = ("good", "ok", "normal")  # folders of the MVTec tree; BTAD says ok
@@ -312,7 +312,7 @@ def _folders(root: Path, fits: Callable[[Path], bool], deeper: str = "") -> list
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")) if folder.is_dir() else []
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not is_hidden(f.name)) if folder.is_dir() else []
 
 
 def name_of(image: Path, folder: Path, prefix: str = "") -> str:
