@@ -39,7 +39,7 @@ MAX_PARTS = 1 << 17  # segments, chunks, strips: each is work in Python. 16 x 16
 MAX_PAGES = 1000  # that are counted
 MAX_TILE_PIXELS = 1 << 24  # of a TIFF whose pictures may be smaller than its tiles
 
-ORIENTATION, WIDTH, HEIGHT, BITS, SUBFILE, STRIPS, TILE_WIDTH, TILE_HEIGHT = 274, 256, 257, 258, 254, 273, 322, 323
+ORIENTATION, WIDTH, HEIGHT, BITS, SUBFILE, TILE_WIDTH, TILE_HEIGHT = 274, 256, 257, 258, 254, 322, 323
 TURNS = {  # by EXIF's orientation, as Pillow's ImageOps.exif_transpose has them
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -82,25 +82,25 @@ class Tag(NamedTuple):
     value: int
 
 
-def open_picture(source: Path | bytes, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SIDE) -> Picture:
+def open_picture(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Picture:
     """Decode a file, or the content of one that was sent.
 
     Raises:
         ImageError: missing, empty, damaged, of another kind, or too costly. Whatever goes wrong is this picture's
             fault: no other exception comes of it.
-        SizeError: more pixels, or a longer side, than allowed; known before any is decoded.
+        SizeError: more pixels than allowed, or a side of more than `MAX_SIDE`; known before any is decoded.
     """
     name = printable(source) if isinstance(source, Path) else "the image"
     try:
         if isinstance(source, bytes):
-            return _decode(BytesIO(source), name, len(source), FORMATS, max_pixels, max_side)
+            return _decode(BytesIO(source), name, len(source), FORMATS, max_pixels)
         size = _file_size(source, name)
         rare = RARE_FORMATS.get(source.suffix.lower())
         with source.open("rb") as file:
-            return _decode(file, name, size, (rare,) if rare else FILE_FORMATS, max_pixels, max_side)
+            return _decode(file, name, size, (*FILE_FORMATS, rare) if rare else FILE_FORMATS, max_pixels)
     except FBClipError:
         raise
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, KeyError) as error:  # KeyError: this Pillow has no decoder of that kind
         raise ImageError(f"{name} is no image that Pillow can read") from error
     except Image.DecompressionBombError as error:
         raise SizeError(f"at most {max_pixels:,} pixels are taken; {name} has more than {MAX_PIXELS:,}") from error
@@ -117,7 +117,7 @@ def is_image(path: Path) -> bool:
         if head.startswith(b"\xff\xd8\xff") or head[:4] in TIFF_HEADS:
             return True
         rare = RARE_FORMATS.get(path.suffix.lower())
-        with Image.open(file, formats=(rare,) if rare else FILE_FORMATS):
+        with Image.open(file, formats=(*FILE_FORMATS, rare) if rare else FILE_FORMATS):
             return True
     return False
 
@@ -152,16 +152,19 @@ def _file_size(path: Path, name: str) -> int:
     return status.st_size
 
 
-def _decode(file: IO[bytes], name: str, size: int, formats: tuple[str, ...], max_pixels: int, max_side: int) -> Picture:
+def _decode(file: IO[bytes], name: str, size: int, formats: tuple[str, ...], max_pixels: int) -> Picture:
     def check(width: int, height: int) -> None:
         if width * height > max_pixels:
             raise SizeError(f"at most {max_pixels:,} pixels are taken; {name} has {width} × {height}")
-        if max(width, height) > max_side:
-            raise SizeError(f"sides of at most {max_side:,} pixels are taken; {name} has {width} × {height}")
+        if max(width, height) > MAX_SIDE:
+            raise SizeError(f"sides of at most {MAX_SIDE:,} pixels are taken; {name} has {width} × {height}")
         if not width or not height:
             raise ImageError(f"{name} has no pixels: its size is {width} × {height}")
         if size > MAX_BYTES_BESIDE + MAX_PIXEL_BYTES * width * height:
-            raise ImageError(f"{name} has {size >> 20:,} MB, too many for its {width} × {height} pixels")
+            raise ImageError(
+                f"{name} has {size >> 20:,} MB, and a picture of {width} × {height} may have {MAX_PIXEL_BYTES} bytes a "
+                f"pixel and {MAX_BYTES_BESIDE >> 20} MB: save its first page alone"
+            )
 
     if not size:
         raise ImageError(f"{name} is empty")
@@ -172,9 +175,10 @@ def _decode(file: IO[bytes], name: str, size: int, formats: tuple[str, ...], max
     if head.startswith(b"\xff\xd8\xff"):
         content, exif = _without_metadata(head + file.read(), name)
         file, orientation = BytesIO(content), _orientation(exif)
-    elif head.startswith(b"\x89PNG") and head[12:16] == b"IHDR":
-        check(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
-        bits = head[24]
+    elif head.startswith(b"\x89PNG"):
+        if head[12:16] == b"IHDR" and len(head) > 24:
+            check(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
+            bits = head[24]
         _check_chunks(file, name)
     elif head[:4] in TIFF_HEADS:
         tags = next(_tiff_pages(file), {})

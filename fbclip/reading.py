@@ -25,7 +25,6 @@ __all__ = [
     "union_of_masks",
 ]
 
-UPLOAD_SIDE = 16_384  # pixels: longer ones are line scans, which come as files
 CLASS_LEVELS = 5  # grey levels of a mask drawn in flat greys, black included; soft edges make more
 STRIP = 1 << 21  # pixels that are converted at once: a picture of 1920 x 1080, and little memory beside a larger one
 
@@ -33,8 +32,8 @@ STRIP = 1 << 21  # pixels that are converted at once: a picture of 1920 x 1080, 
 def read_image(path: Path) -> NDArray[np.uint8]:
     """Read a file upright (EXIF) as uint8 (H, W, 3) RGB.
 
-    Transparent pixels are laid on black; the first page or frame is taken. What is deeper than 8 bit has a scale by
-    its type, never by its brightness, or is refused:
+    Transparent pixels are laid on black; the first page or frame is taken. What is deeper than 8 bit has the scale of
+    its type, or of values that leave no doubt of it, or is refused:
 
     - 16 bit: by 255/65535; refused where nothing is above 4095, which is how cameras of 10 and 12 bit store theirs,
       and would be read as black. TIFF that says 12 bit: by 255/4095.
@@ -54,16 +53,16 @@ def note_of_pages(path: Path) -> str:
     return f"{printable(path)}: {more} more page{'s are' if more > 1 else ' is'} not inspected" if more > 0 else ""
 
 
-def decode_image(data: bytes, max_pixels: int, max_side: int = UPLOAD_SIDE) -> NDArray[np.uint8]:
+def decode_image(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """What `read_image` makes of a file's content, for content of unknown origin; uint8 (H, W, 3) RGB.
 
     Of Pillow's decoders only those of `FORMATS` see it, and the size in its header decides before any pixel.
 
     Raises:
         ImageError: as `read_image`.
-        SizeError: more pixels, or a longer side, than allowed.
+        SizeError: more pixels than allowed, or a side of more than 65,535.
     """
-    return _rgb(open_picture(bytes(data), max_pixels, max_side), "the image")
+    return _rgb(open_picture(bytes(data), max_pixels), "the image")
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
