@@ -109,7 +109,7 @@ def calibrate(
 
     bundle, places = choose_bundle(source, say)
     images = good_images(places, every, max_frames, say)
-    defective = list_images(defects) if defects else []
+    defective = list_images(defects, say) if defects else []
     region = Roi.parse(roi) if roi else None
     predictor = Predictor(bundle, device, precision, calibrated=False, roi=region)
     calibration, good, bad = calibrate(predictor, images, false_alarm_rate, defective, console)

@@ -143,7 +143,7 @@ def infer(
         )
         infer_stream(predictor, setup, console)
     else:
-        images = list_images(source or [])[:max_frames]
+        images = list_images(source or [], lambda line: say(console, line, "yellow"))[:max_frames]
         for target in (json, csv):
             require_file(target)
         folder = new_run(project, name, exist_ok) if save or save_map else None

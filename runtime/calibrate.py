@@ -94,7 +94,7 @@ def good_images(places: list[str], every: int, most: int | None, say: Say) -> It
         UsageError: one that is none of these; a camera or stream, which never ends, without `most`.
     """
     if all(Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES for place in places):
-        return list_images(places)[::every][:most]
+        return list_images(places, say)[::every][:most]
     sources = [open_source(place, CaptureOptions(every=every)) for place in places]
     if most is None and (endless := [source.name for source in sources if source.live]):
         raise UsageError(f"{endless[0]} never ends: pass --max-frames N")

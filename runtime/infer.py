@@ -22,6 +22,7 @@ from rich.table import Table
 
 from fbclip.errors import ImageError
 from fbclip.files import replacing
+from fbclip.reading import note_of_pages
 from fbclip.runtime.lines import LineFile, Lines, StandardOutput
 from fbclip.runtime.predictor import Prediction, Predictor
 from fbclip.terminal import cell, say
@@ -75,6 +76,8 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, summary: 
                 summary.skipped.append((source, str(error)))
                 say(console, f"skipped: {error}", "yellow")
                 continue
+            if note := note_of_pages(source):
+                say(console, note, "yellow")
             record = _write(prediction, source, names[source], outputs)
             if predictor.launches:  # beside the timings, which depend on it
                 summary.launches = record["launches"] = predictor.launches

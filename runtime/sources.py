@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -13,10 +14,9 @@ from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fbclip.errors import ImageError, UsageError
-from fbclip.reading import SUFFIXES, read_image
+from fbclip.reading import SUFFIXES, is_image, note_of_pages, read_image
 from fbclip.runtime import devices
 from fbclip.runtime.capture import CaptureOptions, LiveSource, Source
 from fbclip.runtime.devices import Device, Fault
@@ -36,13 +36,15 @@ class FileSource(Source):
 
     Args:
         paths: their files. Read lazily: it may go on for ever.
+        notes: told before the first frame.
 
     Iterating raises UsageError at the end where nothing could be read.
     """
 
-    def __init__(self, name: str, paths: Iterable[Path], options: CaptureOptions) -> None:
+    def __init__(self, name: str, paths: Iterable[Path], options: CaptureOptions, notes: Iterable[str] = ()) -> None:
         super().__init__(name, options)
         self._paths = paths
+        self._notes = notes
         self._frames = self._read()
         self._turn = Lock()  # whoever is in the generator has it
 
@@ -65,7 +67,9 @@ class FileSource(Source):
 
     def _read(self) -> Generator[Frame]:
         skipped = ""
-        pictures = (picture for path in self._paths for picture in _pictures(path))
+        for note in self._notes:
+            self._tell("live", note)
+        pictures = (picture for path in self._paths for picture in _pictures(path, self._tell))
         for index, (name, retrieve) in enumerate(pictures):
             if self._closed.is_set():
                 return
@@ -92,10 +96,10 @@ class WatchSource(FileSource):
         self._paths = arrivals(folder, self._closed, self._tell, options.give_up)
 
 
-def _pictures(path: Path) -> Iterator[tuple[str, Retrieve]]:
+def _pictures(path: Path, tell: Callable[[str, str], None]) -> Iterator[tuple[str, Retrieve]]:
     """Name of each picture in a file, one or a video's, and what reads it, raising ImageError or Fault."""
-    if path.suffix.lower() in SUFFIXES or _is_image(path):
-        yield str(path), partial(read_image, path)
+    if path.suffix.lower() in SUFFIXES or not os.path.isfile(path) or is_image(path):  # noqa: PTH113 (never raises)
+        yield str(path), partial(_first_page, path, tell)
         return
     try:
         video = devices.open_ffmpeg(str(path), patience=0)
@@ -112,12 +116,11 @@ def _pictures(path: Path) -> Iterator[tuple[str, Retrieve]]:
         yield str(path), partial(_refuse, path)
 
 
-def _is_image(path: Path) -> bool:
-    try:
-        with Image.open(path):
-            return True
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
+def _first_page(path: Path, tell: Callable[[str, str], None]) -> NDArray[np.uint8]:
+    image = read_image(path)
+    if note := note_of_pages(path):
+        tell("live", note)
+    return image
 
 
 def _refuse(path: Path) -> NDArray[np.uint8]:
@@ -147,12 +150,13 @@ def open_source(text: str, options: CaptureOptions | None = None) -> Source:
     if stream:
         return LiveSource(name, partial(devices.connect_stream, text, options.stall), options)
     if options.watch:
-        if not Path(text).is_dir():
-            raise UsageError(f"--watch takes the folder that images are dropped into; make {text} first")
+        if not text or not os.path.isdir(text):  # noqa: PTH112 (never raises)
+            raise UsageError(f"--watch takes the folder that images are dropped into; make {text or 'it'} first")
         return WatchSource(Path(text), options)
-    if not Path(text).exists() and not glob.has_magic(text):
+    if text and not os.path.lexists(text) and not glob.has_magic(text):
         raise UsageError(f"SOURCE is {KINDS}; there is no {text}")
-    return FileSource(text, list_images([text]), options)
+    notes: list[str] = []
+    return FileSource(text, list_images([text], notes.append), options, notes)
 
 
 def _camera(text: str, options: CaptureOptions) -> LiveSource | None:

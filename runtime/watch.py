@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from fbclip.errors import FBClipError
+from fbclip.errors import FBClipError, printable
+from fbclip.folders import NO_PICTURES, walk
 from fbclip.reading import SUFFIXES
 
 POLL_S = 0.2  # between looks at the folder
@@ -31,11 +33,12 @@ def arrivals(
     """Images of a folder and those below it: those there, oldest first, then new ones as they come, until `closed`.
 
     A file is taken when its size and time are the same in two looks, or its time is SETTLED_S old (moved in). Written
-    anew it is taken again. Hidden files, and names that end otherwise than an image's, are left alone until they are
-    renamed.
+    anew it is taken again. What is hidden, and names that end otherwise than an image's, are left alone until they are
+    renamed; so is what can't be read, until it can. Links to folders are followed once.
 
     Args:
-        tell: told (state, message) when the folder goes and when it comes back.
+        tell: told (state, message) when the folder goes and when it comes back, and once of what is left alone though
+            it was there for SETTLED_S: links that lead nowhere, folders that can't be listed, other suffixes.
         give_up: seconds without the folder.
 
     Raises:
@@ -43,13 +46,14 @@ def arrivals(
     """
     taken: dict[Path, _State] = {}
     seen: dict[Path, _State] = {}
+    told: set[str] = set()
     gone_since = None
     tell("live", f"waiting for images in {folder}")
     while not closed.is_set():
         began = time.monotonic()
         before = seen
         try:
-            seen = dict(_images(folder))
+            seen, alone = _look(folder)
         except OSError as error:
             if gone_since is None:
                 gone_since = began
@@ -62,6 +66,10 @@ def arrivals(
                 gone_since = None
             taken = {path: state for path, state in taken.items() if path in seen}
             settled_ns = time.time_ns() - int(SETTLED_S * 1e9)
+            for message, since_ns in sorted(alone.items()):
+                if message not in told and since_ns < settled_ns:
+                    told.add(message)
+                    tell("live", message)
             for path, state in sorted(seen.items(), key=lambda item: (item[1], item[0])):
                 if taken.get(path) != state and (before.get(path) == state or state.modified_ns < settled_ns):
                     taken[path] = state
@@ -71,17 +79,25 @@ def arrivals(
         closed.wait(max(POLL_S, 4 * (time.monotonic() - began)))  # a folder of a million files may take a core's fifth
 
 
-def _images(folder: Path | str) -> Iterator[tuple[Path, _State]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _images(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():  # noqa: PTH122
-                    status = entry.stat()
-                    if status.st_size:
-                        yield Path(entry.path), _State(status.st_mtime_ns, status.st_size, status.st_ino)
-            except (FileNotFoundError, PermissionError):  # gone since it was listed, or not for us
-                continue
+def _look(folder: Path) -> tuple[dict[Path, _State], dict[str, int]]:
+    """Image files below a folder that hold something; and messages on what is left alone, with the time that it is from.
+
+    Raises:
+        OSError: the folder itself can't be listed.
+    """
+    images: dict[Path, _State] = {}
+    alone: dict[str, int] = {}
+    for entry, is_file in walk(folder):
+        suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
+        with suppress(OSError):  # gone since it was listed, not for us, or its disk doesn't answer: perhaps next time
+            status = entry.stat(follow_symlinks=is_file)
+            state = _State(status.st_mtime_ns, status.st_size, status.st_ino)
+            if is_file and suffix in SUFFIXES:
+                if status.st_size:
+                    images[Path(entry.path)] = state
+            elif is_file and suffix not in NO_PICTURES:
+                message = f"left alone: files with the suffix {printable(suffix) or 'none'}"
+                alone[message] = min(state.modified_ns, alone.get(message, state.modified_ns))
+            elif not is_file:
+                alone[f"left alone: {printable(entry.path)}, which can't be read"] = state.modified_ns
+    return images, alone

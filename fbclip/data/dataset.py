@@ -21,7 +21,7 @@ from PIL import Image
 
 from fbclip.errors import UsageError
 from fbclip.image import resize
-from fbclip.reading import read_image, read_mask
+from fbclip.reading import read_image, union_of_masks
 
 GOOD = "good"
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class Item:
         class_name: the object or texture, as the data set calls it.
         defect: the kind of defect, "good" where there is none.
         split: "train" or "test", as published.
+        more_masks: further files that mark defects of this image; what any of them marks is defective.
     """
 
     image: Path
@@ -48,6 +49,12 @@ class Item:
     class_name: str
     defect: str
     split: str
+    more_masks: tuple[Path, ...] = ()
+
+    @property
+    def masks(self) -> tuple[Path, ...]:
+        """All its mask files."""
+        return () if self.mask is None else (self.mask, *self.more_masks)
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,16 @@ class Dataset:
         layout: which published layout it was read as.
         root: its folder.
         items: every image, in a fixed order.
+        strays: mask files that belong to no image.
+        notes: what a person should know of how it was read.
     """
 
     name: str
     layout: str
     root: Path
     items: tuple[Item, ...]
+    strays: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -127,18 +138,18 @@ class Dataset:
         Args:
             digests: of files that were hashed already, from `file_digest`.
         """
-        files = {file for item in self.items for file in (item.image, item.mask) if file is not None}
+        files = {file for item in self.items for file in (item.image, *item.masks)}
         known = dict(digests or {})
         left = [file for file in files if file not in known]
         known.update(zip(left, parallel_map(file_digest, left), strict=True))
         lines = sorted(
             "\t".join(
                 [item.class_name, item.split, str(item.label)]
-                + [f"{self.relative(file)}\t{known[file]}" for file in (item.image, item.mask) if file is not None]
+                + [f"{self.relative(file)}\t{known[file]}" for file in (item.image, *item.masks)]
             )
             for item in self.items
         )
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()  # any name
 
 
 @dataclass(frozen=True)
@@ -162,7 +173,7 @@ class Samples:
         image = resize(read_image(item.image), size)
         mask: NDArray[np.uint8] | None = None
         if item.mask is not None:
-            smooth = Image.fromarray(read_mask(item.mask) * np.uint8(255)).resize(
+            smooth = Image.fromarray(union_of_masks(item.masks) * np.uint8(255)).resize(
                 (size, size), Image.Resampling.BILINEAR
             )
             mask = (np.asarray(smooth) > 127).astype(np.uint8)  # binarised at a half (spec, section 1)
@@ -175,10 +186,12 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content in hexadecimal; "missing" where it can't be opened."""
     digest = hashlib.sha256()
     try:
+        if not path.is_file():  # a pipe would never end
+            return "missing"
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return "missing"
     return digest.hexdigest()
 

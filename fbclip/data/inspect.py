@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -11,11 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from fbclip.data.dataset import Dataset, Item, file_digest, parallel_map
-from fbclip.errors import ImageError
+from fbclip.errors import ImageError, printable
 from fbclip.files import write_text
-from fbclip.reading import read_image, read_mask
+from fbclip.reading import more_pages, read_image, union_of_masks
 
 SHAPE_TOLERANCE = 0.02  # relative difference of aspect ratios that rounding to whole pixels explains
 SHOWN = 3  # files named on screen per finding; the JSON has all
@@ -24,6 +26,7 @@ SHOWN = 3  # files named on screen per finding; the JSON has all
 IMAGE_FAULTS = {
     "unreadable": "images can't be read",
     "contradictory": "images are labelled good and defective",
+    "listed_twice": "images are listed more than once",
 }
 LEAKS = {
     "train_in_test": "images of the test split are in the train split too",
@@ -34,9 +37,11 @@ MASK_FAULTS = {
     "mask_empty": "masks of defective images mark nothing",
     "mask_of_good": "masks of good images mark a defect",
     "mask_misshapen": "masks have other proportions than their image",
+    "mask_stray": "masks belong to no image by their names",
 }
 HARMLESS = {
     "mask_resized": "masks have another size than their image, in its proportions; they are resized",
+    "more_pages": "images have more pages or frames, which are not inspected",
 }
 FINDINGS = IMAGE_FAULTS | LEAKS | MASK_FAULTS | HARMLESS
 
@@ -61,7 +66,8 @@ class Report:
         smallest_hw, largest_hw: (height, width) of the readable images with the fewest and the most pixels.
         masks: defective images with a mask.
         findings: of FINDINGS, to the files concerned, relative to the root, with details.
-        trainable, image_level, pixel_level: "yes", or why not.
+        trainable, image_level, pixel_level: "yes", "yes, but not for" some classes and why, or why not.
+        notes: of `Dataset.notes`.
     """
 
     name: str
@@ -76,12 +82,15 @@ class Report:
     trainable: str = ""
     image_level: str = ""
     pixel_level: str = ""
+    notes: list[str] = field(default_factory=list)
 
     @property
     def wrong(self) -> bool:
         """Whether a use would give wrong figures, or none is possible; not that a data set lacks masks by nature."""
-        useless = "yes" not in (self.trainable, self.image_level, self.pixel_level)
-        return useless or any(finding not in HARMLESS for finding in self.findings)
+        uses = (self.trainable, self.image_level, self.pixel_level)
+        return not any(use.startswith("yes") for use in uses) or any(
+            finding not in HARMLESS for finding in self.findings
+        )
 
 
 def inspect(dataset: Dataset, console: Console | None = None) -> Report:
@@ -91,6 +100,7 @@ def inspect(dataset: Dataset, console: Console | None = None) -> Report:
         console: shows a progress bar if it is a terminal.
     """
     report = Report(dataset.name, dataset.layout, str(dataset.root), counts=_counts(dataset.items))
+    report.notes = list(dataset.notes)
     report.masks = sum(item.label == 1 and item.mask is not None for item in dataset.items)
     quiet = console is None or not console.is_terminal
     facts = parallel_map(look_at, dataset.items)
@@ -104,7 +114,9 @@ def inspect(dataset: Dataset, console: Console | None = None) -> Report:
             report.smallest_hw, report.largest_hw = min(sizes, key=_pixels), max(sizes, key=_pixels)
         for finding, detail in seen.findings.items():
             report.findings.setdefault(finding, []).append(f"{dataset.relative(item.image)}{detail}")
-    if not report.masks:
+    if dataset.strays:
+        report.findings["mask_stray"] = [dataset.relative(mask) for mask in dataset.strays]
+    elif not report.masks:
         report.findings.pop("mask_missing", None)  # by nature
     _find_duplicates(dataset, digests, report)
     report.findings = {finding: report.findings[finding] for finding in FINDINGS if finding in report.findings}
@@ -114,21 +126,24 @@ def inspect(dataset: Dataset, console: Console | None = None) -> Report:
 
 
 def look_at(item: Item) -> Facts:
-    """Read an item's image and mask."""
+    """Read an item's image and masks."""
     findings: dict[str, str] = {}
-    digests = {file: file_digest(file) for file in (item.image, item.mask) if file is not None}
+    digests = {file: file_digest(file) for file in (item.image, *item.masks)}
     size: tuple[int, int] | None = None
     try:
         height, width = read_image(item.image).shape[:2]
         size = (height, width)
     except ImageError as error:
         findings["unreadable"] = f": {error}"
-    if item.mask is None or not item.mask.is_file():
+    else:
+        if more := more_pages(item.image):
+            findings["more_pages"] = f": {more} more"
+    if item.mask is None or not os.path.lexists(item.mask):
         if item.label:
             findings["mask_missing"] = ""
         return Facts(size, digests, findings)
     try:
-        mask = read_mask(item.mask)
+        mask = union_of_masks(item.masks)
     except ImageError as error:
         findings["mask_unreadable"] = f": {error}"
         return Facts(size, digests, findings)
@@ -149,10 +164,15 @@ def _counts(items: Iterable[Item]) -> dict[str, dict[str, int]]:
 
 
 def _find_duplicates(dataset: Dataset, digests: dict[Path, str], report: Report) -> None:
-    """Images with the same bytes: across the splits, or with both labels."""
+    """Images with the same bytes: across the splits, or with both labels. Files that an index lists again."""
     first: dict[str, Item] = {}
+    listed: set[tuple[str, str]] = set()
     trained = {digests[item.image]: item for item in dataset.items if item.split == "train"}
     for item in dataset.items:
+        once = (item.split, os.path.normpath(item.image))
+        if once in listed:
+            report.findings.setdefault("listed_twice", []).append(dataset.relative(item.image))
+        listed.add(once)
         digest = digests[item.image]
         if digest == "missing":
             continue
@@ -164,34 +184,52 @@ def _find_duplicates(dataset: Dataset, digests: dict[Path, str], report: Report)
 
 
 def _judge(dataset: Dataset, report: Report) -> None:
-    """Fill in what the test split is good for: it is what both training and evaluation take."""
+    """Fill in what the test split is good for: it is what both training and evaluation take, evaluation by class."""
     test = dataset.select("test").items
-    labels = {item.label for item in test}
-    lacking = " and ".join(name for label, name in enumerate(("good", "defective")) if label not in labels)
-    needs_both = f"no: there are no {lacking} images in the test split" if lacking else ""
-    needs_masks = "" if any(item.mask for item in test if item.label) else "no: no defective image has a mask"
+    labels = {name: {item.label for item in test if item.class_name == name} for name in dataset.classes}
+    marked = {item.class_name for item in test if item.label and item.mask}
+    lacking = [_lacking(set().union(*labels.values())), *map(_lacking, labels.values())]
+    no_masks = "no defective image has a mask"
+    needs_both = f"no: there are no {lacking[0]} images in the test split" if lacking[0] else ""
+    needs_masks = "" if marked else f"no: {no_masks}"
 
-    def verdict(reason: str, faults: dict[str, str]) -> str:
+    def verdict(reason: str, faults: dict[str, str], unfit: dict[str, str] | None = None) -> str:
         found = [text for name, text in faults.items() if name in report.findings]
-        return reason or (f"wrong: {'; '.join(found)}" if found else "yes")
+        if reason or found:
+            return reason or f"wrong: {'; '.join(found)}"
+        if not unfit:
+            return "yes"
+        reasons = "; ".join(f"{name} ({why})" for name, why in unfit.items())
+        return f"no: {reasons}" if len(unfit) == len(labels) else f"yes, but not for {reasons}"
 
+    unfit = {
+        name: f"no {what} images in the test split" for name, what in zip(labels, lacking[1:], strict=True) if what
+    }
+    unmarked = {name: no_masks for name in labels if name not in marked}
     report.trainable = verdict(needs_both or needs_masks, IMAGE_FAULTS | MASK_FAULTS)
-    report.image_level = verdict(needs_both, IMAGE_FAULTS | LEAKS)
-    report.pixel_level = verdict(needs_masks, IMAGE_FAULTS | LEAKS | MASK_FAULTS)
+    report.image_level = verdict(needs_both, IMAGE_FAULTS | LEAKS, unfit)
+    report.pixel_level = verdict(needs_masks, IMAGE_FAULTS | LEAKS | MASK_FAULTS, unmarked)
+
+
+def _lacking(labels: set[int]) -> str:
+    return " and ".join(name for label, name in enumerate(("good", "defective")) if label not in labels)
 
 
 def print_report(report: Report, console: Console) -> None:
     """A table of the classes, what was found with a few of the files, and what the data set is good for."""
-    console.print(
-        f"{report.name} (layout {report.layout}) in {report.root}", soft_wrap=True, highlight=False, markup=False
-    )
+
+    def say(line: str, style: str | None = None) -> None:
+        text = Text(printable(line), style or "")  # a name may hold what Rich takes for markup or an emoji
+        console.print(text, soft_wrap=True)
+
+    say(f"{report.name} (layout {report.layout}) in {report.root}")
     table = Table(box=None, pad_edge=False)
     columns = list(next(iter(report.counts.values())))
     table.add_column("class", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
     for name, row in report.counts.items():
-        table.add_row(name, *(str(row[column]) for column in columns))
+        table.add_row(Text(printable(name)), *(str(row[column]) for column in columns))
     if len(report.counts) > 1:
         table.add_section()
         totals = (str(sum(row[column] for row in report.counts.values())) for column in columns)
@@ -199,22 +237,23 @@ def print_report(report: Report, console: Console) -> None:
     console.print(table, highlight=False)
     if report.smallest_hw and report.largest_hw:
         sizes = dict.fromkeys(_size(size) for size in (report.smallest_hw, report.largest_hw))
-        console.print(f"images {' to '.join(sizes)}; {report.masks} masks", highlight=False)
+        say(f"images {' to '.join(sizes)}; {report.masks} masks")
+    for note in report.notes:
+        say(note, "yellow")
     for finding, files in report.findings.items():
-        style = "yellow" if finding in HARMLESS else "red"
-        console.print(f"{FINDINGS[finding]}: {len(files)}", style=style, highlight=False)
+        say(f"{FINDINGS[finding]}: {len(files)}", "yellow" if finding in HARMLESS else "red")
         more = [f"… and {len(files) - SHOWN} more"] if len(files) > SHOWN else []
         for line in files[:SHOWN] + more:
-            console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
+            say(f"  {line}")
     uses = (
         ("training", report.trainable),
         ("image-level evaluation", report.image_level),
         ("pixel-level evaluation", report.pixel_level),
     )
     for use, verdict in uses:
-        style = {"yes": "green", "no": ""}.get(verdict.split(":")[0], "red")
-        console.print(f"{use}: {verdict}", style=style, highlight=False, soft_wrap=True)
-    console.print(f"fingerprint {report.fingerprint[:16]}", highlight=False)
+        style = "green" if verdict == "yes" else "yellow" if verdict.startswith("yes") else ""
+        say(f"{use}: {verdict}", "red" if verdict.startswith("wrong") else style)
+    say(f"fingerprint {report.fingerprint[:16]}")
 
 
 def write_report(report: Report, target: str) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fbclip.data import trees
 from fbclip.data.dataset import Dataset, Item
-from fbclip.errors import UsageError
+from fbclip.errors import UsageError, printable
+from fbclip.folders import is_hidden, what_was_left_out
 
 Recognise = Callable[[Path, list[Item]], bool]
 
@@ -73,7 +74,7 @@ isic = trees.image_mask_tree(
 )
 
 
-def brain_tumor_dataset(root: Path) -> list[Item]:
+def brain_tumor_dataset(root: Path) -> trees.Found:
     return trees.yes_no_tree(root / "brain_tumor_dataset")
 
 
@@ -128,49 +129,83 @@ def open_dataset(path: Path, layout: str | None = None) -> Dataset:
     No image is read, except KolektorSDD's masks, which are its only labels.
 
     Args:
-        path: its root; a folder that holds nothing but one folder is looked through. An index (meta.json, CSV) may
-            be named itself.
+        path: its root; one that isn't laid out so and holds one folder only is looked through. An index (meta.json,
+            CSV) may be named itself.
         layout: one of `NAMES`; recognised if left out. Where several fit, the most specific wins: an index that
             lists its files before a tree, a data set that is known by its classes before any set of that tree.
 
+    A file that looks like an index and can't be understood is another program's where the rest is recognised; the
+    data set's notes then name it.
+
     Raises:
-        UsageError: no such path or layout, or a path that is not laid out so.
+        UsageError: no such path or layout, a path that is not laid out so, or an index with a mistake.
     """
     if layout is not None and layout not in NAMES:
         raise UsageError(f"--layout is one of {', '.join(NAMES)}; got {layout!r}")
-    if not path.exists():
-        raise UsageError(f"a data set is a folder or an index file; there is none at {path}")
     rows = [row for row in LAYOUTS if layout in (None, row.name)]
-    root: Path | None = path.resolve() if path.name in ("", "..") else path.absolute()
-    while root is not None:
-        if dataset := _recognised(root, rows, sure=layout is not None):
-            return dataset
-        root = _only_folder(root)
+    unknown: dict[str, trees.NotOurs] = {}
+    try:
+        if not path.exists():
+            raise UsageError(f"a data set is a folder or an index file; there is none at {printable(path)}")
+        root: Path | None = path.resolve() if path.name in ("", "..") else path.absolute()
+        while root is not None:
+            if dataset := _recognised(root, rows, unknown, sure=layout is not None):
+                return replace(dataset, notes=(*dataset.notes, *(f"left aside: {text}" for text in unknown)))
+            root = _only_folder(root)
+    except OSError as error:
+        raise UsageError(f"{printable(error.filename or path)} can't be read: {error.strerror or error}") from error
+    if unknown:
+        raise next(iter(unknown.values()))
+    columns = _columns(path)
     if layout is not None:
-        raise UsageError(f"{path} is not laid out as {layout}: expected {' or '.join(row.tree for row in rows)}")
+        trees_of = " or ".join(row.tree for row in rows)
+        raise UsageError(f"{printable(path)} is not laid out as {layout}: expected {trees_of}{columns}")
     raise UsageError(
-        f"{path} is laid out like none of {', '.join(NAMES)}: see docs/data.md for their trees, "
-        f"and pass --layout NAME to read it as one of them"
+        f"{printable(path)} is laid out like none of {', '.join(NAMES)}: see docs/data.md for their trees, "
+        f"and pass --layout NAME to read it as one of them{columns}"
     )
 
 
-def _recognised(root: Path, rows: list[Layout], sure: bool) -> Dataset | None:
+def _columns(path: Path) -> str:
+    """What a table that is no index has instead of the columns of one."""
+    tables = [path] if path.suffix.lower() == ".csv" else sorted(path.glob("*.csv")) if path.is_dir() else []
+    found = {table: trees.read_table(table, {"image", "label"}).columns for table in tables[:3]}
+    return "".join(
+        f"; the columns of {printable(table.name)} are {printable(', '.join(sorted(columns)))[:200] or 'none'}"
+        for table, columns in found.items()
+    )
+
+
+def _recognised(root: Path, rows: list[Layout], unknown: dict[str, trees.NotOurs], sure: bool) -> Dataset | None:
     """The first row that recognises the root; where the layout is sure, at least the last that reads anything."""
-    read: dict[trees.Reader, list[Item]] = {}  # rows share readers, and large trees take time to list
+    read: dict[trees.Reader, trees.Found] = {}  # rows share readers, and large trees take time to list
     fallback = None
     for row in rows:
         if row.read not in read:
-            read[row.read] = row.read(root)
-        if items := read[row.read]:
+            try:
+                read[row.read] = row.read(root)
+            except trees.NotOurs as error:
+                unknown.setdefault(str(error), error)
+                read[row.read] = trees.Found()
+        found = read[row.read]
+        if found.items:
             folder = root if root.is_dir() else root.parent
-            dataset = Dataset(row.title or folder.name, row.name, folder, tuple(items))
-            if row.recognise(root, items):
+            left_out = what_was_left_out(found.left_out)
+            dataset = Dataset(
+                row.title or folder.name,
+                row.name,
+                folder,
+                tuple(found.items),
+                tuple(found.strays),
+                (*found.notes, left_out) if left_out else tuple(found.notes),
+            )
+            if row.recognise(root, found.items):
                 return dataset
             fallback = dataset
     return fallback if sure else None
 
 
 def _only_folder(root: Path) -> Path | None:
-    """The one thing a folder holds, if it is a folder: archives often unpack so."""
-    inside = [f for f in root.iterdir() if not f.name.startswith(".")] if root.is_dir() else []
-    return inside[0] if len(inside) == 1 and inside[0].is_dir() else None
+    """The one folder that a folder holds, perhaps beside files: archives often unpack so."""
+    inside = [f for f in root.iterdir() if f.is_dir() and not is_hidden(f.name)] if root.is_dir() else []
+    return inside[0] if len(inside) == 1 else None
