@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,22 @@ from rich.table import Table
 from fbclip.errors import ImageError, UsageError
 from fbclip.files import replacing
 from fbclip.runtime.predictor import Prediction, Predictor
+from fbclip.runtime.sight import EXPLAINED
 
-CSV_COLUMNS = ("source", "score", "threshold", "is_anomalous", "regions", "largest_peak", "model_ms")
+CSV_COLUMNS = (
+    "source",
+    "score",
+    "threshold",
+    "is_anomalous",
+    "verdict",
+    "reason",
+    "regions",
+    "weak",
+    "largest_peak",
+    "model_ms",
+)
+COLOURS = {"good": "green", "defect": "red", "unusable": "yellow"}
+OVERRULED = {"min_area": "all regions are smaller than --min-area", "roi": "what is anomalous lies outside the mask"}
 SHOWN = 20  # rows of the table on screen
 
 
@@ -65,12 +80,15 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, console: 
                 summary.skipped.append((source, str(error)))
                 console.print(f"skipped: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
                 continue
+            if prediction.unusable:
+                text = f"unusable: {source} is {EXPLAINED[prediction.unusable]}"
+                console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
             record = _write(prediction, source, names[source], outputs)
             if predictor.launches:  # beside the timings, which depend on it
                 summary.launches = record["launches"] = predictor.launches
             summary.results.append((source, record))
             if lines:
-                lines.write(json.dumps(record) + "\n")
+                lines.write(json.dumps(record, allow_nan=False) + "\n")
                 lines.flush()
             if table and rows:
                 table.writerow(csv_row(record, record["timings_ms"]["model"]))
@@ -80,9 +98,11 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, console: 
 
 def csv_row(record: dict[str, Any], model_ms: float) -> list[Any]:
     """The values of CSV_COLUMNS of a JSON record."""
-    peak = max((region["peak"] for region in record["regions"]), default="")
-    verdict = [record[key] for key in ("source", "score", "threshold", "is_anomalous")]
-    return [*verdict, len(record["regions"]), peak, model_ms]
+    regions = record["regions"]
+    peak = max((region["peak"] for region in regions), default="")
+    verdict = [record[key] for key in ("source", "score", "threshold", "is_anomalous", "verdict")]
+    reason = record["unusable"] or record["overruled"] or ""
+    return [*verdict, reason, len(regions), any(region["weak"] for region in regions), peak, model_ms]
 
 
 def _names(sources: list[Path]) -> dict[Path, str]:
@@ -144,18 +164,23 @@ def report(summary: Summary, outputs: Outputs, console: Console) -> None:
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     ranked = sorted(summary.results, key=lambda item: item[1]["score"], reverse=True)
     for source, record in ranked[:SHOWN]:
-        verdict = "[red]defect[/]" if record["is_anomalous"] else "[green]good[/]"
+        reason = record["unusable"] or record["overruled"]
+        colour = "yellow" if reason else COLOURS[record["verdict"]]
+        verdict = f"[{colour}]{record['verdict']}{f' ({reason})' if reason else ''}[/]"
+        regions = f"{len(record['regions'])}{' weak' if any(region['weak'] for region in record['regions']) else ''}"
         milliseconds = sum(record["timings_ms"].values())
-        table.add_row(
-            source.name, verdict, f"{record['score']:.3f}", str(len(record["regions"])), f"{milliseconds:.0f}"
-        )
+        table.add_row(source.name, verdict, f"{record['score']:.3f}", regions, f"{milliseconds:.0f}")
     if ranked:
         console.print(table)
     if len(ranked) > SHOWN:
         console.print(f"… and {len(ranked) - SHOWN} more with lower scores")
-    defects = sum(record["is_anomalous"] for _, record in ranked)
+    counts = Counter(record["verdict"] for _, record in ranked)
+    unusable = f", {counts['unusable']} unusable" if counts["unusable"] else ""
     skipped = f", {len(summary.skipped)} skipped" if summary.skipped else ""
-    console.print(f"{len(ranked)} images: {defects} with defects, {len(ranked) - defects} good{skipped}")
+    console.print(f"{len(ranked)} images: {counts['defect']} with defects, {counts['good']} good{unusable}{skipped}")
+    for reason, count in Counter(record["overruled"] for _, record in ranked if record["overruled"]).items():
+        text = f"{count} of the good ones have a score that reaches the threshold: {OVERRULED[reason]}"
+        console.print(text, style="yellow", highlight=False, soft_wrap=True)
     if summary.launches:
         console.print(f"TensorRT's executions were started by {summary.launches}", highlight=False)
     if outputs.folder and (outputs.save or outputs.save_map) and ranked:
