@@ -252,13 +252,11 @@ class Pipeline:
 
     def _absence(self) -> str:
         """`LiveSummary.absence`."""
-        if self._loss and time.monotonic() - self._lost_at >= LOST_S:
-            return self._loss
-        if self._blindness and (self.source.live or self._frames == self._unusable):
-            return f"the last frame is {EXPLAINED[self._blindness]}"
-        if not self._frames:
-            return self._loss or "no image came"
-        return ""
+        blind = f"the last frame is {EXPLAINED[self._blindness]}" if self._blindness else ""
+        if self._frames == self._unusable:
+            return self._loss or blind or f"none came from {self.source.name}"
+        gone = self._loss if time.monotonic() - self._lost_at >= LOST_S else ""
+        return gone or (blind if self.source.live else "")  # of files each frame is one that was asked for
 
     def _reject(self, error: ImageError, first: bool) -> None:
         """Count a frame that can't be inspected; a camera whose first one can't will have no other."""

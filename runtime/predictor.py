@@ -322,14 +322,14 @@ def find_evidence(
     """
     counted = anomaly_map
     if inside is not None:
-        counted = np.where(inside != 0, anomaly_map, np.float32(-1))  # below every line
-    marked = find_regions(counted, line)
-    regions = tuple(region for region in marked if region.area >= min_area)
+        counted = anomaly_map.copy()
+        counted[inside == 0] = -1  # below every line
+    regions = find_regions(counted, line, min_area)
     if regions or not reached:
         return regions, None
-    if marked:
+    if (highest := counted.max()) >= line:
         return (), "min_area"
-    if counted.max() < anomaly_map.max():  # the score sees what the mask leaves out
+    if highest < anomaly_map.max():  # the score sees what the mask leaves out
         return (), "roi"
     return (weak_region(counted),), None
 
@@ -344,9 +344,10 @@ def weak_region(anomaly_map: NDArray[np.float32]) -> Region:
     middle = float(np.median(sample)) if sample.size else peak
     level = np.float32((middle + peak) / 2)
     around = (anomaly_map >= level).astype(np.uint8)
-    cv2.floodFill(around, None, place, 2, flags=8)
-    (region,) = find_regions(np.where(around == 2, anomaly_map, np.float32(-1)), float(level))
-    return replace(region, weak=True)
+    _, _, _, (x, y, width, height) = cv2.floodFill(around, None, place, 2, flags=8)
+    box = slice(y, y + height), slice(x, x + width)
+    (region,) = find_regions(np.where(around[box] == 2, anomaly_map[box], np.float32(-1)), float(level))
+    return replace(region.moved(x, y), weak=True)
 
 
 def find_regions(anomaly_map: NDArray[np.float32], threshold: float, min_area: int = 0) -> tuple[Region, ...]:
