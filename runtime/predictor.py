@@ -22,7 +22,7 @@ from fbclip.runtime.draw import draw_overlay
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
 
-SAMPLES = 256  # pixels of a map's shorter side that are enough for its median: it is smooth
+SAMPLES = 128  # pixels of a map's shorter side that are enough for its median: it is smooth
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ def weak_region(anomaly_map: NDArray[np.float32]) -> Region:
     sample = sample[sample >= 0]
     middle = float(np.median(sample)) if sample.size else peak
     level = np.float32((middle + peak) / 2)
-    around = (anomaly_map >= level).astype(np.uint8)
+    around = (anomaly_map >= level).view(np.uint8)
     _, _, _, (x, y, width, height) = cv2.floodFill(around, None, place, 2, flags=8)
     box = slice(y, y + height), slice(x, x + width)
     (region,) = find_regions(np.where(around[box] == 2, anomaly_map[box], np.float32(-1)), float(level))
