@@ -173,8 +173,9 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
             continue
         if prediction.unusable:
             found.unusable += 1
-            text = f"left out: {image if isinstance(image, Path) else 'a frame'} is {EXPLAINED[prediction.unusable]}"
-            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            if isinstance(image, Path):  # of a camera's there may be thousands, which are counted
+                text = f"left out: {image} is {EXPLAINED[prediction.unusable]}"
+                console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
             continue
         digest = hashlib.sha256(repr(prediction.image.shape).encode() + prediction.image.tobytes()).hexdigest()
         if digest in found.digests:

@@ -28,6 +28,7 @@ from fbclip.runtime.sources import CaptureOptions, Source, open_source
 from fbclip.stopping import StopRequest
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm", ".wmv"})
+RECORDS = ("json", "csv", "mqtt", "events")  # sinks of which nothing may be missing; the others show what is now
 REFRESH_S = 0.25
 LOG_S = 60.0  # between lines where there is no terminal
 COLOURS = {
@@ -125,16 +126,21 @@ def infer_stream(predictor: Predictor, stream: Stream, console: Console) -> None
 
 
 def insist_on_all(summary: LiveSummary) -> None:
-    """Raise ImageError where frames could not be inspected, FBClipError where none was, where the source showed nothing
-    any more at the end, or where a sink failed till the end."""
+    """Raise ImageError where frames or files could not be inspected, FBClipError where none was, where the source showed
+    nothing any more at the end, where a sink failed till the end, or where one that keeps results lost some."""
+    source, sinks = summary.status["source"], summary.status["sinks"]
     if summary.unfit:
         raise ImageError(f"{summary.unfit} frames could not be inspected: {summary.misfit}")
+    if (unread := source["counters"].get("garbage", 0)) and not source["live"]:
+        raise ImageError(f"{unread} images of {source['name']} could not be read; the notices name them")
     if summary.frames == summary.unusable:
         raise FBClipError(f"no image was inspected: {summary.absence}")
     if summary.absence:
-        raise FBClipError(f"{summary.status['source']['name']} showed nothing at the end: {summary.absence}")
-    if broken := [name for name, sink in summary.status["sinks"].items() if sink["error"]]:
+        raise FBClipError(f"{source['name']} showed nothing at the end: {summary.absence}")
+    if broken := [name for name, sink in sinks.items() if sink["error"]]:
         raise FBClipError(f"results are missing in {', '.join(broken)}, which failed till the end")
+    if lossy := [f"{name} ({sinks[name]['dropped']})" for name in RECORDS if name in sinks and sinks[name]["dropped"]]:
+        raise FBClipError(f"results are missing in {', '.join(lossy)}: lost while it failed or was too slow")
 
 
 def make_pipeline(
