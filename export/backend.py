@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -53,14 +54,16 @@ class TorchBackend:
         size, clip = model.config.image_size, model.config.clip
         self._upsampling = torch.from_numpy(upsampling_matrix(size, model.config.grid)).to(self.device)
         self._mean, self._std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (clip.mean, clip.std))
+        self._turn = Lock()  # a compiled model, and what a model caches, are of one thread
         with torch.no_grad():
             self.text = model.encode_text()
 
     @torch.no_grad()
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Images uint8 (B, S, S, 3) -> scores float32 (B,), maps float32 (B, S, S), both 0..1."""
-        score, maps = self._compute(torch.tensor(images, device=self.device))
-        return score.cpu().numpy(), maps.cpu().numpy()
+        with self._turn:
+            score, maps = self._compute(torch.tensor(images, device=self.device))
+            return score.cpu().numpy(), maps.cpu().numpy()
 
     def _compute(self, images: Tensor) -> tuple[Tensor, Tensor]:
         normalised = (images.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std

@@ -18,7 +18,7 @@ from fbclip.export.stages import Stage, first_diverging
 from fbclip.image import bilinear_matrix, resize
 from fbclip.metrics import image_metrics
 from fbclip.reading import read_image
-from fbclip.runtime.backends import Backend
+from fbclip.runtime.backends import Backend, require_probabilities
 from fbclip.runtime.images import list_images
 
 Array = NDArray[np.float32]
@@ -140,10 +140,16 @@ class Reference:
 
 
 def run_reference(trained: Backend, proof: Proof, image_size: int) -> Reference:
-    """Run the torch model on the proof, resized by Pillow, one image at a time."""
+    """Run the torch model on the proof, resized by Pillow, one image at a time.
+
+    Raises:
+        FBClipError: it gives what is no probability, which no graph can be compared with.
+    """
     square = (image_size, image_size)
-    scores, maps = zip(*(trained.run(resize(frame, square)[None]) for frame in proof.frames), strict=True)
-    return Reference(np.concatenate(scores), np.concatenate(maps))
+    found = [trained.run(resize(frame, square)[None]) for frame in proof.frames]
+    scores, maps = (np.concatenate(part) for part in zip(*found, strict=True))
+    require_probabilities(scores, maps, proof.names)
+    return Reference(scores, maps)
 
 
 @dataclass(frozen=True)

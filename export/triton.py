@@ -145,7 +145,7 @@ def config(served: Served) -> str:
 """
         for batch in (1, served.max_batch)
     )
-    return f"""name: {json.dumps(served.name)}
+    return f"""name: {json.dumps(served.name, allow_nan=False)}
 platform: "{served.platform}"
 max_batch_size: {served.max_batch}
 input {{ name: "{IMAGE}" data_type: TYPE_UINT8 dims: [ {height}, {width}, 3 ] }}

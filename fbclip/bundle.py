@@ -260,7 +260,7 @@ def save(path: Path, text: NDArray[np.float32], write_files: Callable[[Path], Ma
         manifest = write_files(folder)
         files = {f.relative_to(folder).as_posix(): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
         values = {**asdict(manifest), "files": files}
-        (folder / "manifest.json").write_text(json.dumps(values, indent=1) + "\n")
+        (folder / "manifest.json").write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
         folder.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))

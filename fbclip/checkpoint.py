@@ -100,7 +100,7 @@ def save(model: FBCLIP, path: Path, provenance: Mapping[str, Any] | None = None)
     }
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, temporary, metadata={"fbclip": json.dumps(header)})
+    save_file(state, temporary, metadata={"fbclip": json.dumps(header, allow_nan=False)})
     temporary.replace(path)
 
 

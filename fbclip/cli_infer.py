@@ -41,7 +41,9 @@ def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
 # those that fbclip serve has too
 PrecisionOption = Annotated[str, typer.Option(help="auto, fp32, fp16 or int8.")]
 ThresholdOption = Annotated[str, typer.Option(help="auto (calibrated, else the bundle's), or 0 to 1.")]
-MinAreaOption = Annotated[int, typer.Option(min=0, help="An anomaly needs a region of so many pixels.")]
+MinAreaOption = Annotated[
+    int, typer.Option(min=0, help="Ignore regions of fewer pixels; an image with no others is good.")
+]
 JsonOption = Annotated[
     str | None,
     typer.Option(help="Write JSON lines to this file (images: anew; streams: at its end), or - for standard output."),

@@ -79,7 +79,9 @@ class Engine:
 
     def to_json(self) -> str:
         values = asdict(self)
-        return json.dumps({**values.pop("platform"), **values.pop("options"), **values}, indent=1) + "\n"
+        return (
+            json.dumps({**values.pop("platform"), **values.pop("options"), **values}, indent=1, allow_nan=False) + "\n"
+        )
 
     @classmethod
     def load(cls, sidecar: Path) -> Engine:

@@ -122,7 +122,7 @@ class TokenCache(Dataset[Entry]):
 
     def _sign(self, key: str | None) -> None:
         temporary = self.folder / "cache.tmp"
-        temporary.write_text(json.dumps({"format": FORMAT, "key": key}))
+        temporary.write_text(json.dumps({"format": FORMAT, "key": key}, allow_nan=False))
         temporary.replace(self.folder / "cache.json")
 
     def _require_space(self, missing: int) -> None:
@@ -142,7 +142,7 @@ def cache_key(model: FBCLIP, data: SampleSet, precision: str) -> str:
     or drawing of samples changes.
     """
     config = model.config.to_dict() | {"noun": None}  # the prompts don't touch the image
-    seen = hashlib.sha256(json.dumps([FORMAT, precision, config], sort_keys=True).encode())
+    seen = hashlib.sha256(json.dumps([FORMAT, precision, config], sort_keys=True, allow_nan=False).encode())
     for parameter in model.visual.tower.parameters():
         seen.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     if isinstance(data, Samples):
@@ -150,7 +150,7 @@ def cache_key(model: FBCLIP, data: SampleSet, precision: str) -> str:
         described: Any = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     else:
         described = [type(data).__name__, vars(data)]
-    seen.update(json.dumps([len(data), described], sort_keys=True, default=str).encode())
+    seen.update(json.dumps([len(data), described], sort_keys=True, default=str, allow_nan=False).encode())
     for index in sorted({0, len(data) // 2, len(data) - 1}):
         entry = ReadableSamples(data)[index]
         for part in [entry.encode()] if isinstance(entry, str) else [t.numpy().tobytes() for t in entry[1:]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +39,14 @@ class StepLog:
         path = out / "metrics.jsonl"
         self.rows = [row for row in _read_rows(path) if row["step"] <= done]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.write_text("".join(_line(row) for row in self.rows))
         temporary.replace(path)
         self._file = path.open("a")
         self._events = _event_writer(out / "tensorboard", done) if tensorboard else None
 
     def write(self, row: Row) -> None:
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(_line(row))
         self._file.flush()
         if self._events:
             for name, value in row.items():
@@ -56,6 +57,12 @@ class StepLog:
         self._file.close()
         if self._events:
             self._events.close()
+
+
+def _line(row: Row) -> str:
+    """A row as JSON, which has no inf: the norm of a gradient that overflowed in half precision is null."""
+    values = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def _read_rows(path: Path) -> Iterator[Row]:

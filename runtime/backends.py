@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.bundle import ANOMALY_MAP, DYNAMIC, GRAPHS, IMAGE, SCORE, TEXT, Bundle
-from fbclip.errors import DeviceError
+from fbclip.errors import DeviceError, FBClipError
 
 # What ONNX Runtime runs; "tensorrt" is a plan in TensorRT itself.
 PROVIDERS = {
@@ -24,16 +26,41 @@ UNWANTED_FUSIONS = ["SkipLayerNormFusion"]
 SPIN_US = 20  # a thread without work waits as long in a loop before it sleeps: waking one takes as long as a small node
 SPIN_SINCE = (1, 26)  # the release of ONNX Runtime that takes it; older ones spin for milliseconds or not at all
 DEVICES = ("cpu", "cuda", "tensorrt", "ort-tensorrt")
+ROUNDING = 1e-3  # by which a probability may leave 0..1: the last of half precision's binary digits
 
 
 class Backend(Protocol):
-    """A model on a device, whatever runs it."""
+    """A model on a device, whatever runs it. Any number of threads may run it; they take turns."""
 
     device: str
 
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H', W'), both 0..1."""
         ...
+
+
+def require_probabilities(scores: NDArray[np.float32], maps: NDArray[np.float32], names: Sequence[object] = ()) -> None:
+    """Insist that a backend's results are what they should be: everything that judges by them asks here first.
+
+    A broken graph, a bad plan or an overflow in half precision gives nan, which is below every threshold, or values
+    that are no probabilities: neither says that a part is good.
+
+    Args:
+        scores, maps: as `Backend.run` gives them.
+        names: of the images, for the message.
+
+    Raises:
+        FBClipError: a value is not finite, or outside 0..1 by more than `ROUNDING`.
+    """
+    for row, (score, anomaly_map) in enumerate(zip(scores, maps, strict=True)):
+        low, high = anomaly_map.min(), anomaly_map.max()  # nan where any value is
+        wrong = [value for value in (score, low, high) if not -ROUNDING <= value <= 1 + ROUNDING]
+        if wrong:
+            name = names[row] if names else "an image"
+            raise FBClipError(
+                f"the model gives {wrong[0]:g} for {name}, and scores and maps are 0 to 1: nothing is known of it; "
+                f"see fbclip doctor"
+            )
 
 
 class OnnxRuntimeBackend:
@@ -81,6 +108,9 @@ class OnnxRuntimeBackend:
                 f"check the driver and CUDA's libraries, or pass --device cpu"
             )
         self.device, self.graph = device, graph
+        # Threads take turns: side by side they are no faster, as each run has all cores, and each would hold a run's
+        # memory of its own.
+        self._turn = Lock()
         self._binding = self.session.io_binding()
         place = "cpu" if device == "cpu" else "cuda"
         self._text = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(text), place, 0)  # uploaded once
@@ -88,11 +118,12 @@ class OnnxRuntimeBackend:
 
     def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H', W'), both 0..1."""
-        self._binding.bind_cpu_input(IMAGE, np.ascontiguousarray(images))
-        for name in (SCORE, ANOMALY_MAP):  # anew, as their shapes follow the batch
-            self._binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(self._binding)
-        scores, maps = self._binding.copy_outputs_to_cpu()
+        with self._turn:
+            self._binding.bind_cpu_input(IMAGE, np.ascontiguousarray(images))
+            for name in (SCORE, ANOMALY_MAP):  # anew, as their shapes follow the batch
+                self._binding.bind_output(name, "cpu")
+            self.session.run_with_iobinding(self._binding)
+            scores, maps = self._binding.copy_outputs_to_cpu()
         return scores, maps
 
 

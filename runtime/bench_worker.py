@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import FBClipError
 from fbclip.image import in_order, resize
-from fbclip.runtime.backends import Backend, OnnxRuntimeBackend, make_backend
+from fbclip.runtime.backends import Backend, OnnxRuntimeBackend, make_backend, require_probabilities
 
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -128,6 +128,7 @@ class Subject:
         start = time.perf_counter()
         scores, maps = self.work(self.inputs[index])
         self.last_seconds = time.perf_counter() - start
+        require_probabilities(scores, maps)  # a broken model has no speed to speak of
         if index == self.done:
             self.outputs[index] = scores, maps
         self.done += 1
@@ -273,7 +274,14 @@ class Worker:
 
     def __init__(self, kind: str, arguments: dict[str, Any], log: Path) -> None:
         self._log = log
-        command = [sys.executable, "-c", PROGRAM, json.dumps(sys.path), kind, json.dumps(arguments)]
+        command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            json.dumps(sys.path, allow_nan=False),
+            kind,
+            json.dumps(arguments, allow_nan=False),
+        ]
         start = time.perf_counter()
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -295,7 +303,7 @@ class Worker:
         """
         assert self._process.stdin
         with suppress(BrokenPipeError):  # then there is no answer, which says why
-            self._process.stdin.write(json.dumps({"do": do, **values}) + "\n")
+            self._process.stdin.write(json.dumps({"do": do, **values}, allow_nan=False) + "\n")
             self._process.stdin.flush()
         return self._answer()
 
@@ -343,5 +351,5 @@ def main(kind: str, arguments: str) -> None:
 
 
 def _answer(channel: Any, values: Any) -> None:
-    channel.write(json.dumps(values) + "\n")
+    channel.write(json.dumps(values, allow_nan=False) + "\n")
     channel.flush()

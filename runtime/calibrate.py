@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.progress import track
 
 from fbclip.bundle import Bundle
-from fbclip.errors import FBClipError, ImageError, UsageError
+from fbclip.errors import ImageError, UsageError
 from fbclip.reading import SUFFIXES
 from fbclip.runtime.calibration import Calibration, binomial_interval, conformal_threshold, percent, rank, rate_interval
 from fbclip.runtime.images import list_images
 from fbclip.runtime.predictor import Predictor
+from fbclip.runtime.sight import EXPLAINED
 from fbclip.runtime.sources import CaptureOptions, Source, open_source
 
 GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in the first colour
@@ -43,6 +44,7 @@ class Scores:
         digests: SHA-256 of each image's pixels.
         copies: images left out because another has the same pixels.
         skipped: images left out because they can't be read.
+        unusable: images left out because they show nothing.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -51,6 +53,7 @@ class Scores:
     digests: dict[str, None] = field(default_factory=dict)
     copies: int = 0
     skipped: int = 0
+    unusable: int = 0
 
 
 def choose_bundle(sources: list[str], say: Say) -> tuple[Bundle, list[str]]:
@@ -168,13 +171,17 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
             found.skipped += 1
             console.print(f"skipped: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
             continue
+        if prediction.unusable:
+            found.unusable += 1
+            if isinstance(image, Path):  # of a camera's there may be thousands, which are counted
+                text = f"left out: {image} is {EXPLAINED[prediction.unusable]}"
+                console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            continue
         digest = hashlib.sha256(repr(prediction.image.shape).encode() + prediction.image.tobytes()).hexdigest()
         if digest in found.digests:
             found.copies += 1
             continue
         peak = float(prediction.anomaly_map.max())
-        if not math.isfinite(prediction.score + peak):
-            raise FBClipError(f"the model gives {prediction.score} for {image}: see fbclip doctor")
         found.digests[digest] = None
         found.scores.append(prediction.score)
         found.peaks.append(peak)
@@ -201,7 +208,8 @@ def weight_of_neighbours(scores: list[float]) -> tuple[float, int] | None:
 def report(calibration: Calibration, good: Scores, bad: Scores, say: Say) -> None:
     """What was found, promised and is doubtful, in a few lines."""
     c = calibration
-    left_out = [f"{n} {what}" for n, what in ((good.copies, "copied"), (good.skipped, "unreadable")) if n]
+    without_use = ((good.copies, "copied"), (good.skipped, "unreadable"), (good.unusable, "unusable"))
+    left_out = [f"{n} {what}" for n, what in without_use if n]
     without = f" ({', '.join(left_out)} left out)" if left_out else ""
     say(f"{c.count} good images{without}: scores {c.scores[0]:.3f} to {c.scores[-1]:.3f}")
     say(f"threshold {c.threshold:.4f}: a new good part raises an alarm with probability {c.false_alarm_rate:g} at most")

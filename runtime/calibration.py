@@ -105,7 +105,7 @@ class Calibration:
         Raises:
             UsageError: the bundle can't be written to.
         """
-        write_text(json.dumps(asdict(self), indent=1) + "\n", str(bundle.calibration))
+        write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", str(bundle.calibration))
 
 
 def checked_threshold(threshold: float) -> float:

@@ -56,7 +56,7 @@ class Vote:
 
 
 class Decider:
-    """Keeps the alarm. Frames count as they are inspected; those that a live source dropped don't.
+    """Keeps the alarm. Frames count as they are inspected; those that a live source dropped or that are unusable don't.
 
     Attributes:
         alarm: whether it is on.
@@ -70,7 +70,9 @@ class Decider:
 
     def decide(self, prediction: Prediction) -> bool:
         """Take the next frame's prediction; returns whether the alarm is on now."""
-        self._votes.append(prediction.is_anomalous)
+        if prediction.unusable:
+            return self.alarm
+        self._votes.append(prediction.verdict == "defect")
         count = sum(self._votes)
         self.alarm = count > self.vote.off if self.alarm else count >= self.vote.needed
         if self.drift:

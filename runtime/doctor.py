@@ -293,4 +293,4 @@ def print_report(checks: list[Check], console: Console) -> None:
 def write_report(checks: list[Check], target: str) -> None:
     """The report as JSON to a file, or to standard output for "-"."""
     values = {"works": works(checks), "checks": [asdict(check) for check in checks]}
-    write_text(json.dumps(values, indent=1) + "\n", target)
+    write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", target)

@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from fbclip.runtime.predictor import Prediction
+    from fbclip.runtime.predictor import Prediction, Region
 
 MIN_SIDE = 320  # smaller frames are enlarged, so that the text stays legible
 GOOD, BAD = (46, 160, 67), (218, 54, 51)  # RGB
+BARS = {"good": GOOD, "defect": BAD, "unusable": (158, 106, 3)}
+AGAINST = {"min_area": "regions too small", "roi": "outside the mask"}  # a verdict that the score alone would give
 LEVELS = np.arange(256, dtype=np.uint8)[:, None]
 COLOURS = cv2.applyColorMap(LEVELS, cv2.COLORMAP_TURBO)[..., ::-1]  # (256, 1, 3) RGB
 # of a colour at each level: the surface stays visible where the map is low, the colour where it is high
@@ -20,10 +22,13 @@ ALPHA = 0.15 + 0.5 * LEVELS[..., None] / 255
 HEAT = (COLOURS * ALPHA).round().astype(np.uint8)
 SURFACE = np.repeat((255 * (1 - ALPHA)).round(), 3, axis=2).astype(np.uint8)  # 255ths that stay of the frame
 SUBPIXEL = 4  # binary digits of an outline's coordinates
+DASH, GAP = 8, 6  # of a weak region's outline, in widths of its line
 
 
 def draw_overlay(prediction: Prediction, longest: int | None = None) -> NDArray[np.uint8]:
     """Heat map (a fixed scale, never the image's own), outlines of the regions, and a bar with score and verdict.
+
+    The outline of a weak region is dashed: the score has a verdict there that the map alone would not have.
 
     Args:
         prediction: all that is drawn is its own: a verdict or a region is never found again here.
@@ -41,10 +46,23 @@ def draw_overlay(prediction: Prediction, longest: int | None = None) -> NDArray[
     surface = cv2.multiply(image, cv2.applyColorMap(level, SURFACE), scale=1 / 255)
     canvas = cv2.add(surface, cv2.applyColorMap(level, HEAT))
     line = max(1, round(min(size) / 300))
-    outlines = [_scaled(region.outline, np.divide(size, (width, height))) for region in prediction.regions]
+    factor = np.divide(size, (width, height))
+    closed = [_scaled(region.outline, factor) for region in prediction.regions if not region.weak]
+    open_ = [dash for region in prediction.regions if region.weak for dash in _dashes(region, factor, line)]
     for thickness, colour in ((line + 2, (255, 255, 255)), (line, BAD)):
-        cv2.polylines(canvas, outlines, True, colour, thickness, cv2.LINE_AA, SUBPIXEL)
+        for outlines, is_closed in ((closed, True), (open_, False)):
+            cv2.polylines(canvas, outlines, is_closed, colour, thickness, cv2.LINE_AA, SUBPIXEL)
     return np.vstack([_bar(size[0], prediction), canvas]).astype(np.uint8)
+
+
+def _dashes(region: Region, factor: NDArray[np.float64], line: int) -> list[NDArray[np.int32]]:
+    """A region's outline on a canvas that is larger by a factor (2,), in pieces."""
+    points = _scaled(region.outline, factor)
+    steps = np.linalg.norm(np.diff(points, axis=0, append=points[:1]), axis=1) / 2**SUBPIXEL
+    along = np.concatenate([[0.0], np.cumsum(steps)[:-1]])  # pixels from the first point to each
+    place, piece = along % ((DASH + GAP) * line), along // ((DASH + GAP) * line)
+    drawn = place < DASH * line
+    return [points[drawn & (piece == number)] for number in np.unique(piece[drawn])]
 
 
 def _scaled(outline: NDArray[np.int32], factor: NDArray[np.float64]) -> NDArray[np.int32]:
@@ -55,11 +73,12 @@ def _scaled(outline: NDArray[np.int32], factor: NDArray[np.float64]) -> NDArray[
 
 
 def _bar(width: int, prediction: Prediction) -> NDArray[np.uint8]:
-    score, threshold, bad = prediction.score, prediction.threshold, prediction.is_anomalous
-    reached = score >= threshold
-    text = f"{'DEFECT' if bad else 'GOOD'}  {score:.3f} {'>=' if reached else '<'} {threshold:.3f}"
-    if reached and not bad:
-        text += ", no region"
+    score, threshold, verdict = prediction.score, prediction.threshold, prediction.verdict
+    text = f"{verdict.upper()}  {score:.3f} {'>=' if score >= threshold else '<'} {threshold:.3f}"
+    if prediction.unusable:
+        text = f"{verdict.upper()}  {prediction.unusable}"
+    elif prediction.overruled:
+        text += f", {AGAINST[prediction.overruled]}"
     scale = min(max(width / 640, 0.5), 3.0)
     thickness = max(1, round(1.6 * scale))
     (text_width, text_height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
@@ -67,7 +86,7 @@ def _bar(width: int, prediction: Prediction) -> NDArray[np.uint8]:
         scale *= (width - 12) / text_width
         thickness = max(1, round(1.6 * scale))
         (text_width, text_height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
-    bar = np.full((text_height + base + 12, width, 3), BAD if bad else GOOD, np.uint8)
+    bar = np.full((text_height + base + 12, width, 3), BARS[verdict], np.uint8)
     cv2.putText(
         bar, text, (6, text_height + 6), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), thickness, cv2.LINE_AA
     )

@@ -23,8 +23,9 @@ from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.files import sha256
 from fbclip.image import in_order
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
-from fbclip.runtime.backends import Backend
-from fbclip.runtime.predictor import Prediction, Predictor, find_regions
+from fbclip.runtime.backends import Backend, require_probabilities
+from fbclip.runtime.predictor import Prediction, Predictor, find_evidence
+from fbclip.runtime.sight import EXPLAINED, find_blindness
 from fbclip.terminal import say
 
 VALUES = (
@@ -223,9 +224,10 @@ def evaluate(subject: Subject, tests: list[Dataset], batch_size: int, console: C
                 for name in test.classes:
                     one = _Class(name, test.select(class_name=name).items, subject)
                     for batch in _batches(_load(one.items, subject.image_size), batch_size):
-                        for item, error in one.run(batch):
-                            skipped.append((item, str(error)))
-                            say(console, f"skipped: {error}", "yellow")
+                        refused = one.run(batch)
+                        skipped += [(item, str(error)) for item, error in refused]
+                        for text in [f"skipped: {error}" for _, error in refused] + _unusable(batch):
+                            say(console, text, "yellow")
                         progress.advance(task, len(batch))
                     classes.append(one.result())
             except KeyboardInterrupt:
@@ -252,6 +254,12 @@ def _load(items: tuple[Item, ...], image_size: int) -> Iterator[Read]:
     return parallel_map(read, range(len(items)))
 
 
+def _unusable(batch: list[Read]) -> list[str]:
+    """A line for each image of a batch that shows nothing; a data set's figures are of all its images."""
+    found = [(item, find_blindness(sample.image[None])) for item, sample in batch if isinstance(sample, Sample)]
+    return [f"{item.image} is {EXPLAINED[why]}; it counts in the figures" for item, why in found if why]
+
+
 def _batches(samples: Iterator[Read], size: int) -> Iterator[list[Read]]:
     while batch := list(islice(samples, size)):
         yield batch
@@ -274,6 +282,7 @@ class _Class:
         if good:
             images = in_order(np.stack([sample.image for _, sample in good]), self.subject.channel_order)
             scores, maps = self.subject.backend.run(images)
+            require_probabilities(scores, maps, [item.image for item, _ in good])
             for (item, sample), score, anomaly_map in zip(good, scores, maps, strict=True):
                 self.add(item, sample, float(score), anomaly_map)
         return [(item, error) for item, error in batch if isinstance(error, ImageError)]
@@ -330,12 +339,13 @@ def _panels(scored: Scored, sample: Sample, anomaly_map: NDArray[np.float32], su
     photograph, marked, shrunk = (cv2.resize(panel, size, interpolation=cv2.INTER_AREA) for panel in panels)
     heat: NDArray[np.float32] = shrunk.astype(np.float32)
     marked_from = subject.threshold if subject.map_threshold is None else subject.map_threshold
+    regions, _ = find_evidence(heat, None, scored.score >= subject.threshold, marked_from)
     overlay = Prediction(
         scored.score,
         subject.threshold,
         heat,
         heat,
-        find_regions(heat, marked_from),
+        regions,
         {},
         photograph.astype(np.uint8),
         subject.map_scale,

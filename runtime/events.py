@@ -136,7 +136,8 @@ class EventRecorder:
         raised = datetime.fromtimestamp(first["time"], timezone.utc)
         name = f"{raised:%Y%m%dT%H%M%S.%f}-{first['index']:06d}"
         frames = [{"file": f"{shot.record['index']:06d}.jpg", **shot.record} for shot in shots]
-        description = json.dumps({"event": name, "time": first["time"], "alarms": event.alarms, "frames": frames})
+        values = {"event": name, "time": first["time"], "alarms": event.alarms, "frames": frames}
+        description = json.dumps(values, allow_nan=False)
         need = sum(len(shot.jpeg) for shot in shots) + len(event.overlay) + len(description.encode())
         with new_folder(self.folder / name) as part:
             self._make_room(need)

@@ -25,9 +25,23 @@ from fbclip.files import replacing
 from fbclip.reading import note_of_pages
 from fbclip.runtime.lines import LineFile, Lines, StandardOutput
 from fbclip.runtime.predictor import Prediction, Predictor
+from fbclip.runtime.sight import EXPLAINED
 from fbclip.terminal import cell, say
 
-CSV_COLUMNS = ("source", "score", "threshold", "is_anomalous", "regions", "largest_peak", "model_ms")
+CSV_COLUMNS = (
+    "source",
+    "score",
+    "threshold",
+    "is_anomalous",
+    "verdict",
+    "reason",
+    "regions",
+    "weak",
+    "largest_peak",
+    "model_ms",
+)
+COLOURS = {"good": "green", "defect": "red", "unusable": "yellow"}
+OVERRULED = {"min_area": "all regions are smaller than --min-area", "roi": "what is anomalous lies outside the mask"}
 SHOWN = 20  # rows of the table on screen
 LONGEST_NAME = 255  # bytes, of a file
 
@@ -78,10 +92,15 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, summary: 
                 continue
             if note := note_of_pages(source):
                 say(console, note, "yellow")
+            if prediction.unusable:
+                say(console, f"unusable: {source} is {EXPLAINED[prediction.unusable]}", "yellow")
             record = _write(prediction, source, names[source], outputs)
             if predictor.launches:  # beside the timings, which depend on it
                 summary.launches = record["launches"] = predictor.launches
-            forms = {"json": json.dumps(record), "csv": csv_line(csv_row(record, record["timings_ms"]["model"]))}
+            forms = {
+                "json": json.dumps(record, allow_nan=False),
+                "csv": csv_line(csv_row(record, record["timings_ms"]["model"])),
+            }
             for kind, lines in opened.items():
                 lines.append(forms[kind])
             summary.results.append((source, record))
@@ -106,9 +125,11 @@ def csv_line(values: Sequence[Any]) -> str:
 
 def csv_row(record: dict[str, Any], model_ms: float) -> list[Any]:
     """The values of CSV_COLUMNS of a JSON record."""
-    peak = max((region["peak"] for region in record["regions"]), default="")
-    verdict = [record[key] for key in ("source", "score", "threshold", "is_anomalous")]
-    return [*verdict, len(record["regions"]), peak, model_ms]
+    regions = record["regions"]
+    peak = max((region["peak"] for region in regions), default="")
+    verdict = [record[key] for key in ("source", "score", "threshold", "is_anomalous", "verdict")]
+    reason = record["unusable"] or record["overruled"] or ""
+    return [*verdict, reason, len(regions), any(region["weak"] for region in regions), peak, model_ms]
 
 
 def _names(sources: list[Path]) -> dict[Path, str]:
@@ -170,17 +191,22 @@ def report(summary: Summary, outputs: Outputs, console: Console) -> None:
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     ranked = sorted(summary.results, key=lambda item: item[1]["score"], reverse=True)
     for source, record in ranked[:SHOWN]:
-        verdict = "[red]defect[/]" if record["is_anomalous"] else "[green]good[/]"
+        reason = record["unusable"] or record["overruled"]
+        colour = "yellow" if reason else COLOURS[record["verdict"]]
+        verdict = f"[{colour}]{record['verdict']}{f' ({reason})' if reason else ''}[/]"
+        regions = f"{len(record['regions'])}{' weak' if any(region['weak'] for region in record['regions']) else ''}"
         milliseconds = sum(record["timings_ms"].values())
-        regions = str(len(record["regions"]))
         table.add_row(cell(source.name), verdict, f"{record['score']:.3f}", regions, f"{milliseconds:.0f}")
     if ranked:
         console.print(table)
     if len(ranked) > SHOWN:
         say(console, f"… and {len(ranked) - SHOWN} more with lower scores")
-    defects = sum(record["is_anomalous"] for _, record in ranked)
+    counts = Counter(record["verdict"] for _, record in ranked)
+    unusable = f", {counts['unusable']} unusable" if counts["unusable"] else ""
     skipped = f", {len(summary.skipped)} skipped" if summary.skipped else ""
-    say(console, f"{len(ranked)} images: {defects} with defects, {len(ranked) - defects} good{skipped}")
+    say(console, f"{len(ranked)} images: {counts['defect']} with defects, {counts['good']} good{unusable}{skipped}")
+    for reason, count in Counter(record["overruled"] for _, record in ranked if record["overruled"]).items():
+        say(console, f"{count} of the good ones have a score that reaches the threshold: {OVERRULED[reason]}", "yellow")
     if summary.launches:
         say(console, f"TensorRT's executions were started by {summary.launches}")
     kinds = [kind for kind, asked in (("pictures", outputs.save), ("maps", outputs.save_map)) if asked]

@@ -81,8 +81,9 @@ class Notice:
         time: seconds since 1970.
         kind: "source", "sink", "drift", "alarm" or "run".
         subject: which source or sink.
-        state: what it is now: of a source "connecting", "live", "lost" or "ended"; of a sink "failing" or
-            "working"; of drift "drifting" or "steady"; of an alarm "on" or "off"; of a run "started" or "ended".
+        state: what it is now: of a source "connecting", "live", "lost", "blind" (frames come, and show nothing) or
+            "ended"; of a sink "failing" or "working"; of drift "drifting" or "steady"; of an alarm "on" or "off"; of a
+            run "started" or "ended".
         message: one line for a person.
         counters: running totals by name (frames, dropped, reconnects, …).
     """

@@ -29,9 +29,17 @@ from fbclip.stopping import StopRequest
 from fbclip.terminal import printable, say
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm", ".wmv"})
+RECORDS = ("json", "csv", "mqtt", "events")  # sinks of which nothing may be missing; the others show what is now
 REFRESH_S = 0.25
 LOG_S = 60.0  # between lines where there is no terminal
-COLOURS = {"lost": "red", "failing": "red", "drifting": "yellow", "on": "red", "connecting": "yellow"}
+COLOURS = {
+    "lost": "red",
+    "blind": "red",
+    "failing": "red",
+    "drifting": "yellow",
+    "on": "red",
+    "connecting": "yellow",
+}
 
 
 def find_stream(sources: list[str], camera: str | None, watch: bool) -> str | None:
@@ -107,7 +115,7 @@ def infer_stream(predictor: Predictor, stream: Stream, console: Console) -> None
 
     Raises:
         Interrupted: a signal ended it; frames in work were finished, sinks closed.
-        FBClipError: of the source or the model, frames that could not be inspected, or a sink that failed at the end.
+        FBClipError: of the source or the model; as `insist_on_all`.
     """
     with open_source(stream.source, stream.capture) as source:
         pipeline = make_pipeline(source, predictor, stream, console)
@@ -119,11 +127,21 @@ def infer_stream(predictor: Predictor, stream: Stream, console: Console) -> None
 
 
 def insist_on_all(summary: LiveSummary) -> None:
-    """Raise ImageError where frames could not be inspected, FBClipError where a sink failed at the end."""
+    """Raise ImageError where frames or files could not be inspected, FBClipError where none was, where the source showed
+    nothing any more at the end, where a sink failed till the end, or where one that keeps results lost some."""
+    source, sinks = summary.status["source"], summary.status["sinks"]
     if summary.unfit:
         raise ImageError(f"{summary.unfit} frames could not be inspected: {summary.misfit}")
-    if broken := [name for name, sink in summary.status["sinks"].items() if sink["error"]]:
+    if (unread := source["counters"].get("garbage", 0)) and not source["live"]:
+        raise ImageError(f"{unread} images of {source['name']} could not be read; the notices name them")
+    if summary.frames == summary.unusable:
+        raise FBClipError(f"no image was inspected: {summary.absence}")
+    if summary.absence:
+        raise FBClipError(f"{source['name']} showed nothing at the end: {summary.absence}")
+    if broken := [name for name, sink in sinks.items() if sink["error"]]:
         raise FBClipError(f"results are missing in {', '.join(broken)}, which failed till the end")
+    if lossy := [f"{name} ({sinks[name]['dropped']})" for name in RECORDS if name in sinks and sinks[name]["dropped"]]:
+        raise FBClipError(f"results are missing in {', '.join(lossy)}: lost while it failed or was too slow")
 
 
 def make_pipeline(
@@ -195,7 +213,7 @@ def status_text(status: dict[str, Any]) -> Text:
     if status["drift"] == "drifting":
         parts.append(Text("drifting", "yellow"))
     losses = {name: count for name, count in source["counters"].items() if name != "frames" and count}
-    losses |= {"unfit": status["unfit"]} if status["unfit"] else {}
+    losses |= {name: status[name] for name in ("unfit", "unusable", "overruled") if status[name]}
     parts += [Text(f"{name} {count}", "yellow") for name, count in losses.items()]
     for name, sink in status["sinks"].items():
         if sink["state"] == "failing" or sink["dropped"]:
@@ -209,10 +227,12 @@ def print_summary(summary: LiveSummary, console: Console) -> None:
     rate = summary.frames / summary.seconds if summary.seconds else 0.0
     age = summary.status["age_ms"]
     ages = f"; age {age['p50']:.0f} ms, at p99 {age['p99']:.0f}" if age else ""
+    unusable = f", {summary.unusable} unusable" if summary.unusable else ""
+    overruled = f", {summary.overruled} good against their score" if summary.overruled else ""
     say(
         console,
         f"{summary.frames} frames in {summary.seconds:.1f} s ({rate:.1f}/s{ages}): {summary.anomalous} anomalous, "
-        f"{summary.alarms} alarms",
+        f"{summary.alarms} alarms{unusable}{overruled}",
     )
     for name, sink in summary.status["sinks"].items():
         if sink["dropped"]:

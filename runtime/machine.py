@@ -85,7 +85,7 @@ class Machine:
             ProbeFailed: it raised, crashed or hung.
         """
         program = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime import probes; probes.main(*sys.argv[2:])"
-        command = [sys.executable, "-c", program, json.dumps(sys.path), name, *arguments]
+        command = [sys.executable, "-c", program, json.dumps(sys.path, allow_nan=False), name, *arguments]
         answer = json.loads(self._answer(" ".join([name, *arguments]), command))
         if "error" in answer:
             raise ProbeFailed(answer["error"], answer["missing"])

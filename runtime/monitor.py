@@ -33,6 +33,7 @@ RECORD = (
     "alarm",
     "stages_ms",
 )  # of a Result
+LATER = ("verdict", "overruled", "unusable")  # of a Result too, which older events don't have
 T = TypeVar("T")
 
 
@@ -168,7 +169,11 @@ def _recorded(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
         try:
             description = json.loads((event / "event.json").read_text("utf-8"))
             raised = next(frame for frame in description["frames"] if frame["index"] == description["alarms"][0])
-            yield {name: raised[name] for name in RECORD}, (event / "overlay.jpg").read_bytes()
+            record = {name: raised[name] for name in RECORD}
+            yield (
+                record | {name: raised[name] for name in LATER if name in raised},
+                (event / "overlay.jpg").read_bytes(),
+            )
         except (OSError, ValueError, LookupError, TypeError, StopIteration):
             continue  # the recorder makes room, a person cleans up: what is gone or torn is not shown
 

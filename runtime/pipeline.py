@@ -23,9 +23,11 @@ from fbclip.runtime.decisions import Decider
 from fbclip.runtime.delivery import Delivery
 from fbclip.runtime.live import Frame, Notice, Result, Sink
 from fbclip.runtime.predictor import Predictor
+from fbclip.runtime.sight import EXPLAINED, Repetition, find_blindness
 from fbclip.runtime.timing import Percentiles, Rate
 
 STAGES = ("wait", "preprocess", "model", "postprocess")
+LOST_S = 5.0  # without a source at the end of a run that is no mere reconnecting
 T = TypeVar("T")
 
 
@@ -66,8 +68,11 @@ class LiveSummary:
 
     Attributes:
         frames: results handed to the sinks.
-        anomalous, alarms: of these, anomalous frames and alarms raised.
+        anomalous, alarms: of these, defects and alarms raised.
+        overruled: of these, good ones whose score reaches the threshold (see `Prediction.overruled`).
+        unusable: of these, such that show nothing.
         unfit, misfit: frames that could not be inspected, like one of another size than the graph takes, and why.
+        absence: why the source gave nothing to inspect when the run ended; "" where it did.
         seconds: from start to end.
         status: the last `Pipeline.status()`.
     """
@@ -75,8 +80,11 @@ class LiveSummary:
     frames: int
     anomalous: int
     alarms: int
+    overruled: int
+    unusable: int
     unfit: int
     misfit: str
+    absence: str
     seconds: float
     status: dict[str, Any]
 
@@ -84,6 +92,7 @@ class LiveSummary:
 class _Prepared(NamedTuple):
     frame: Frame
     batch: NDArray[np.uint8]
+    unusable: str | None
     preprocess_ms: float
 
 
@@ -91,6 +100,7 @@ class _Scored(NamedTuple):
     frame: Frame
     score: float
     model_map: NDArray[np.float32]
+    unusable: str | None
     stages_ms: dict[str, float]
 
 
@@ -120,8 +130,11 @@ class Pipeline:
         self._began = time.monotonic()
         self._ages, self._rate = Percentiles(), Rate()
         self._stages = {stage: Percentiles() for stage in STAGES}
-        self._frames = self._anomalous = self._alarms = self._unfit = 0
+        self._frames = self._anomalous = self._alarms = self._overruled = self._unusable = self._unfit = 0
         self._misfitting, self._misfit = False, ""
+        self._repetition = Repetition()
+        self._blindness: str | None = None  # of the last frame
+        self._lost_at, self._loss = 0.0, ""  # since when the source is lost, and why; "" while it is not
         self._last: Result | None = None
         self._deliveries = [Delivery(sink, self.limits.room, not source.live, self._sink_turned) for sink in sinks]
         source.listen(self._heard)
@@ -152,7 +165,16 @@ class Pipeline:
                 self._conclude(*scored)
             seconds = time.monotonic() - self._began
         return LiveSummary(
-            self._frames, self._anomalous, self._alarms, self._unfit, self._misfit, seconds, self.status()
+            self._frames,
+            self._anomalous,
+            self._alarms,
+            self._overruled,
+            self._unusable,
+            self._unfit,
+            self._misfit,
+            self._absence(),
+            seconds,
+            self.status(),
         )
 
     def stop(self) -> None:
@@ -181,6 +203,8 @@ class Pipeline:
             "frames": self._frames,
             "anomalous": self._anomalous,
             "alarms": self._alarms,
+            "overruled": self._overruled,
+            "unusable": self._unusable,
             "unfit": self._unfit,
             "fps": round(self._rate.per_second(), 2),
             "age_ms": self._ages.summary(),
@@ -209,10 +233,30 @@ class Pipeline:
                 self._tell_source("live", "frames can be inspected again")
             if not self.source.live and self._camera["state"] == "connecting":  # files don't say that they are there
                 self._camera["state"] = "live"
-            yield _Prepared(frame, batch, (time.perf_counter() - start) * 1e3)
+            unusable = self._look(frame, batch)
+            yield _Prepared(frame, batch, unusable, (time.perf_counter() - start) * 1e3)
             taken += 1
             if taken == self.limits.max_frames:
                 return
+
+    def _look(self, frame: Frame, batch: NDArray[np.uint8]) -> str | None:
+        """Why a frame shows nothing, if so; told where the source begins to, and where it ends."""
+        frozen = self.source.live and self._repetition.is_frozen(frame.image, batch, frame.captured)
+        self._blindness = find_blindness(batch) or ("frozen" if frozen else None)
+        was_blind = self._camera["state"] == "blind"
+        if self._blindness and not was_blind:
+            self._tell_source("blind", f"{frame.name} is {EXPLAINED[self._blindness]}")
+        elif was_blind and not self._blindness:
+            self._tell_source("live", "frames show something again")
+        return self._blindness
+
+    def _absence(self) -> str:
+        """`LiveSummary.absence`."""
+        blind = f"the last frame is {EXPLAINED[self._blindness]}" if self._blindness else ""
+        if self._frames == self._unusable:
+            return self._loss or blind or f"none came from {self.source.name}"
+        gone = self._loss if time.monotonic() - self._lost_at >= LOST_S else ""
+        return gone or (blind if self.source.live else "")  # of files each frame is one that was asked for
 
     def _reject(self, error: ImageError, first: bool) -> None:
         """Count a frame that can't be inspected; a camera whose first one can't will have no other."""
@@ -225,21 +269,30 @@ class Pipeline:
             self._tell_source("lost", str(error))
 
     def _scored(self, jobs: Iterator[_Prepared]) -> Iterator[_Scored]:
-        for frame, batch, preprocess_ms in jobs:
+        for frame, batch, unusable, preprocess_ms in jobs:
             start, age = time.perf_counter(), time.monotonic() - frame.captured
-            scores, maps = self.predictor.backend.run(batch)
+            score, model_map = self.predictor.run(batch, frame.name)
             model_ms = (time.perf_counter() - start) * 1e3
             stages = {"wait": age * 1e3 - preprocess_ms, "preprocess": preprocess_ms, "model": model_ms}
-            yield _Scored(frame, float(scores[0]), maps[0], stages)
+            yield _Scored(frame, score, model_map, unusable, stages)
 
-    def _conclude(self, frame: Frame, score: float, model_map: NDArray[np.float32], stages: dict[str, float]) -> None:
+    def _conclude(
+        self,
+        frame: Frame,
+        score: float,
+        model_map: NDArray[np.float32],
+        unusable: str | None,
+        stages: dict[str, float],
+    ) -> None:
         """Judge one frame and hand it to every sink."""
-        prediction = self.predictor.conclude(frame.image, score, model_map, stages)
+        prediction = self.predictor.conclude(frame.image, score, model_map, stages, unusable)
         before, steady = self.decider.alarm, self.decider.drift and self.decider.drift.state
         alarm = self.decider.decide(prediction)
         result = Result(frame, prediction, alarm, alarm and not before, prediction.timings_ms)
         self._frames += 1
-        self._anomalous += prediction.is_anomalous
+        self._anomalous += prediction.verdict == "defect"
+        self._overruled += prediction.overruled is not None
+        self._unusable += prediction.unusable is not None
         self._alarms += result.alarm_began
         self._last = result
         for delivery in self._deliveries:
@@ -259,6 +312,11 @@ class Pipeline:
     def _heard(self, notice: Notice) -> None:
         """The source changed; called from its thread."""
         self._camera |= {"state": notice.state, "message": notice.message}
+        if notice.state == "lost":
+            self._lost_at = time.monotonic() if not self._loss else self._lost_at
+            self._loss = notice.message
+        elif notice.state in ("live", "blind"):
+            self._loss = ""
         self._tell(notice)
 
     def _tell(self, notice: Notice) -> None:

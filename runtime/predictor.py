@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,37 @@ from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
 from fbclip.image import in_order, resize
 from fbclip.reading import read_image, to_rgb
-from fbclip.runtime.backends import make_backend
+from fbclip.runtime.backends import make_backend, require_probabilities
 from fbclip.runtime.calibration import Calibration, checked_threshold
 from fbclip.runtime.draw import draw_overlay
 from fbclip.runtime.roi import Roi
+from fbclip.runtime.sight import find_blindness
+
+SAMPLES = 128  # pixels of a map's shorter side that are enough for its median: it is smooth
 
 
 @dataclass(frozen=True)
 class Region:
-    """A connected part of the map at or above the map's threshold.
+    """A connected part of the map at or above the map's threshold; or a weak one, see `weak_region`.
 
     Attributes:
         box: (x0, y0, x1, y1) in pixels of the frame; x1 and y1 are exclusive.
         peak: the highest value in it, 0..1.
         area: in pixels.
         outline: its outermost pixels in turn, int32 (N, 2) of x and y.
+        weak: whether it stays below the map's threshold: the place of an anomaly that is the score's alone.
     """
 
     box: tuple[int, int, int, int]
     peak: float
     area: int
     outline: NDArray[np.int32] = field(repr=False, compare=False)
+    weak: bool = False
+
+    def moved(self, x: int, y: int) -> Region:
+        """The same region where the map's corner lies at (x, y) of the frame."""
+        x0, y0, x1, y1 = self.box
+        return replace(self, box=(x0 + x, y0 + y, x1 + x, y1 + y), outline=self.outline + np.array((x, y), np.int32))
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,15 @@ class Prediction:
         threshold: scores from here on are anomalous.
         anomaly_map: float32 (H, W), 0..1, in the frame's own size; 0 outside the region of interest.
         model_map: float32 (S, S), the map as the model gives it; (H, W) where the graph takes whole frames.
-        regions: of the map at or above its threshold and not smaller than `min_area`, the highest peak first.
+        regions: of the map at or above its threshold and not smaller than `min_area`, the highest peak first. A defect
+            always has one: where no part of the map reaches its threshold, a weak one.
         timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
         image: the frame itself, uint8 (H, W, 3) RGB.
         map_scale: map values (low, high) of the first and the last colour of the overlay.
-        min_area: pixels that a region needs, and an anomaly needs a region; 0 where it needs none.
+        overruled: why the image is good although its score reaches the threshold: "min_area", all regions are smaller
+            than that; "roi", what is anomalous lies outside the mask. None where the score decides.
+        unusable: why the image shows nothing to judge: "black", "uniform", or of a live source "frozen" (see
+            `fbclip.runtime.sight`); None where it does.
     """
 
     score: float
@@ -63,11 +77,20 @@ class Prediction:
     timings_ms: dict[str, float]
     image: NDArray[np.uint8] = field(repr=False)
     map_scale: tuple[float, float] = (0.0, 1.0)
-    min_area: int = 0
+    overruled: str | None = None
+    unusable: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """ "good", "defect" or "unusable". What isn't known to be good is never called so."""
+        if self.unusable:
+            return "unusable"
+        return "good" if self.score < self.threshold or self.overruled else "defect"
 
     @property
     def is_anomalous(self) -> bool:
-        return self.score >= self.threshold and (self.min_area == 0 or bool(self.regions))
+        """Whether the image is not known to be good: a defect, or unusable."""
+        return self.verdict != "good"
 
     def overlay(self, longest: int | None = None) -> NDArray[np.uint8]:
         """The frame with heat map, regions, score and verdict, drawn anew: uint8 (H', W', 3) RGB.
@@ -79,18 +102,21 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the arrays."""
-        regions = [{"box": list(r.box), "peak": r.peak, "area": r.area} for r in self.regions]
+        regions = [{"box": list(r.box), "peak": r.peak, "area": r.area, "weak": r.weak} for r in self.regions]
         return {
             "score": self.score,
             "threshold": self.threshold,
             "is_anomalous": self.is_anomalous,
+            "verdict": self.verdict,
+            "overruled": self.overruled,
+            "unusable": self.unusable,
             "regions": regions,
             "timings_ms": {k: round(v, 3) for k, v in self.timings_ms.items()},
         }
 
 
 class Predictor:
-    """A loaded bundle on a device.
+    """A loaded bundle on a device. Any number of threads may call it.
 
     Args:
         bundle: a bundle, its path, or None for the embedded default model.
@@ -100,8 +126,8 @@ class Predictor:
         calibrated: whether to use the bundle's calibration (see `fbclip calibrate`), for the maps also where a
             threshold is given: scores and maps have scales of their own.
         roi: where frames are inspected; None for all of them.
-        min_area: pixels of the frame: smaller regions don't count, and an anomaly needs one that does. 0 asks for
-            none, except within a mask (see `Roi`), where it is 1 at least.
+        min_area: pixels of the frame: smaller regions don't count, and where all that reach the map's threshold are
+            smaller, the image is good. Where none reaches it, the score decides alone.
         batch_size: images that `backend.run` will be given at once; a call gives it one.
 
     Attributes:
@@ -141,8 +167,7 @@ class Predictor:
             )
         checked_threshold(self.threshold)
         self.roi = roi
-        # beside a mask the score sees what the mask leaves out; the map doesn't
-        self.min_area = max(min_area, 1) if roi and roi.inside is not None else min_area
+        self.min_area = min_area
         self.backend, self.precision = make_backend(self.bundle, device, precision, batch_size)
 
     @property
@@ -151,7 +176,7 @@ class Predictor:
         return getattr(self.backend, "launches", None)
 
     def __call__(self, image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str = "rgb") -> Prediction:
-        """Score one image: `prepare`, `backend.run` and `conclude`, which a pipeline may overlap.
+        """Score one image: `prepare`, `run` and `conclude`, which a pipeline may overlap.
 
         Args:
             image: a path, a Pillow image, or a frame uint8 (H, W, 3) or (H, W).
@@ -160,17 +185,18 @@ class Predictor:
         Raises:
             ImageError: unreadable file, a frame of another shape or type, of another size than the graph was
                 exported for with --frame-size, or that the region of interest doesn't fit.
+            FBClipError: as `run`.
         """
         start = time.perf_counter()
         frame = self._frame(image, channel_order)
         read = time.perf_counter()
         batch = self.prepare(frame)
         ready = time.perf_counter()
-        scores, maps = self.backend.run(batch)
+        score, model_map = self.run(batch, image if isinstance(image, (str, Path)) else "an image")
         done = time.perf_counter()
         timings = {"read": read - start, "preprocess": ready - read, "model": done - ready}
         timings_ms = {stage: seconds * 1e3 for stage, seconds in timings.items()}
-        return self.conclude(frame, float(scores[0]), maps[0], timings_ms)
+        return self.conclude(frame, score, model_map, timings_ms, find_blindness(batch))
 
     def explain_threshold(self) -> str:
         """One line for a person: the threshold it began with, and where that comes from."""
@@ -200,32 +226,52 @@ class Predictor:
             )
         return in_order(frame, manifest.channel_order)[None]
 
+    def run(self, batch: NDArray[np.uint8], name: object) -> tuple[float, NDArray[np.float32]]:
+        """What the model says of a prepared frame: score and map (H', W'), both 0..1.
+
+        Args:
+            name: of the image, for the message.
+
+        Raises:
+            FBClipError: they are not (see `require_probabilities`).
+        """
+        scores, maps = self.backend.run(batch)
+        require_probabilities(scores, maps, [name])
+        return float(scores[0]), maps[0]
+
     def conclude(
-        self, frame: NDArray[np.uint8], score: float, model_map: NDArray[np.float32], timings_ms: dict[str, float]
+        self,
+        frame: NDArray[np.uint8],
+        score: float,
+        model_map: NDArray[np.float32],
+        timings_ms: dict[str, float],
+        unusable: str | None = None,
     ) -> Prediction:
-        """From what the backend says of a prepared frame to a prediction.
+        """From what the model says of a prepared frame to a prediction.
 
         Args:
             frame: uint8 (H, W, 3) RGB, as `prepare` took it.
             score: the class token's, 0..1.
             model_map: float32 (H', W'), 0..1.
             timings_ms: milliseconds of the stages so far; postprocess is added.
+            unusable: why the frame shows nothing to judge, if so.
         """
         start = time.perf_counter()
         threshold = self.threshold  # may be set anew from another thread
         height, width = frame.shape[:2]
         x0, y0, x1, y1 = self.roi.box if self.roi else (0, 0, width, height)
-        anomaly_map = model_map
-        if anomaly_map.shape != (y1 - y0, x1 - x0):
+        part = model_map
+        if part.shape != (y1 - y0, x1 - x0):
             enlarged = cv2.resize(model_map, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
-            anomaly_map = np.asarray(enlarged, np.float32).reshape(y1 - y0, x1 - x0)
-        if self.roi:
-            part, anomaly_map = anomaly_map, np.zeros((height, width), np.float32)
-            anomaly_map[y0:y1, x0:x1] = part
-            if self.roi.inside is not None:
-                anomaly_map[y0:y1, x0:x1] *= self.roi.inside
+            part = np.asarray(enlarged, np.float32).reshape(y1 - y0, x1 - x0)
+        inside = self.roi.inside if self.roi else None
         marked_from = threshold if self.map_threshold is None else self.map_threshold
-        regions = find_regions(anomaly_map, marked_from, self.min_area)
+        regions, overruled = find_evidence(part, inside, score >= threshold, marked_from, self.min_area)
+        anomaly_map = part
+        if self.roi:
+            anomaly_map = np.zeros((height, width), np.float32)
+            anomaly_map[y0:y1, x0:x1] = part if inside is None else part * inside
+            regions = tuple(region.moved(x0, y0) for region in regions)
         timings_ms = {**timings_ms, "postprocess": (time.perf_counter() - start) * 1e3}
         return Prediction(
             score,
@@ -236,7 +282,8 @@ class Predictor:
             timings_ms,
             frame,
             self.map_scale,
-            self.min_area,
+            overruled,
+            unusable,
         )
 
     @staticmethod
@@ -256,6 +303,51 @@ class Predictor:
 
 def _where(roi: str | None) -> str:
     return f"with --roi {roi}" if roi else "without --roi"
+
+
+def find_evidence(
+    anomaly_map: NDArray[np.float32], inside: NDArray[np.uint8] | None, reached: bool, line: float, min_area: int = 0
+) -> tuple[tuple[Region, ...], str | None]:
+    """Where an image is anomalous, and what speaks against the verdict of its score.
+
+    Args:
+        anomaly_map: float32 (H, W), 0..1.
+        inside: uint8 (H, W) of 0 and 1, what counts of it; None where all does.
+        reached: whether the score reaches its threshold.
+        line: map values from here on are regions.
+        min_area: pixels: smaller regions don't count.
+
+    Returns:
+        The regions; where the score is reached and none is at the line, the weak one. And `Prediction.overruled`.
+    """
+    counted = anomaly_map
+    if inside is not None:
+        counted = anomaly_map.copy()
+        counted[inside == 0] = -1  # below every line
+    regions = find_regions(counted, line, min_area)
+    if regions or not reached:
+        return regions, None
+    if (highest := counted.max()) >= line:
+        return (), "min_area"
+    if highest < anomaly_map.max():  # the score sees what the mask leaves out
+        return (), "roi"
+    return (weak_region(counted),), None
+
+
+def weak_region(anomaly_map: NDArray[np.float32]) -> Region:
+    """The connected pixels (8 neighbours) around the highest value of a map (H, W) that lie at least midway between
+    its median and that value. Negative values don't count."""
+    _, peak, _, place = cv2.minMaxLoc(anomaly_map)
+    step = max(1, min(anomaly_map.shape) // SAMPLES)
+    sample = anomaly_map[::step, ::step]
+    sample = sample[sample >= 0]
+    middle = float(np.median(sample)) if sample.size else peak
+    level = np.float32((middle + peak) / 2)
+    around = (anomaly_map >= level).view(np.uint8)
+    _, _, _, (x, y, width, height) = cv2.floodFill(around, None, place, 2, flags=8)
+    box = slice(y, y + height), slice(x, x + width)
+    (region,) = find_regions(np.where(around[box] == 2, anomaly_map[box], np.float32(-1)), float(level))
+    return replace(region.moved(x, y), weak=True)
 
 
 def find_regions(anomaly_map: NDArray[np.float32], threshold: float, min_area: int = 0) -> tuple[Region, ...]:

@@ -194,6 +194,6 @@ def main(name: str, *arguments: str) -> None:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         answer = {"error": reason(error), "missing": missing}
     with os.fdopen(output, "w") as file:
-        file.write(json.dumps(answer))
+        file.write(json.dumps(answer, allow_nan=False))
     sys.stderr.flush()
     os._exit(0)  # without the libraries' own clean-up, which is where broken drivers crash

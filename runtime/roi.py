@@ -21,8 +21,8 @@ class Roi:
 
     The image score is the class token's, which looks at everything it is shown and can't be told apart by place: here
     it is the score of the frame cut to the box. A mask of another shape leaves out some of its box, and what lies there
-    may raise the score. So with such a mask an anomaly also needs a region of the map inside it, and the map is 0
-    outside.
+    may raise the score. So with such a mask an anomaly also needs a region inside it, or the map's highest value where
+    none reaches the map's threshold (see `find_evidence`), and the map is 0 outside.
 
     Attributes:
         text: what was asked for.

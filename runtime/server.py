@@ -52,12 +52,16 @@ class Region(BaseModel):
     box: tuple[int, int, int, int] = Field(description="x0, y0, x1, y1 in pixels; x1 and y1 are exclusive.")
     peak: float = Field(description="Highest value of the map in it, 0 to 1.")
     area: int = Field(description="In pixels.")
+    weak: bool = Field(False, description="Below the map's threshold: where it is highest, for the score reaches its.")
 
 
 class Scored(BaseModel):
     score: float = Field(description="Abnormal probability of the image, 0 to 1.")
     threshold: float
-    is_anomalous: bool
+    is_anomalous: bool = Field(description="Not known to be good: a defect, or unusable.")
+    verdict: str = Field(description="good, defect or unusable.")
+    overruled: str | None = Field(description="Why it is good against its score: min_area or roi.")
+    unusable: str | None = Field(description="Why there is nothing to see: black, uniform or frozen.")
     regions: list[Region] = Field(description="Of the map at or above the threshold, the highest peak first.")
     width: int
     height: int
@@ -74,6 +78,9 @@ class Event(BaseModel):
     score: float
     threshold: float
     is_anomalous: bool
+    verdict: str = Field("defect", description="good, defect or unusable.")
+    overruled: str | None = None
+    unusable: str | None = None
     regions: list[Region]
     alarm: bool
     stages_ms: dict[str, float]
@@ -355,7 +362,7 @@ async def _send_news(websocket: WebSocket, site: Site) -> None:
                 jpeg = await run_sync(site.monitor.picture, latest) if has_picture and latest else b""
                 if latest:
                     message["age_ms"] = round((time.monotonic() - latest.frame.captured) * 1e3, 1)
-                await websocket.send_text(json.dumps({**message, "picture": has_picture}))
+                await websocket.send_text(json.dumps({**message, "picture": has_picture}, allow_nan=False))
                 if has_picture:
                     await websocket.send_bytes(jpeg)
                 with anyio.fail_after(PATIENCE):
@@ -375,6 +382,8 @@ def _message(update: Update, latest: Result | None) -> dict[str, Any]:
             "source": latest.frame.name,
             "score": prediction.score,
             "is_anomalous": prediction.is_anomalous,
+            "verdict": prediction.verdict,
+            "unusable": prediction.unusable,
             "alarm": latest.alarm,
             "regions": len(prediction.regions),
         }

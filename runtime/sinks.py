@@ -104,7 +104,7 @@ def _log(path: Path, options: SinkOptions, header: str = "") -> LineFile:
 def to_json(record: Result | Notice) -> str:
     """One line of JSON; `kind` is "result", or what the notice is about."""
     values = record.to_dict()
-    return json.dumps(values if isinstance(record, Notice) else {"kind": "result", **values})
+    return json.dumps(values if isinstance(record, Notice) else {"kind": "result", **values}, allow_nan=False)
 
 
 class JsonLines:

@@ -168,7 +168,7 @@ class Webhook:
         values = notice.to_dict()
         if notice.kind == "alarm" and self._latest.get("time") == notice.time:
             values["result"] = self._latest
-        self._post(json.dumps(values))
+        self._post(json.dumps(values, allow_nan=False))
 
     def close(self) -> None:
         """Nothing is open between posts."""
@@ -205,7 +205,8 @@ class Metrics:
         ProcessCollector(registry=registry)  # memory and descriptors: a leak shows
         registry.register(_SourceTotals(counters))
         self._results = Counter("fbclip_results", "Frames scored", registry=registry)
-        self._anomalies = Counter("fbclip_anomalies", "Frames whose score reached the threshold", registry=registry)
+        self._anomalies = Counter("fbclip_anomalies", "Frames with a defect", registry=registry)
+        self._unusable = Counter("fbclip_unusable", "Frames that show nothing", registry=registry)
         self._alarms = Counter("fbclip_alarms", "Alarms raised", registry=registry)
         self._alarm = Gauge("fbclip_alarm", "1 while an alarm is on", registry=registry)
         self._threshold = Gauge("fbclip_threshold", "Scores from here on are anomalous", registry=registry)
@@ -231,7 +232,8 @@ class Metrics:
     def write(self, result: Result) -> None:
         prediction = result.prediction
         self._results.inc()
-        self._anomalies.inc(prediction.is_anomalous)
+        self._anomalies.inc(prediction.verdict == "defect")
+        self._unusable.inc(prediction.verdict == "unusable")
         self._alarms.inc(result.alarm_began)
         self._alarm.set(result.alarm)
         self._threshold.set(prediction.threshold)

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from threading import RLock, get_ident
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class TensorRTBackend:
-    """A bundle's engine on the first GPU, for one thread at a time (any thread).
+    """A bundle's engine on the first GPU. Any number of threads may `run` it; they take turns.
 
     All memory is reserved at the start, for the largest batch. Two batches can be in flight, each with a stream, an
     execution context and pinned buffers of its own: `submit` the next frame, then `collect` the one before. They
-    compute one after the other, in scratch memory that they share, while copies go on.
+    compute one after the other, in scratch memory that they share, while copies go on. What is in flight belongs to
+    the thread that submitted it: until it has collected that, other threads are refused, as one of them would get
+    another's results.
 
     Args:
         bundle: with a plan for this device.
@@ -51,6 +54,8 @@ class TensorRTBackend:
         self._slots: list[_Slot] = []
         self._memory: list[Any] = []
         self._pending: deque[_Slot] = deque()
+        self._owner = 0  # the thread whose batches are pending
+        self._lock = RLock()  # of everything here; a thread that has it may close the backend
         self._turn = 0
         self._engine = self._runtime = None
         self._driver = load_driver()
@@ -99,20 +104,21 @@ class TensorRTBackend:
         Raises:
             DeviceError, UsageError: as `submit`.
         """
-        if self._pending:
-            raise RuntimeError("collect() what was submitted before run()")
-        self.submit(images)
-        return self.collect()
+        with self._lock:
+            self._require_own()
+            if self._pending:
+                raise RuntimeError("collect() what was submitted before run()")
+            self.submit(images)
+            return self.collect()
 
     def submit(self, images: NDArray[np.uint8]) -> None:
         """Start on images uint8 (B, H, W, 3) without waiting; they may be overwritten once this returns.
 
         Raises:
             UsageError: images of another shape, type or number than the plan was built for.
-            DeviceError: the GPU failed; the backend is closed, and a new one can be made.
+            DeviceError: batches of another thread are in flight. Or the GPU failed; then the backend is closed, and a
+                new one can be made.
         """
-        if len(self._pending) == BATCHES:
-            raise RuntimeError(f"{BATCHES} batches are in flight: collect() one before the next submit()")
         if images.shape[1:] != self.input_shape or images.dtype != np.uint8:
             taken = ", ".join(map(str, self.input_shape))
             raise UsageError(f"the engine takes images uint8 (B, {taken}); got {images.dtype} {images.shape}")
@@ -122,6 +128,8 @@ class TensorRTBackend:
                 f"choose another batch, or build it again with fbclip export --engine --batch MIN,OPT,MAX"
             )
         with self._on_gpu():
+            if len(self._pending) == BATCHES:
+                raise RuntimeError(f"{BATCHES} batches are in flight: collect() one before the next submit()")
             slot, other = self._slots[self._turn], self._slots[self._turn - 1]
             slot.upload(images)
             slot.stream.wait_for_event(other.computed)  # the scratch memory is its until then
@@ -130,20 +138,29 @@ class TensorRTBackend:
             slot.download()
             self._turn = (self._turn + 1) % BATCHES
             self._pending.append(slot)
+            self._owner = get_ident()
 
     def collect(self) -> Results:
         """Wait for the oldest submitted batch: scores float32 (B,), maps float32 (B, H', W').
 
         Raises:
-            DeviceError: the GPU failed; the backend is closed, and a new one can be made.
+            DeviceError: as `submit`.
         """
         with self._on_gpu():
             if not self._pending:
                 raise RuntimeError("collect() needs a submitted batch")
             slot = self._pending.popleft()
             slot.done.synchronize()
-        count = slot.shape[0]
-        return slot.host[SCORE][:count].copy(), slot.host[ANOMALY_MAP][:count].copy()
+            count = slot.shape[0]
+            return slot.host[SCORE][:count].copy(), slot.host[ANOMALY_MAP][:count].copy()
+
+    def _require_own(self) -> None:
+        """Refuse a thread while another has batches in flight."""
+        if self._pending and self._owner != get_ident():
+            raise DeviceError(
+                "the engine has batches in flight that another thread submitted, and they are that thread's to "
+                "collect(); to share an engine between threads, call run()"
+            )
 
     def _start(self, slot: _Slot) -> None:
         """Start the execution: a new shape is enqueued (TensorRT adapts to it then), a repeated one is replayed."""
@@ -185,9 +202,12 @@ class TensorRTBackend:
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
-        gpu, self._gpu = self._gpu, None
-        if gpu is None:
-            return
+        with self._lock:
+            gpu, self._gpu = self._gpu, None
+            if gpu is not None:
+                self._release(gpu, error)
+
+    def _release(self, gpu: Gpu, error: BaseException | None) -> None:
         self._pending.clear()
         with suppress(DeviceError), gpu.current():
             with suppress(gpu.cuda.Error):  # what fails now has failed before
@@ -211,14 +231,16 @@ class TensorRTBackend:
 
     @contextmanager
     def _on_gpu(self) -> Iterator[None]:
-        if self._gpu is None:
-            raise DeviceError("this TensorRT backend is closed: make a new one")
-        try:
-            with self._gpu.current():
-                yield
-        except (DeviceError, CaptureError) as error:
-            self._close(error)
-            raise DeviceError(f"{error}; the backend is closed, make a new one") from error
+        with self._lock:
+            if self._gpu is None:
+                raise DeviceError("this TensorRT backend is closed: make a new one")
+            self._require_own()
+            try:
+                with self._gpu.current():
+                    yield
+            except (DeviceError, CaptureError) as error:
+                self._close(error)
+                raise DeviceError(f"{error}; the backend is closed, make a new one") from error
 
 
 class _Slot:

@@ -30,7 +30,7 @@ def result(
 def let_off() -> Result:
     """A result whose score reaches the threshold, but whose regions were left out as too small: it is good."""
     reaching = result(score=0.75, alarm=True, size=(1280, 960))
-    return replace(reaching, prediction=replace(reaching.prediction, regions=(), min_area=5000))
+    return replace(reaching, prediction=replace(reaching.prediction, regions=(), overruled="min_area"))
 
 
 def drawn_verdict(picture: NDArray[np.uint8]) -> str:

@@ -33,7 +33,9 @@ from fbclip.runtime.roi import Roi
 from fbclip.runtime.timing import WINDOW, Percentiles
 
 SAMPLES = Path(fbclip.__file__).parent / "assets" / "samples"
+STRIPE = slice(40, 48)  # rows, darker than the rest of a picture, which would be unusable without
 IMAGE = np.full((48, 64, 3), 90, np.uint8)
+IMAGE[STRIPE] = 60
 PATIENT = Limits(close_s=PATIENCE_S)  # for sinks that do take what waits: they are not waited for any longer
 
 
@@ -134,7 +136,9 @@ def predictor(**options: Any) -> Predictor:
 
 
 def grey(value: int) -> NDArray[np.uint8]:
-    return np.full((48, 64, 3), value, np.uint8)
+    picture = np.full((48, 64, 3), value, np.uint8)
+    picture[STRIPE] = value // 2
+    return picture
 
 
 @pytest.fixture

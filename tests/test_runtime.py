@@ -156,9 +156,8 @@ def test_a_folder_with_broken_files(fbclip: Run, tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "out/r.jsonl").read_text().splitlines()]
     assert len(records) == 9
     for record in records:
-        assert list(record) == [
-            *("source", "score", "threshold", "is_anomalous", "regions", "overlay", "map", "timings_ms")
-        ]
+        verdict = ["score", "threshold", "is_anomalous", "verdict", "overruled", "unusable", "regions"]
+        assert list(record) == ["source", *verdict, "overlay", "map", "timings_ms"]
         assert (tmp_path / record["overlay"]).is_file()
         assert record["is_anomalous"] == (record["score"] >= record["threshold"])
         assert np.load(tmp_path / record["map"]).shape == read_image(tmp_path / record["source"]).shape[:2]

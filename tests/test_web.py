@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from serving import GOOD, SCRATCH, TOKEN, Server, running
 from waiting import PATIENCE_S, eventually
@@ -45,6 +46,21 @@ def page(browser: Browser) -> Iterator[Page]:
     opened.context.close()
     assert asked <= {"127.0.0.1", "localhost"}
     assert errors == []
+
+
+def test_a_camera_that_shows_nothing_is_not_good(server: Server, page: Page, tmp_path: Path) -> None:
+    page.goto(server.url)
+    server.belt.parts.put(GOOD)
+    expect(page.locator("#verdict")).to_contain_text("Good")
+    Image.new("RGB", (64, 48)).save(tmp_path / "black.png")
+    server.belt.parts.put(tmp_path / "black.png")
+    expect(page.locator("#verdict")).to_contain_text("Unusable black")
+    expect(page.locator("#camera")).to_have_text("camera blind")
+    server.belt.parts.put(GOOD)
+    expect(page.locator("#verdict")).to_contain_text("Good")
+    server.belt.turn("lost")
+    expect(page.locator("#verdict")).to_contain_text("No picture")
+    expect(page.locator("#verdict")).not_to_contain_text("Good")
 
 
 def test_the_page_shows_the_belt(server: Server, page: Page) -> None:

@@ -258,7 +258,7 @@ def print_report(report: Report, console: Console) -> None:
 
 def write_report(report: Report, target: str) -> None:
     """The report as JSON to a file, which takes its name when it is whole, or to standard output for "-"."""
-    write_text(json.dumps({**asdict(report), "wrong": report.wrong}, indent=1) + "\n", target)
+    write_text(json.dumps({**asdict(report), "wrong": report.wrong}, indent=1, allow_nan=False) + "\n", target)
 
 
 def _pixels(size_hw: tuple[int, ...]) -> int:

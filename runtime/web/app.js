@@ -82,18 +82,21 @@ function show(news) {
   drawSoon();
 }
 
+const VERDICTS = { good: ["good", "✓ Good"], defect: ["bad", "✕ Defect"], unusable: ["bad", "! Unusable"] };
+
 function showResult(result, age) {
-  const bad = result.is_anomalous;
-  $("verdict").dataset.state = bad ? "bad" : "good";
-  setText($("verdict-word"), bad ? "✕ Defect" : "✓ Good");
-  setText($("verdict-score"), result.score.toFixed(3));
+  const gone = state.source === "lost"; // what it showed last says nothing of now
+  const [mood, word] = gone ? ["none", "– No picture"] : VERDICTS[result.verdict];
+  $("verdict").dataset.state = mood;
+  setText($("verdict-word"), word);
+  setText($("verdict-score"), gone ? "" : (result.unusable ?? result.score.toFixed(3)));
   $("alarm").hidden = !result.alarm;
   setText($("source"), result.source);
-  $("picture").alt = `Heat map of ${result.source}: ${bad ? "defect" : "good"}, score ${result.score.toFixed(2)}, ${count(result.regions, "region")}`;
+  $("picture").alt = `Heat map of ${result.source}: ${result.verdict}, score ${result.score.toFixed(2)}, ${count(result.regions, "region")}`;
   state.age = age;
 }
 
-const CAMERA = { live: "good", connecting: "waiting", lost: "bad", ended: "idle" };
+const CAMERA = { live: "good", connecting: "waiting", lost: "bad", blind: "bad", ended: "idle" };
 
 function showStatus(status) {
   setText($("model"), `${status.model.name} · ${status.model.device} · ${status.model.precision}`);
@@ -103,6 +106,7 @@ function showStatus(status) {
   $("main").classList.toggle("uploads-only", !pipeline);
   if (status.threshold !== state.threshold || !state.tuned) setThreshold(status.threshold);
   if (!pipeline) return;
+  state.source = pipeline.source.state;
   setChip($("camera"), CAMERA[pipeline.source.state] ?? "waiting", `${pipeline.source.live ? "camera" : "source"} ${pipeline.source.state}`);
   const counters = pipeline.source.counters;
   const rows = [
@@ -279,11 +283,11 @@ async function inspect(file) {
 }
 
 function showScored(name, found) {
-  const verdict = found.is_anomalous ? "Defect" : "Good";
+  const [mood, verdict] = VERDICTS[found.verdict];
   const regions = count(found.regions.length, "region");
   $("scored-picture").src = `data:image/png;base64,${found.overlay_png}`;
-  $("scored-picture").alt = `Heat map of ${name}: ${verdict.toLowerCase()}, ${regions}`;
-  const mark = element("span", { class: found.is_anomalous ? "bad" : "good" }, `${found.is_anomalous ? "✕" : "✓"} ${verdict}`);
+  $("scored-picture").alt = `Heat map of ${name}: ${found.verdict}, ${regions}`;
+  const mark = element("span", { class: mood }, found.unusable ? `${verdict}: ${found.unusable}` : verdict);
   const milliseconds = Object.values(found.timings_ms).reduce((sum, value) => sum + value, 0);
   $("scored-text").replaceChildren(
     element("span", {}, mark, `  ${found.score.toFixed(3)}, threshold ${found.threshold.toFixed(3)}`),
@@ -348,7 +352,7 @@ $("viewer").addEventListener("keydown", ({ key }) => {
   if (key === "ArrowRight") view(viewed - 1);
 });
 
-const SERIOUS = new Set(["lost", "failing", "drifting", "on"]);
+const SERIOUS = new Set(["lost", "blind", "failing", "drifting", "on"]);
 const RELIEF = new Set(["live", "working", "steady", "off"]);
 
 const KINDS = { source: "Source", sink: "Output", drift: "Scores", alarm: "Alarm", run: "Run" };
