@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fbclip.errors import UsageError
 from fbclip.files import replacing
 from fbclip.runtime.calibration import Calibration, percent
 
@@ -29,7 +28,7 @@ def write_histogram(calibration: Calibration, defects: Sequence[float], path: Pa
         path: of the picture.
 
     Raises:
-        UsageError: it can't be written.
+        FBClipError, UsageError: it can't be written; see `fbclip.files.write_error`.
     """
     c = calibration
     values = [*c.scores, *defects, c.threshold]
@@ -80,11 +79,8 @@ def write_histogram(calibration: Calibration, defects: Sequence[float], path: Pa
         draw.text((place + 28, 77), text, INK, _font(20), "lm")
         place += 28 + draw.textlength(text, _font(20)) + 36
     draw.text(((left + right) / 2, SIZE[1] - 14), "image score (height: share of each kind)", INK, _font(20), "mb")
-    try:
-        with replacing(path) as file:
-            image.save(file, "PNG")
-    except OSError as error:
-        raise UsageError(f"can't write {path}: {error}; copy the bundle to where you may write") from error
+    with replacing(path) as file:
+        image.save(file, "PNG")
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
