@@ -441,7 +441,7 @@ def test_mutated_graphs_are_read_or_refused(data: st.DataObject, tmp_path_factor
 def test_the_command_refuses_in_one_line(fbclip: Run, folder: Path) -> None:
     """Whatever comes of a bundle's files in the library, the installed command ends with 2 and one line."""
     (folder / "manifest.json").write_text(DEEP)
-    for command in (["infer"], ["serve"], ["bench"], ["eval", "."], ["export", "--triton", "models"]):
+    for command in (["infer"], ["serve"], ["export", "--triton", "models"]):
         done = fbclip(*command, "--bundle", folder, code=2)
         assert done.stderr.count("\n") == 1, done.stderr
     assert fbclip("calibrate", folder, folder.parent, code=2).stderr.count("\n") == 1
