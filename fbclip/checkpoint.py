@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fbclip.clip import (
+    ClipConfig,
     StateDict,
     build_clip,
     fitting_clips,
@@ -223,7 +224,7 @@ def _load_ours(
         if clip or clip_weights:
             raise CheckpointError(f"{path} carries its own CLIP ({own.name}); leave out --clip and --clip-weights")
         require_tensors(config, path)
-        loaded = build_clip(own, None)
+        loaded = build_clip(_used(config), None)
     else:
         # names in a file may be no paths and no addresses
         if not clip and own.weights not in open_clip.list_pretrained_tags_by_model(own.name.replace("/", "-")):
@@ -244,6 +245,12 @@ def _load_ours(
     return model.eval()
 
 
+def _used(config: Config) -> ClipConfig:
+    """Its CLIP without the vision blocks behind the last feature layer, which our checkpoints don't hold."""
+    vision = {**config.clip.vision, "layers": max(config.feature_layers)}
+    return replace(config.clip, model={**config.clip.model, "vision_cfg": vision})
+
+
 def require_tensors(config: Config, path: Path) -> None:
     """Compare the shapes of our checkpoint's tensors with those of its configuration before any of it is built, so
     that a configuration takes no more memory than the file has.
@@ -253,7 +260,7 @@ def require_tensors(config: Config, path: Path) -> None:
     """
     try:
         with torch.device("meta"):
-            model = FBCLIP(config, build_clip(config.clip, None))
+            model = FBCLIP(config, build_clip(_used(config), None))
     except Exception as error:  # whatever open_clip and torch say to sizes that don't go together
         raise CheckpointError(f"{path} has a configuration of no model: {one_line(error)}") from error
     _require_shapes(model, path)
