@@ -35,6 +35,7 @@ from fbclip.untrusted import (
     parse_array,
     parse_json,
     read_bytes,
+    read_value,
 )
 
 FORMAT = 3
@@ -122,12 +123,10 @@ class Manifest:
             BundleError: no manifest of a format that is known, or one with impossible values.
         """
         try:
-            values = parse_json(text)
-            found = values["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(
-                f"{where} is no fbclip manifest: {one_line(repr(error))}; export the bundle again"
-            ) from error
+            values = read_value(Mapping[str, Any], parse_json(text), "it")
+        except ValueError as error:
+            raise BundleError(f"{where} is no fbclip manifest: {one_line(error)}; export the bundle again") from error
+        found = values.get("format")
         if type(found) is int and found in ADDED:
             values = {**ADDED[found], **values, "format": FORMAT}
         elif type(found) is not int or found != FORMAT:

@@ -48,8 +48,8 @@ class ClipConfig:
     def __post_init__(self) -> None:
         """Raise UsageError for sizes that no CLIP has, made up to take more memory or time than there is."""
         try:
-            for part in ("vision_cfg", "text_cfg"):
-                read_value(Mapping[str, Any], self.model.get(part), part)
+            for tower in ("vision_cfg", "text_cfg"):
+                read_value(Mapping[str, Any], self.model.get(tower), tower)
             for part in (self.model, self.vision, self.model["text_cfg"]):
                 for name in _SIZES.keys() & part.keys():
                     read_value(_SIZES[name], part[name], name)

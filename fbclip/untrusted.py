@@ -242,6 +242,8 @@ def external_files(path: Path) -> set[str]:
         ValueError: no ONNX graph.
     """
     try:
+        if not path.stat().st_size:  # which can't be mapped
+            raise ValueError("it is empty")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return set(_locations(content))
     except OSError as error:

@@ -110,21 +110,31 @@ def require_signature(session: Any, graph: Path, text: NDArray[np.float32]) -> t
         BundleError: its inputs and outputs are not those of `fbclip export`, or not for these text features.
     """
     found = {each.name: (each.type, list(each.shape)) for each in (*session.get_inputs(), *session.get_outputs())}
-    batch, height, width, *_ = [*found.get(IMAGE, ("", []))[1], None, None, None]
-    sides = height, width
+    _, shape = found.get(IMAGE, ("", []))
+    batch, height, width, _ = shape if len(shape) == 4 else (None, 0, 0, 0)
     expected = {
-        IMAGE: ("tensor(uint8)", [batch, *sides, 3]),
-        TEXT: ("tensor(float)", [*text.shape]),
+        IMAGE: ("tensor(uint8)", [batch, height, width, 3]),
+        TEXT: ("tensor(float)", list(text.shape)),
         SCORE: ("tensor(float)", [batch]),
-        ANOMALY_MAP: ("tensor(float)", [batch, *sides]),
+        ANOMALY_MAP: ("tensor(float)", [batch, height, width]),
     }
-    if found != expected or not all(isinstance(side, int) and side > 0 for side in sides):
+
+    def fits(name: str) -> bool:
+        (kind, there), (wanted_kind, wanted) = found[name], expected[name]
+        open_ended = name in (SCORE, ANOMALY_MAP)  # tools that rewrite graphs may forget the sizes of outputs
+        return (kind, len(there)) == (wanted_kind, len(wanted)) and all(
+            here == side or type(side) is not int or (open_ended and type(here) is not int)
+            for here, side in zip(there, wanted, strict=True)
+        )
+
+    known = found.keys() == expected.keys() and type(height) is int and type(width) is int
+    if not (known and all(map(fits, expected))):
         raise BundleError(
             f"a bundle's graph takes {IMAGE} uint8 (N, H, W, 3) and {TEXT} float32 {text.shape} as text.npy has it, and "
             f"gives {SCORE} float32 (N,) and {ANOMALY_MAP} float32 (N, H, W); {graph} has {one_line(found)}: "
             f"export the bundle again"
         )
-    return sides
+    return height, width
 
 
 def cores() -> int:

@@ -116,8 +116,14 @@ class Calibration:
         )
         if precision == self.precision:
             return text
-        strayed = [bundle.manifest.parity.get(each, {}).get("score_max") for each in (precision, self.precision)]
-        measured = f" by {sum(strayed):.0e}, as the export measured" if all(type(s) is float for s in strayed) else ""
+        strayed: list[Any] = [
+            bundle.manifest.parity.get(each, {}).get("score_max") for each in (precision, self.precision)
+        ]
+        measured = (
+            f" by {sum(strayed):.0e}, as the export measured"
+            if all(isinstance(drift, float) for drift in strayed)
+            else ""
+        )
         return (
             f"{text}; they were scored in {self.precision}, and {precision} may differ{measured}: "
             f"calibrate with --precision {precision} for the exact promise"
