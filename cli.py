@@ -84,8 +84,12 @@ def calibrate(
         ),
     ],
     false_alarm_rate: Annotated[
-        float, typer.Option(help="Probability that a new good part raises an alarm; 0.01 needs 99 images.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            help="Share of good parts that may raise a false alarm: 0.05 needs 19 images, 0.01 needs 99. Left out: 0.01, "
+            "or the lowest that fewer images allow."
+        ),
+    ] = None,
     defects: Annotated[
         list[str] | None, typer.Option(help="Images of defective parts: adds the expected miss rate.")
     ] = None,
@@ -94,10 +98,12 @@ def calibrate(
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or int8: what will inspect.")] = "auto",
     roi: RoiOption = None,
+    name: Annotated[
+        str | None, typer.Option(help="Calibrate a copy of the bundle here, NAME.fbclip: one for each product line.")
+    ] = None,
 ) -> None:
     """Set the threshold from good parts alone, with a stated rate of false alarms."""
-    from fbclip.runtime.calibrate import calibrate, choose_bundle, good_images, report
-    from fbclip.runtime.histogram import write_histogram
+    from fbclip.runtime.calibrate import calibrate, choose_bundle, good_images, report, write
     from fbclip.runtime.images import list_images
     from fbclip.runtime.predictor import Predictor
     from fbclip.runtime.roi import Roi
@@ -107,16 +113,15 @@ def calibrate(
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    bundle, places = choose_bundle(source, say)
+    bundle, path, places = choose_bundle(source, name)
     images = good_images(places, every, max_frames, say)
     defective = list_images(defects, say) if defects else []
     region = Roi.parse(roi) if roi else None
     predictor = Predictor(bundle, device, precision, calibrated=False, roi=region)
     calibration, good, bad = calibrate(predictor, images, false_alarm_rate, defective, console)
     report(calibration, good, bad, say)
-    write_histogram(calibration, bad.scores, bundle.path / "calibration.png")
-    calibration.save(bundle)
-    say(f"wrote {bundle.calibration} and its picture, calibration.png: --threshold auto uses it")
+    write(calibration, bad.scores, bundle, path, say)
+    say(f"wrote {path / 'calibration.json'} and its picture, calibration.png: use it with --bundle {path}")
     if good.skipped or bad.skipped:
         raise typer.Exit(2)
 

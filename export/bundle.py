@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 import fbclip
-from fbclip.bundle import CPU_GRAPH, DYNAMIC, GRAPHS, IMAGE, TEXT, Bundle, Manifest, save
+from fbclip.bundle import CPU_GRAPH, DYNAMIC, GRAPHS, IMAGE, TEXT, Bundle, Manifest, require_place, save
 from fbclip.errors import ParityError
 from fbclip.export.backend import TorchBackend
 from fbclip.export.check import check_graph
@@ -74,7 +74,9 @@ def export_bundle(
     Raises:
         GraphError: a graph that TensorRT would not take.
         ParityError: a graph drifts past its budget. In both cases nothing is written.
+        BundleError, UsageError: `out` is something else than a bundle, or can't be written.
     """
+    require_place(out)
     config = model.config
     size_hw = deployment.frame_size or (config.image_size, config.image_size)
     proof = replace(proof, frames=[resize(frame, size_hw) for frame in proof.frames])

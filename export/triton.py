@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fbclip.bundle import ANOMALY_MAP, GRAPHS, IMAGE, SCORE, TEXT, Bundle
+from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle, checked_name
 from fbclip.errors import BundleError, UsageError
+from fbclip.files import new_folder
 from fbclip.runtime.backends import resolve_precision
+from fbclip.runtime.calibration import Calibration
+from fbclip.untrusted import one_line
 
 MAX_BATCH = 8
 QUEUE_DELAY_US = 2000  # a request waits so long for others to share its batch: little against a frame's 33 ms
@@ -36,6 +38,9 @@ class Served:
         platform: "onnxruntime_onnx" or "tensorrt_plan".
         frame_hw, map_hw: sides of the graph's input and of its map in pixels.
         max_batch: frames at once.
+        threshold: scores from here on are anomalous: the calibration's, or the bundle's default.
+        map_threshold: map values from here on are marked.
+        promise: where the threshold comes from, as a sentence.
     """
 
     name: str
@@ -43,6 +48,9 @@ class Served:
     frame_hw: tuple[int, int]
     map_hw: tuple[int, int]
     max_batch: int
+    threshold: float
+    map_threshold: float
+    promise: str
 
 
 def write_model(
@@ -51,6 +59,7 @@ def write_model(
     precision: str = "auto",
     build: Build | None = None,
     max_batch: int = MAX_BATCH,
+    name: str | None = None,
 ) -> Path:
     """Write a bundle's model into a Triton model repository.
 
@@ -61,6 +70,7 @@ def write_model(
         build: makes a TensorRT plan (second argument) from a graph (first) for a batch of 1 to `max_batch`; if left
             out, the graph itself is served. The plan only loads in a Triton with the same TensorRT on the same GPU.
         max_batch: frames that Triton puts together at most.
+        name: of the model; the bundle's own (its folder's) if left out.
 
     Returns:
         The model's folder, NAME/ with config.pbtxt, README.md and 1/model.onnx or 1/model.plan.
@@ -73,33 +83,52 @@ def write_model(
     if find_spec("onnx") is None:
         raise UsageError("--triton writes the text features into the graph with the onnx package: pip install onnx")
     precision = resolve_precision(bundle, "Triton on a GPU", precision)
-    name = re.sub(r"[^\w.-]+", "-", bundle.manifest.name).strip("-.") or "fbclip"
+    name = triton_name(bundle.name) if name is None else checked_name(name)
     folder = repository.resolve() / name
     if folder.exists():
-        raise UsageError(f"--triton writes a new model; {folder} is there already: remove it, or pass another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
-    except OSError as error:
-        raise UsageError(f"--triton takes a folder that can be written to; got {repository}: {error}") from error
-    try:
+        raise UsageError(
+            f"--triton writes a new model; {folder} is there already: remove it, or pass another --name or folder"
+        )
+    calibration = Calibration.load(bundle)
+    with new_folder(folder) as temporary:
         version = temporary / "1"
         version.mkdir()
         frame_hw, map_hw = bake_text(bundle, precision, version)
         if build:
             build(version / "model.onnx", version / "model.plan")
-            for graph_file in version.glob("*.onnx*"):
-                graph_file.unlink()
-        platform = "tensorrt_plan" if build else "onnxruntime_onnx"
-        served = Served(name, platform, frame_hw, map_hw, max_batch)
+            for graph_file in version.iterdir():
+                if graph_file.name != "model.plan":
+                    graph_file.unlink()
+        threshold = bundle.manifest.threshold
+        served = Served(
+            name,
+            platform="tensorrt_plan" if build else "onnxruntime_onnx",
+            frame_hw=frame_hw,
+            map_hw=map_hw,
+            max_batch=max_batch,
+            threshold=calibration.threshold if calibration else threshold,
+            map_threshold=calibration.map_threshold if calibration else threshold,
+            promise=promise(bundle, calibration, precision),
+        )
         (temporary / "config.pbtxt").write_text(config(served))
-        (temporary / "README.md").write_text(readme(served, bundle, precision))
-        temporary.chmod(0o755)
+        (temporary / "README.md").write_text(readme(served, bundle, precision), encoding="utf-8")
         temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return folder
+
+
+def triton_name(name: str) -> str:
+    """A bundle's name as a model of Triton may be called."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "fbclip"
+
+
+def promise(bundle: Bundle, calibration: Calibration | None, precision: str) -> str:
+    """Where the threshold comes from, as a sentence."""
+    if calibration is None:
+        return f"Threshold {bundle.manifest.threshold:g} is the bundle's default: it is not calibrated."
+    text = f"T{calibration.explain(bundle, precision).removeprefix('t')}."
+    if calibration.roi:
+        text += f" It was calibrated with --roi {calibration.roi}: send that part of a frame only."
+    return text
 
 
 def bake_text(bundle: Bundle, precision: str, folder: Path) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -111,18 +140,21 @@ def bake_text(bundle: Bundle, precision: str, folder: Path) -> tuple[tuple[int, 
     import onnx
     from onnx import numpy_helper
 
-    graph_path = bundle.graph(precision)
-    model = onnx.load(graph_path, load_external_data=False)
-    (text,) = [tensor for tensor in model.graph.input if tensor.name == TEXT]
-    model.graph.input.remove(text)
+    graph_path, (_, *beside) = bundle.graph(precision), bundle.graph_files(precision)
+    try:
+        model = onnx.load(graph_path, load_external_data=False)
+        inputs = {tensor.name: tensor for tensor in model.graph.input}
+        outputs = {tensor.name: tensor for tensor in model.graph.output}
+        model.graph.input.remove(inputs[TEXT])
+        sides = _sides(inputs[IMAGE]), _sides(outputs[ANOMALY_MAP])
+    except Exception as error:  # protobuf's, and what is not there
+        raise BundleError(f"{graph_path} is no graph of a bundle: {one_line(repr(error))}; export it again") from error
     model.graph.initializer.append(numpy_helper.from_array(bundle.text, TEXT))
-    (image,) = model.graph.input
-    (anomaly_map,) = [tensor for tensor in model.graph.output if tensor.name == ANOMALY_MAP]
     onnx.save(model, folder / "model.onnx")
-    for name in bundle.manifest.files:
-        if name.startswith(f"{GRAPHS[precision]}."):
-            shutil.copyfile(bundle.path / name, folder / name)
-    return _sides(image), _sides(anomaly_map)
+    for name in beside:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.path / name, folder / name)
+    return sides
 
 
 def _sides(tensor: Any) -> tuple[int, int]:
@@ -152,6 +184,9 @@ input {{ name: "{IMAGE}" data_type: TYPE_UINT8 dims: [ {height}, {width}, 3 ] }}
 # the graph gives scores (N); Triton wants an axis behind the batch, so clients get (N, 1)
 output {{ name: "{SCORE}" data_type: TYPE_FP32 dims: [ 1 ] reshape {{ shape: [ ] }} }}
 output {{ name: "{ANOMALY_MAP}" data_type: TYPE_FP32 dims: [ {served.map_hw[0]}, {served.map_hw[1]} ] }}
+# what clients compare with
+parameters {{ key: "threshold" value {{ string_value: "{served.threshold!r}" }} }}
+parameters {{ key: "map_threshold" value {{ string_value: "{served.map_threshold!r}" }} }}
 dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_DELAY_US} }}
 # one copy of the model per GPU; on the CPU where there is none
 instance_group {{ count: 1 kind: {"KIND_GPU" if served.platform == "tensorrt_plan" else "KIND_AUTO"} }}
@@ -201,8 +236,11 @@ Without a GPU leave out `--gpus all`. HTTP is on port 8000, gRPC on 8001, metric
 | tensor | | |
 | --- | --- | --- |
 | `{IMAGE}` | uint8 (N, {height}, {width}, 3) | {order.upper()} frames, N up to {served.max_batch}; 0 to 255, other sizes resized bicubically first |
-| `{SCORE}` | float32 (N, 1) | abnormal probability of the frame; anomalous from {bundle.manifest.threshold:g} on |
-| `{ANOMALY_MAP}` | float32 (N, {served.map_hw[0]}, {served.map_hw[1]}) | the same, pixel by pixel |
+| `{SCORE}` | float32 (N, 1) | abnormal probability of the frame; anomalous from {served.threshold:g} on |
+| `{ANOMALY_MAP}` | float32 (N, {served.map_hw[0]}, {served.map_hw[1]}) | the same, pixel by pixel; marked from {served.map_threshold:g} on |
+
+{served.promise} Triton gives numbers, not verdicts: the client compares. Both thresholds are parameters in
+`config.pbtxt`, with all their digits. `fbclip calibrate` changes the bundle and not this model: write it anew after that.
 
 Normalisation, upsampling, blur and the text features are in the graph.
 
@@ -223,7 +261,9 @@ image = triton.InferInput("{IMAGE}", list(frames.shape), "UINT8")
 image.set_data_from_numpy(frames)
 client = triton.InferenceServerClient(sys.argv[2] if len(sys.argv) > 2 else "localhost:8000")
 result = client.infer("{served.name}", [image])
-print("score", result.as_numpy("{SCORE}")[0, 0], "highest on the map", result.as_numpy("{ANOMALY_MAP}").max())
+score = result.as_numpy("{SCORE}")[0, 0]
+verdict = "good" if score < {served.threshold!r} else "defect"
+print(verdict, "score", score, "highest on the map", result.as_numpy("{ANOMALY_MAP}").max())
 ```
 
 ## Tune

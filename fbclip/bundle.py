@@ -1,26 +1,42 @@
 """The deployment contract: a folder `NAME.fbclip/` with a manifest, text features and graphs.
 
 Needs neither torch nor ONNX. Written to a temporary sibling and renamed, so half a bundle is never found under
-its name; every file's SHA-256 is in the manifest and checked before the file is used.
+its name; every file's SHA-256 is in the manifest and checked before the file is used, also of the files that a graph
+takes weights from. Bundles come from others: whatever is in one, it is read or refused in one line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.engines import Engine, Platform
-from fbclip.errors import BundleError, DeviceError
-from fbclip.files import sha256
+from fbclip.engines import Engine, Platform, Precision
+from fbclip.errors import BundleError, DeviceError, UsageError
+from fbclip.files import new_folder, recover, require_writable, sha256, take_place
+from fbclip.untrusted import (
+    MIB,
+    Like,
+    Line,
+    Probability,
+    Range,
+    Sha256,
+    build,
+    external_files,
+    one_line,
+    one_of,
+    parse_array,
+    parse_json,
+    read_bytes,
+    read_value,
+)
 
 FORMAT = 3
 ADDED = {
@@ -37,13 +53,25 @@ CPU_GRAPH = "model.cpu.onnx"
 IMAGE, TEXT, SCORE, ANOMALY_MAP = "image", "text", "score", "anomaly_map"
 BATCH_AXIS = "batch"
 
+SUFFIX = ".fbclip"
+MOST_MANIFEST = MOST_TEXT = MIB  # bytes of manifest.json and text.npy; usual are 2,000 and 6,000
+UNIT = 1e-3  # how far the length of a text feature may be from 1
+
+Side = Annotated[int, Range(1, 16_384)]  # pixels
+NAME = Like(r"\w[\w.-]{0,99}", "up to 100 letters, digits and . - _, a letter or digit first")
+# of a file in the bundle; no part of it begins with a dot
+File = Annotated[str, Like(r"\w[\w.-]{0,199}(/\w[\w.-]{0,199}){0,3}", "a path that stays inside the bundle")]
+Channel = Annotated[float, Range(-100, 100)]
+Spread = Annotated[float, Range(1e-6, 100)]
+Prompt = Annotated[str, Range(0, 10_000)]
+
 
 @dataclass(frozen=True)
 class Manifest:
     """What a bundle holds.
 
     Attributes:
-        name: of the model.
+        name: of the model; a bundle's own is its folder's.
         image_size: side S of the model's square input in pixels.
         grid: patches along a side.
         feature_layers: blocks whose tokens are used, from 1.
@@ -63,24 +91,24 @@ class Manifest:
         format: of the bundle.
     """
 
-    name: str
-    image_size: int
-    grid: int
-    feature_layers: tuple[int, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    prompts: tuple[str, str]
-    blur_sigma: float
-    threshold: float
-    precisions: tuple[str, ...]
-    opset: int
-    frame_size: tuple[int, int] | None = None
-    channel_order: str = "rgb"
-    int8: str | None = None
-    score_kind: str = "class_token"
-    files: Mapping[str, str] = field(default_factory=dict)
+    name: Line
+    image_size: Side
+    grid: Side
+    feature_layers: Annotated[tuple[Annotated[int, Range(1, 1000)], ...], Range(1, 6)]
+    mean: tuple[Channel, Channel, Channel]
+    std: tuple[Spread, Spread, Spread]
+    prompts: tuple[Prompt, Prompt]
+    blur_sigma: Annotated[float, Range(0, 1000)]
+    threshold: Probability
+    precisions: Annotated[tuple[Precision, ...], Range(1, 3)]
+    opset: Annotated[int, Range(1, 1000)]
+    frame_size: tuple[Side, Side] | None = None
+    channel_order: Annotated[str, one_of("rgb", "bgr")] = "rgb"
+    int8: Annotated[str, one_of(DYNAMIC, STATIC)] | None = None
+    score_kind: Annotated[str, one_of("class_token")] = "class_token"
+    files: Mapping[File, Sha256] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    parity: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[Precision, Mapping[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -89,27 +117,47 @@ class Manifest:
         return self.frame_size or (self.image_size, self.image_size)
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, where: Path) -> Manifest:
+        """
+        Raises:
+            BundleError: no manifest of a format that is known, or one with impossible values.
+        """
         try:
-            values = json.loads(text)
-            found = values["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"{where} is no fbclip manifest: {error!r}; export the bundle again") from error
-        if isinstance(found, int) and found in ADDED:
+            values = read_value(Mapping[str, Any], parse_json(text), "it")
+        except ValueError as error:
+            raise BundleError(f"{where} is no fbclip manifest: {one_line(error)}; export the bundle again") from error
+        found = values.get("format")
+        if type(found) is int and found in ADDED:
             values = {**ADDED[found], **values, "format": FORMAT}
-        elif found != FORMAT:
-            newer = isinstance(found, int) and found > FORMAT
+        elif type(found) is not int or found != FORMAT:
+            newer = type(found) is int and found > FORMAT
             cure = "upgrade with pip install -U fbclip" if newer else "run fbclip export again"
             formats = ", ".join(map(str, (*ADDED, FORMAT)))
-            raise BundleError(f"{where} has bundle format {found}; this fbclip reads {formats}: {cure}")
-        names = {f.name for f in fields(cls)}
-        if (missing := names - values.keys()) or (extra := values.keys() - names):
             raise BundleError(
-                f"{where} does not match its format: missing {sorted(missing)}, extra "
-                f"{sorted(extra) if not missing else []}; export the bundle again"
+                f"{where} has bundle format {one_line(repr(found), 60)}; this fbclip reads {formats}: {cure}"
             )
-        tuples = ("feature_layers", "mean", "std", "prompts", "precisions", "frame_size")
-        return cls(**{**values, **{name: tuple(values[name]) for name in tuples if values[name] is not None}})
+        try:
+            manifest = build(cls, values)
+            manifest._require_sense()
+        except ValueError as error:
+            raise BundleError(
+                f"{where} does not match its format: {one_line(error)}; export the bundle again"
+            ) from error
+        return manifest
+
+    def _require_sense(self) -> None:
+        """Raise ValueError unless the fields fit each other."""
+        needed = {"text.npy", *(GRAPHS[precision] for precision in self.precisions)}
+        if self.image_size % self.grid:
+            raise ValueError(f"image_size is a multiple of grid; got {self.image_size} and {self.grid}")
+        if list(self.feature_layers) != sorted(set(self.feature_layers)):
+            raise ValueError(f"feature_layers ascend; got {self.feature_layers}")
+        if len(set(self.precisions)) < len(self.precisions):
+            raise ValueError(f"precisions differ; got {self.precisions}")
+        if ("int8" in self.precisions) != (self.int8 is not None):
+            raise ValueError(f"int8 is the form of the 8-bit graph; got {self.int8!r} with {self.precisions}")
+        if missing := sorted(needed - self.files.keys()):
+            raise ValueError(f"files lack {', '.join(missing)}")
 
 
 @dataclass(frozen=True)
@@ -133,23 +181,33 @@ class Bundle:
         Graphs are checked when they are asked for.
 
         Raises:
-            BundleError: missing, damaged, of another format, or with files that leave the folder.
+            BundleError: missing, damaged, of another format, with impossible values, or with files that leave the folder.
         """
         folder = EMBEDDED if path is None else Path(path)
         manifest_path = folder / "manifest.json"
-        if not manifest_path.is_file():
+        with suppress(OSError, ValueError):
+            recover(folder)
+        try:
+            manifest_path.lstat()
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise BundleError(
                 f"a bundle is a folder with a manifest.json; {folder} has none: make one with fbclip export"
-            )
-        manifest = Manifest.from_json(manifest_path.read_text(), manifest_path)
-        text_path = _checked(folder, manifest, "text.npy")
-        try:
-            text = np.load(text_path, allow_pickle=False)
+            ) from error
         except (OSError, ValueError) as error:
-            raise BundleError(f"{text_path} holds no array: {error}; export the bundle again") from error
-        if text.ndim != 2 or text.shape[0] != 2 or text.dtype != np.float32:
-            raise BundleError(f"text features are float32 (2, E); {text_path} holds {text.dtype} {text.shape}")
-        return cls(folder, manifest, text)
+            raise BundleError(f"{folder} can't be read: {one_line(error)}") from error
+        try:
+            content = read_bytes(_inside(folder, manifest_path), MOST_MANIFEST)
+        except BundleError:
+            raise
+        except ValueError as error:
+            raise BundleError(f"{manifest_path} is no fbclip manifest: {error}; export the bundle again") from error
+        manifest = Manifest.from_json(content, manifest_path)
+        return cls(folder, manifest, _text_features(_checked(folder, manifest, "text.npy")))
+
+    @property
+    def name(self) -> str:
+        """Its own: that of its folder, without suffix. `manifest.name` is the model's, which copies share."""
+        return self.path.resolve().name.removesuffix(SUFFIX) or self.manifest.name
 
     def graph(self, precision: str) -> Path:
         """The ONNX file of a precision, checked against its hash.
@@ -157,9 +215,7 @@ class Bundle:
         Raises:
             BundleError: not in this bundle, or damaged.
         """
-        for name in self._graph_files(precision):
-            _checked(self.path, self.manifest, name)
-        return self.path / GRAPHS[precision]
+        return self._verified(self.graph_files(precision))
 
     def cpu_graph(self) -> Path:
         """The float32 graph for ONNX Runtime's CPU provider; the portable one in a bundle that was exported without it.
@@ -167,12 +223,30 @@ class Bundle:
         Raises:
             BundleError: damaged.
         """
-        portable = self.graph("fp32")
-        return _checked(self.path, self.manifest, CPU_GRAPH) if CPU_GRAPH in self.manifest.files else portable
+        portable = self.graph_files("fp32")
+        if CPU_GRAPH not in self.manifest.files:
+            return self._verified(portable)
+        return self._verified([CPU_GRAPH, *self._named_in(CPU_GRAPH), *portable])
+
+    def graph_files(self, precision: str) -> list[str]:
+        """Names of the graph's file and, after it, of those beside it with its weights.
+
+        Raises:
+            BundleError: not in this bundle, damaged, or with weights in files that the manifest doesn't list.
+        """
+        if precision not in self.manifest.precisions:
+            option = "" if precision == "fp32" else f" --{precision}"
+            raise BundleError(
+                f"{self.path} has no {precision} graph (it has {', '.join(self.manifest.precisions)}); "
+                f"export it with fbclip export{option}"
+            )
+        graph = GRAPHS[precision]
+        beside = {name for name in self.manifest.files if name.startswith(f"{graph}.")}
+        return [graph, *sorted(beside | self._named_in(graph))]
 
     def graph_sha256(self, precision: str) -> str:
         """The hash of a graph; of the hashes of its files where its weights lie beside it."""
-        hashes = [self.manifest.files.get(name, "") for name in self._graph_files(precision)]
+        hashes = [self.manifest.files[name] for name in self.graph_files(precision)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def model_sha256(self, precision: str) -> str:
@@ -191,8 +265,12 @@ class Bundle:
 
     @property
     def engines(self) -> Path:
-        """The folder of what devices make of the graphs: plans, their sidecars, caches."""
-        return self.path / "engines"
+        """The folder of what devices make of the graphs: plans, their sidecars, caches; it need not be there.
+
+        Raises:
+            BundleError: a link leads out of the bundle.
+        """
+        return _inside(self.path, self.path / "engines")
 
     def engine(self, precision: str, here: Platform, batch: int = 1) -> tuple[Path, Engine]:
         """A TensorRT plan that runs here and its sidecar; the plan is not opened, only its hash is checked.
@@ -229,61 +307,111 @@ class Bundle:
             raise BundleError(f"{plan} is missing or damaged: run {rebuild}")
         return plan, engine
 
-    def _graph_files(self, precision: str) -> list[str]:
-        """The graph's file and, beside it, its external data."""
-        if precision not in self.manifest.precisions:
-            option = "" if precision == "fp32" else f" --{precision}"
-            raise BundleError(
-                f"{self.path} has no {precision} graph (it has {', '.join(self.manifest.precisions)}); "
-                f"export it with fbclip export{option}"
-            )
-        graph = GRAPHS[precision]
-        return [graph, *sorted(name for name in self.manifest.files if name.startswith(f"{graph}."))]
+    def _named_in(self, graph: str) -> set[str]:
+        """The files that a graph takes weights from, all of which the manifest must list; none where it isn't there."""
+        path = _inside(self.path, self.path / graph)
+        if not path.is_file():
+            return set()
+        try:
+            names = external_files(path)
+            if strange := names - self.manifest.files.keys():
+                raise ValueError(
+                    f"it takes weights from {one_line(sorted(strange)[0], 60)!r}, which isn't in the manifest"
+                )
+        except ValueError as error:
+            _checked(self.path, self.manifest, graph)  # says so where it is damaged
+            raise BundleError(f"{path} is no graph of this bundle: {error}; export the bundle again") from error
+        return names
+
+    def _verified(self, names: Iterable[str]) -> Path:
+        """The path of the first of some files, each checked against its hash."""
+        first, *_ = [_checked(self.path, self.manifest, name) for name in dict.fromkeys(names)]
+        return first
 
 
 def save(path: Path, text: NDArray[np.float32], write_files: Callable[[Path], Manifest]) -> Bundle:
-    """Write a bundle atomically.
+    """Write a bundle atomically: killed at any moment, it leaves the old one or the new one under its name.
 
     Args:
         path: the folder to make; an older bundle there is replaced once the new one is whole.
         text: float32 (2, E).
         write_files: writes graphs and reports into the folder it is given and returns the manifest, without
             `files`; what it raises leaves nothing behind.
+
+    Raises:
+        BundleError: another thing is at `path`, or the new bundle is none that could be loaded.
+        FBClipError, UsageError: see `fbclip.files.write_error`.
     """
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (path / "manifest.json").is_file():
-        raise BundleError(f"--out must be a new folder or a bundle to replace; {path} is neither")
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    path = require_place(path)
+    with new_folder(path) as folder:
         np.save(folder / "text.npy", text)
         manifest = write_files(folder)
         files = {f.relative_to(folder).as_posix(): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
         values = {**asdict(manifest), "files": files}
-        (folder / "manifest.json").write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-        folder.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.rename(old / path.name)
-            folder.rename(path)
-            shutil.rmtree(old)
-        else:
-            folder.rename(path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return Bundle.load(path)
+        text_of_it = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        (folder / "manifest.json").write_bytes(text_of_it.encode("utf-8", "replace"))  # a file's name may be no Unicode
+        bundle = Bundle.load(folder)
+        take_place(folder, path)
+    return replace(bundle, path=path)
+
+
+def require_place(path: Path) -> Path:
+    """Where a bundle will be written, links followed: said before the work, not after it.
+
+    Raises:
+        BundleError: something else than a bundle is there.
+        FBClipError, UsageError: it can't be written; see `fbclip.files.write_error`.
+    """
+    try:
+        path = path.resolve()
+        require_writable(path.parent)
+        recover(path)
+    except (OSError, RuntimeError) as error:  # links in a circle, a name that is too long
+        raise BundleError(f"--out can't be {path}: {one_line(error)}; choose another place") from error
+    if path.exists() and not (path / "manifest.json").is_file():
+        raise BundleError(f"--out must be a new folder or a bundle to replace; {path} is neither")
+    return path
+
+
+def checked_name(name: str) -> str:
+    """A name for a bundle or for its copy, without suffix.
+
+    Raises:
+        UsageError: none that is a plain file name everywhere, Triton's repositories included.
+    """
+    name = name.removesuffix(SUFFIX)
+    if refusal := NAME.refuse(name):
+        raise UsageError(f"--name {refusal}; got {name!r}")
+    return name
+
+
+def _text_features(path: Path) -> NDArray[np.float32]:
+    """Text features float32 (2, E) of length 1 (docs/method.md): a bundle with others would score, and wrongly."""
+    try:
+        text = parse_array(read_bytes(path, MOST_TEXT))
+    except ValueError as error:
+        raise BundleError(f"{path} holds no array: {error}; export the bundle again") from error
+    if text.ndim != 2 or text.shape[0] != 2 or text.dtype != np.float32:
+        raise BundleError(f"text features are float32 (2, E); {path} holds {text.dtype} {text.shape}")
+    lengths = np.linalg.norm(text.astype(np.float64), axis=1)
+    if not (abs(lengths - 1) <= UNIT).all():  # nor where they are NaN
+        raise BundleError(
+            f"text features have length 1; those in {path} have {lengths[0]:g} and {lengths[1]:g}: "
+            f"export the bundle again"
+        )
+    return text
 
 
 def _checked(folder: Path, manifest: Manifest, name: str) -> Path:
     """The path of a file that the manifest lists, if it is inside the bundle and unchanged."""
-    inside = PurePosixPath(name)
-    if inside.is_absolute() or ".." in inside.parts or "\\" in name:
-        raise BundleError(f"paths in a bundle stay inside it; {folder} lists {name!r}")
     path = _inside(folder, folder / name)
-    if not path.is_file() or name not in manifest.files:
-        raise BundleError(f"{folder} lacks {name}; copy the whole folder, or export it again")
-    if (found := sha256(path)) != manifest.files[name]:
+    try:
+        if name not in manifest.files or not path.is_file():
+            raise BundleError(f"{folder} lacks {name}; copy the whole folder, or export it again")
+        found = sha256(path)
+    except OSError as error:
+        raise BundleError(f"{path} can't be read: {error.strerror or error}; copy the whole folder again") from error
+    if found != manifest.files[name]:
         raise BundleError(
             f"{path} is damaged (SHA-256 {found[:12]}…, the manifest says {manifest.files[name][:12]}…); "
             f"copy or export the bundle again"
@@ -293,6 +421,11 @@ def _checked(folder: Path, manifest: Manifest, name: str) -> Path:
 
 def _inside(folder: Path, path: Path) -> Path:
     """A path, if no link leads out of the bundle."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"paths in a bundle stay inside it; {path} leads to {path.resolve()}")
+    try:
+        leads_to = path.resolve()
+        inside = leads_to.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise BundleError(f"{path} can't be read: {one_line(error)}") from error
+    if not inside:
+        raise BundleError(f"paths in a bundle stay inside it; {path} leads to {leads_to}")
     return path

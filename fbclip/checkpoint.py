@@ -11,20 +11,34 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import open_clip
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fbclip.clip import StateDict, build_clip, fitting_clips, load_clip, require_fit
-from fbclip.errors import CheckpointError
+from fbclip.clip import (
+    ClipConfig,
+    StateDict,
+    build_clip,
+    fitting_clips,
+    load_clip,
+    load_torch_file,
+    plain_tensors,
+    require_fit,
+)
+from fbclip.errors import CheckpointError, FBClipError
+from fbclip.files import new_folder
 from fbclip.model import FBCLIP, Config, default_config
+from fbclip.untrusted import MIB, Like, build, one_line, parse_json
 
 FORMAT = 1
+MOST_HEADER = MIB  # characters; usual are 1,000
+MOST_GRID = 256  # patches along a side: what a spatial view precomputes grows with its third power, here to 84 MB
 DEFAULT_CLIP, DEFAULT_WEIGHTS = "ViT-L-14-336", "openai"  # the published checkpoints' CLIP
 
 # official name -> ours
@@ -76,6 +90,17 @@ _UNUSED_MANY = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Header:
+    """What our checkpoint says of itself, as JSON in its metadata."""
+
+    format: int
+    config: Mapping[str, Any]
+    includes_clip: bool
+    clip_fingerprint: Annotated[str, Like("[0-9a-f]{16}", "16 hexadecimal digits")]
+    provenance: Mapping[str, Any]
+
+
 def fingerprint(clip_projection: Tensor) -> str:
     """Tells CLIPs apart: the first 16 hex digits of the SHA-256 of the vision projection, float32."""
     return hashlib.sha256(clip_projection.detach().float().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
@@ -98,10 +123,14 @@ def save(model: FBCLIP, path: Path, provenance: Mapping[str, Any] | None = None)
         "clip_fingerprint": fingerprint(model.visual.tower.proj),
         "provenance": dict(provenance or {}),
     }
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, temporary, metadata={"fbclip": json.dumps(header, allow_nan=False)})
-    temporary.replace(path)
+    with new_folder(path) as folder:
+        temporary = folder / "checkpoint.safetensors"
+        try:
+            save_file(state, temporary, metadata={"fbclip": json.dumps(header, allow_nan=False)})
+        except SafetensorError as error:  # which a full disk is to it
+            raise FBClipError(f"can't write {path}: {one_line(error)}") from error
+        temporary.chmod(0o644)
+        temporary.replace(path)
 
 
 def load(
@@ -135,23 +164,50 @@ def load(
 
 def read_header(path: Path) -> dict[str, Any]:
     """The configuration and provenance of our checkpoint, without its tensors."""
+    return dict(vars(_header(path)))
+
+
+def _header(path: Path) -> Header:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        header = json.loads(metadata["fbclip"])
-    except KeyError as error:
+    except Exception as error:  # of any class: the reader is Rust's
+        raise CheckpointError(
+            f"{path} is neither an fbclip checkpoint nor an official one: {one_line(error)}"
+        ) from error
+    if "fbclip" not in metadata:
         raise CheckpointError(
             f"{path} holds tensors but no fbclip configuration; pass CLIP weights as --clip-weights, "
             f"a checkpoint made by fbclip train as --checkpoint"
-        ) from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is neither an fbclip checkpoint nor an official one: {error}") from error
-    if header.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {header.get('format')}; this fbclip reads format {FORMAT}: "
-            f"upgrade with pip install -U fbclip"
         )
-    return dict(header)
+    try:
+        if len(metadata["fbclip"]) > MOST_HEADER:
+            raise ValueError(f"it has more than {MOST_HEADER:,} characters")
+        values = parse_json(metadata["fbclip"])
+        found = values.get("format") if isinstance(values, dict) else None
+        if type(found) is int and found != FORMAT:
+            raise CheckpointError(
+                f"{path} has checkpoint format {found}; this fbclip reads format {FORMAT}: "
+                f"upgrade with pip install -U fbclip"
+            )
+        return build(Header, values)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a configuration that is none: {one_line(error)}") from error
+
+
+def _config(header: Header, path: Path, image_size: int | None, feature_layers: tuple[int, ...] | None) -> Config:
+    """The configuration of our checkpoint, with another input side and other layers where they are given."""
+    try:
+        config = build(Config, header.config, "config")
+        if (grid := config.image_size / config.clip.patch_size) > MOST_GRID:
+            raise ValueError(f"image_size is at most {MOST_GRID} patches; got {config.image_size}, which are {grid:g}")
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a configuration that is none: {one_line(error)}") from error
+    return replace(
+        config, image_size=image_size or config.image_size, feature_layers=feature_layers or config.feature_layers
+    )
 
 
 def _load_ours(
@@ -161,40 +217,75 @@ def _load_ours(
     image_size: int | None,
     feature_layers: tuple[int, ...] | None,
 ) -> FBCLIP:
-    header = read_header(path)
-    config = Config.from_dict(header["config"])
-    if header["includes_clip"]:
+    header = _header(path)
+    config = _config(header, path, image_size, feature_layers)
+    own = config.clip
+    if header.includes_clip:
         if clip or clip_weights:
-            raise CheckpointError(
-                f"{path} carries its own CLIP ({config.clip.name}); leave out --clip and --clip-weights"
-            )
-        loaded = build_clip(config.clip, None)
+            raise CheckpointError(f"{path} carries its own CLIP ({own.name}); leave out --clip and --clip-weights")
+        require_tensors(config, path)
+        loaded = build_clip(_used(config), None)
     else:
-        loaded, clip_cfg = load_clip(clip or config.clip.name, clip_weights or config.clip.weights)
+        # names in a file may be no paths and no addresses
+        if not clip and own.weights not in open_clip.list_pretrained_tags_by_model(own.name.replace("/", "-")):
+            raise CheckpointError(
+                f"{path} was trained on {own.name} with {own.weights}, which open_clip doesn't have: "
+                f"name it with --clip and --clip-weights"
+            )
+        loaded, clip_cfg = load_clip(clip or own.name, clip_weights or own.weights)
         config = replace(config, clip=clip_cfg)
-    config = replace(
-        config, image_size=image_size or config.image_size, feature_layers=feature_layers or config.feature_layers
-    )
     model = FBCLIP(config, loaded)
-    if (found := fingerprint(model.visual.tower.proj)) != header["clip_fingerprint"] and not header["includes_clip"]:
+    if (found := fingerprint(model.visual.tower.proj)) != header.clip_fingerprint and not header.includes_clip:
         raise CheckpointError(
             f"{path} was trained on another CLIP than {config.clip.name} as given (fingerprint "
-            f"{header['clip_fingerprint']}, got {found}): name the one it was trained on "
+            f"{header.clip_fingerprint}, got {found}): name the one it was trained on "
             f"with --clip and --clip-weights"
         )
     restore(model, path)
     return model.eval()
 
 
+def _used(config: Config) -> ClipConfig:
+    """Its CLIP without the vision blocks behind the last feature layer, which our checkpoints don't hold."""
+    vision = {**config.clip.vision, "layers": max(config.feature_layers)}
+    return replace(config.clip, model={**config.clip.model, "vision_cfg": vision})
+
+
+def require_tensors(config: Config, path: Path) -> None:
+    """Compare the shapes of our checkpoint's tensors with those of its configuration before any of it is built, so
+    that a configuration takes no more memory than the file has.
+
+    Raises:
+        CheckpointError: they don't fit, or nothing can be built from the configuration.
+    """
+    try:
+        with torch.device("meta"):
+            model = FBCLIP(config, build_clip(_used(config), None))
+    except Exception as error:  # whatever open_clip and torch say to sizes that don't go together
+        raise CheckpointError(f"{path} has a configuration of no model: {one_line(error)}") from error
+    _require_shapes(model, path)
+
+
 def restore(model: FBCLIP, path: Path) -> None:
     """Load the tensors of our checkpoint into a model of its configuration."""
-    includes_clip = read_header(path)["includes_clip"]
+    names = _require_shapes(model, path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name).float() for name in names}
+    except Exception as error:
+        raise CheckpointError(f"{path} can't be read: {one_line(error)}") from error
+    model.load_state_dict(state, strict=False)
+
+
+def _require_shapes(model: FBCLIP, path: Path) -> list[str]:
+    """The names of the tensors that our checkpoint has for a model, all of the right shape."""
+    includes_clip = _header(path).includes_clip
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if not _is_behind(name, len(model.visual.tower.blocks))]  # noqa: SIM118
-        state = {name: file.get_tensor(name).float() for name in names}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if includes_clip or not _is_clip(k)}
-    require_fit(f"the tensors of {path}", wanted, {k: tuple(v.shape) for k, v in state.items()})
-    model.load_state_dict(state, strict=False)
+    require_fit(f"the tensors of {path}", wanted, shapes)
+    return names
 
 
 def _is_clip(name: str) -> bool:
@@ -242,17 +333,17 @@ def _other_clip(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[i
 def _read_official(path: Path) -> StateDict:
     """The tensors of both parts of an official checkpoint, in one dictionary."""
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_torch_file(path)
         parts = [content["prompt_learner"], content["model_trainable_params"]]
-        return {str(k): v for part in parts for k, v in part.items()}
+        return {name: value for part in parts for name, value in plain_tensors(part, path).items()}
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors and plain values, and is not loaded: {str(error).splitlines()[0]}"
+            f"{path} holds more than tensors and plain values, and is not loaded: {one_line(error)}"
         ) from error
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"an official checkpoint is a dictionary with prompt_learner and model_trainable_params; "
-            f"{path} is not: missing {error}"
+            f"{path} is not: missing {one_line(error)}"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"can't read {path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of any class: torch's pickle and zip readers
+        raise CheckpointError(f"can't read {path}: {one_line(error)}") from error

@@ -61,6 +61,9 @@ def export(
             help="For the proof: images, folders, globs, or a data set (see fbclip data); the samples if left out."
         ),
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the bundle, or with --triton of its model; the checkpoint's or bundle's.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle folder to write; NAME.fbclip if left out.")] = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Build a TensorRT engine for the GPU here; with --triton as its model.")
@@ -98,7 +101,9 @@ def export(
     if bundle:
         if not (engine or triton) or checkpoint or clip or out or fp16 or int8 or int8_static:
             raise UsageError("--bundle goes with --engine or --triton alone: it takes a bundle that is there")
-        _deploy(bundle, triton, precision, options if engine else None)
+        if name is not None and not triton:
+            raise UsageError("--name with --bundle is the name of a Triton model: pass --triton")
+        _deploy(bundle, triton, precision, options if engine else None, name)
         return
     if not engine and options != EngineOptions():
         raise UsageError("options of the engine need --engine")
@@ -110,8 +115,15 @@ def export(
         raise UsageError("a bundle holds one 8-bit graph: pass --int8 (for CPUs) or --int8-static (for TensorRT)")
     if calibration_images and not int8_static:
         raise UsageError("--calibration-images is for --int8-static; --int8 measures the ranges of each image itself")
+    from fbclip.bundle import DYNAMIC, EMBEDDED, STATIC, SUFFIX, Bundle, checked_name, require_place
+    from fbclip.runtime.calibration import checked_threshold
+
+    path = checkpoint or EMBEDDED.with_suffix(".safetensors")
+    own_name = path.stem if name is None else checked_name(name)
+    target = require_place(out or Path(f"{own_name}{SUFFIX}"))  # before the work, not after it
+    if threshold is not None:
+        checked_threshold(threshold)
     need_train_extra()
-    from fbclip.bundle import DYNAMIC, EMBEDDED, STATIC, Bundle
     from fbclip.checkpoint import load
     from fbclip.export.bundle import Deployment, export_bundle
     from fbclip.export.parity import find_calibration, find_proof, read_calibration, read_proof
@@ -122,7 +134,6 @@ def export(
     frame_hw = parse_frame_size(frame_size)
     paths, labels = find_proof(parity_images or [])
     calibration_paths = find_calibration(calibration_images or []) if int8_static else []
-    path = checkpoint or EMBEDDED.with_suffix(".safetensors")
     if checkpoint is None:  # it is deployed larger than it was trained
         embedded = Bundle.load().manifest
         image_size = image_size or embedded.image_size
@@ -141,7 +152,7 @@ def export(
     if int8_static:
         quantization = Quantization(STATIC, read_calibration(calibration_paths, size_hw, say))
     deployment = Deployment(
-        path.stem,
+        own_name,
         fp16,
         quantization,
         frame_hw,
@@ -149,14 +160,17 @@ def export(
         0.5 if threshold is None else threshold,
         {"checkpoint": path.name},
     )
-    exported, parities = export_bundle(model, out or Path(f"{path.stem}.fbclip"), proof, deployment, say)
+    was_calibrated = (target / "calibration.json").exists()
+    exported, parities = export_bundle(model, target, proof, deployment, say)
     print_parity(parities, console)
+    if was_calibrated:
+        say(f"the calibration of the bundle that was there is gone with it: fbclip calibrate {exported.path} GOOD...")
     say(f"wrote {exported.path}")
     if engine or triton:
-        _deploy(exported.path, triton, precision, options if engine else None)
+        _deploy(exported.path, triton, precision, options if engine else None, name)
 
 
-def _deploy(bundle: Path, triton: Path | None, precision: str, options: EngineOptions | None) -> None:
+def _deploy(bundle: Path, triton: Path | None, precision: str, options: EngineOptions | None, name: str | None) -> None:
     """From a bundle: a Triton model, whose plan is built with `options`, or else an engine in the bundle."""
     from functools import partial
 
@@ -170,7 +184,7 @@ def _deploy(bundle: Path, triton: Path | None, precision: str, options: EngineOp
 
         max_batch = options.batch[2] if options and options.batch[2] > 1 else MAX_BATCH
         build = partial(build_plan, options=options, max_batch=max_batch, console=console) if options else None
-        folder = write_model(Bundle.load(bundle), triton, precision, build, max_batch)
+        folder = write_model(Bundle.load(bundle), triton, precision, build, max_batch, name)
         say(console, f"wrote {folder}; its README.md says how to serve it")
     elif options:
         plan = build_engine(Bundle.load(bundle), precision, options, console)

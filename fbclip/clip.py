@@ -6,14 +6,15 @@ embeddings without a causal mask. Both share open_clip's modules, so its weights
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
+import math
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import open_clip
 import torch
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 
 from fbclip.errors import CheckpointError, UsageError
 from fbclip.image import CLIP_MEAN, CLIP_STD, bilinear_matrix
+from fbclip.untrusted import MIB, Line, Range, one_line, read_json, read_value
 
 log = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
+MOST_LISTED = 10_000  # characters of the names that don't fit
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,25 @@ class ClipConfig:
     `weights` remembers the pretrained tag, so that a checkpoint trained on a frozen CLIP need not carry it.
     """
 
-    name: str
+    name: Line
     model: Mapping[str, Any]  # open_clip's: embed_dim, vision_cfg, text_cfg, quick_gelu
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-    weights: str | None = None
+    weights: Line | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for sizes that no CLIP has, made up to take more memory or time than there is."""
+        try:
+            for tower in ("vision_cfg", "text_cfg"):
+                read_value(Mapping[str, Any], self.model.get(tower), tower)
+            for part in (self.model, self.vision, self.model["text_cfg"]):
+                for name in _SIZES.keys() & part.keys():
+                    read_value(_SIZES[name], part[name], name)
+            read_value(_SIZES["embed_dim"], self.model.get("embed_dim"), "embed_dim")
+            if min(self.std) <= 0:
+                raise ValueError(f"std is above 0; got {self.std}")
+        except ValueError as error:
+            raise UsageError(f"{self.name} is no configuration of a CLIP: {error}") from error
 
     @property
     def vision(self) -> Mapping[str, Any]:
@@ -66,6 +83,21 @@ class ClipConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ClipConfig:
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
+
+# Of open_clip's configurations; its largest plain CLIP, ViT-bigG-14, has 48 layers and a width of 1664.
+_SIZES: dict[str, Any] = {
+    "embed_dim": Annotated[int, Range(1, 16_384)],
+    "layers": Annotated[int, Range(1, 200)],
+    "width": Annotated[int, Range(1, 16_384)],
+    "head_width": Annotated[int, Range(1, 1024)],
+    "heads": Annotated[int, Range(1, 1024)],
+    "mlp_ratio": Annotated[float, Range(0.1, 16)],
+    "patch_size": Annotated[int, Range(1, 256)],
+    "image_size": Annotated[int, Range(1, 4096)],
+    "context_length": Annotated[int, Range(20, 1024)],  # of tokens: the prompts have 18
+    "vocab_size": Annotated[int, Range(49_408, 1_000_000)],  # CLIP's own tokenizer has the lowest
+    "quick_gelu": bool,
+}
 
 # Anything beyond these would change what a token is, and FB-CLIP's numbers with it.
 _PLAIN_VISION = {
@@ -145,8 +177,8 @@ def clip_config(clip: str, weights: str | None = None) -> ClipConfig:
                 f"--clip takes an open_clip model name or a .json configuration; {clip!r} is neither. "
                 f"Names: python -c 'import open_clip; print(open_clip.list_models())'"
             )
+        check_plain(clip, model)
         config = ClipConfig(clip, model)
-    check_plain(config.name, config.model)
     if weights is None or Path(weights).is_file():
         return config
     tag = open_clip.get_pretrained_cfg(config.name, weights)
@@ -160,19 +192,29 @@ def clip_config(clip: str, weights: str | None = None) -> ClipConfig:
 
 
 def _config_from_file(path: Path) -> ClipConfig:
+    if not path.exists():
+        raise UsageError(f"no CLIP configuration at {path}")
     try:
-        raw = json.loads(path.read_text())
-        model = raw.get("model_cfg", raw)
+        raw = read_value(Mapping[str, Any], read_json(path, MIB), "it")
+        model = read_value(Mapping[str, Any], raw.get("model_cfg", raw), "model_cfg")
         if missing := {"embed_dim", "vision_cfg", "text_cfg"} - model.keys():
-            raise KeyError(", ".join(sorted(missing)))
-    except FileNotFoundError as error:
-        raise UsageError(f"no CLIP configuration at {path}") from error
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        images = read_value(Mapping[str, Any], raw.get("preprocess_cfg", {}), "preprocess_cfg")
+        colours = tuple[float, float, float]
+        mean, std = (
+            read_value(colours, images.get(name, list(usual)), name)
+            for name, usual in (("mean", CLIP_MEAN), ("std", CLIP_STD))
+        )
+        for part in ("vision_cfg", "text_cfg"):
+            read_value(Mapping[str, Any], model[part], part)
+        check_plain(path.stem, model)
+        return ClipConfig(path.stem, model, mean, std)
+    except UsageError:
+        raise
+    except ValueError as error:
         raise UsageError(
-            f"a CLIP configuration is JSON with embed_dim, vision_cfg and text_cfg; {path} is not: {error}"
+            f"a CLIP configuration is JSON with embed_dim, vision_cfg and text_cfg; {path} is not: {one_line(error)}"
         ) from error
-    images = raw.get("preprocess_cfg", {})
-    return ClipConfig(path.stem, model, tuple(images.get("mean", CLIP_MEAN)), tuple(images.get("std", CLIP_STD)))
 
 
 def read_weights(path: Path) -> tuple[StateDict, bool]:
@@ -193,18 +235,65 @@ def read_weights(path: Path) -> tuple[StateDict, bool]:
         elif archive := _is_torchscript(path):
             state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            state = load_torch_file(path)
+        state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+        tensors = plain_tensors(state, path)
+    except Exception as error:  # of any class: torch, its pickle, zip and TorchScript readers, safetensors
         raise CheckpointError(
             f"CLIP weights must be .safetensors, a torch file of tensors only, or OpenAI's archive; "
-            f"{path} can't be read as that: {first_line}"
+            f"{path} can't be read as that: {one_line(error)}"
         ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    tensors = {str(k).removeprefix("module."): v.float() for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {name.removeprefix("module."): tensor.float() for name, tensor in tensors.items()}
     for stray in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's archives carry these as tensors
         tensors.pop(stray, None)
     return tensors, archive
+
+
+def load_torch_file(path: Path) -> Any:
+    """What is in a file of torch.save: tensors and plain values, in memory of about the file's size.
+
+    Raises:
+        Exception: of any class that torch's readers have.
+    """
+    with warnings.catch_warnings(), path.open("rb") as file:
+        warnings.simplefilter("ignore")  # about what the file is like
+        if file.read(2) != b"PK":  # the older plain pickle
+            return torch.load(_Bounded(path), map_location="cpu", weights_only=True)
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            if (unpacked := sum(part.file_size for part in archive.infolist())) > size:
+                raise ValueError(f"it unpacks to {unpacked:,} bytes from {size:,}; torch.save doesn't compress")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _Bounded(BufferedReader):
+    """A file that is asked for no more than it holds: a pickle names the length of what follows, up to 2 GB."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(FileIO(path))
+        self.size = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self.size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+def plain_tensors(state: Any, path: Path) -> StateDict:
+    """The tensors of a state dict, none larger than its file gives reason for.
+
+    Raises:
+        ValueError: no dictionary, or tensors of another kind.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"it holds no state dict but a {type(state).__name__}")
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.device.type != "cpu":
+            raise ValueError(f"{one_line(name, 60)} is no plain tensor")
+    size = path.stat().st_size
+    if sum(math.prod(value.shape) for value in tensors.values()) > size:  # views of the same few values
+        raise ValueError(f"its tensors have more values than the file has bytes ({size:,})")
+    return tensors
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -268,7 +357,8 @@ def require_fit(
         f"{name} is {got[name]}, wanted {wanted[name]}" for name in wanted if name in got and got[name] != wanted[name]
     ]
     if problems:
-        raise CheckpointError(f"{what} do not fit ({len(problems)} names): {'; '.join(problems)}{hint}")
+        listed = one_line("; ".join(problems), MOST_LISTED)
+        raise CheckpointError(f"{what} do not fit ({len(problems)} names): {listed}{hint}")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

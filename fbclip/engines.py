@@ -9,8 +9,16 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated, Any
 
 from fbclip.errors import BundleError
+from fbclip.untrusted import Like, Line, Range, Sha256, build, one_line, one_of, read_json
+
+MOST_SIDECAR = 2**16  # bytes; usual are 400
+
+Precision = Annotated[str, one_of("fp32", "fp16", "int8")]
+Version = Annotated[str, Like(r"\d{1,6}(\.\w{1,20}){0,5}", "a version, like 10.3.0")]
+Batch = Annotated[int, Range(1, 100_000)]
 
 AMPERE = (8, 0)  # the oldest compute capability that hardware-compatible plans run on
 
@@ -25,9 +33,9 @@ class Platform:
         tensorrt: version, like "10.3.0".
     """
 
-    gpu: str
-    compute_capability: str
-    tensorrt: str
+    gpu: Line
+    compute_capability: Version
+    tensorrt: Version
 
     def __str__(self) -> str:
         return f"{self.gpu} (compute capability {self.compute_capability}), TensorRT {self.tensorrt}"
@@ -52,9 +60,9 @@ class EngineOptions:
         version_compatible: also for later releases of the same major version, slower.
     """
 
-    batch: tuple[int, int, int] = (1, 1, 1)
-    workspace_mib: int | None = None
-    optimization_level: int | None = None
+    batch: tuple[Batch, Batch, Batch] = (1, 1, 1)
+    workspace_mib: Annotated[int, Range(1, 2**40)] | None = None
+    optimization_level: Annotated[int, Range(0, 5)] | None = None
     hardware_compatible: bool = False
     version_compatible: bool = False
 
@@ -72,10 +80,10 @@ class Engine:
     """
 
     platform: Platform
-    precision: str
+    precision: Precision
     options: EngineOptions
-    graph_sha256: str
-    plan_sha256: str
+    graph_sha256: Sha256
+    plan_sha256: Sha256
 
     def to_json(self) -> str:
         values = asdict(self)
@@ -90,16 +98,18 @@ class Engine:
             BundleError: no sidecar of this format.
         """
         try:
-            values = json.loads(sidecar.read_text())
-            platform = Platform(**{f.name: values.pop(f.name) for f in fields(Platform)})
-            if not (_numbers(platform.compute_capability) and _numbers(platform.tensorrt)):
-                raise ValueError("versions are numbers")
-            low, usual, high = (int(n) for n in values.pop("batch"))
-            others = {f.name: values.pop(f.name) for f in fields(EngineOptions) if f.name != "batch"}
-            return cls(platform, options=EngineOptions((low, usual, high), **others), **values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            values = read_json(sidecar, MOST_SIDECAR)
+            if not isinstance(values, dict):
+                raise ValueError("it is no object in braces")
+            grouped = {"platform": _take(Platform, values), "options": _take(EngineOptions, values)}
+            engine = build(cls, {**values, **grouped})
+            if list(batch := engine.options.batch) != sorted(batch):
+                raise ValueError(f"batch ascends; got {batch}")
+            return engine
+        except ValueError as error:
             raise BundleError(
-                f"{sidecar} is no sidecar of a plan ({error!r}): delete it and build again with fbclip export --engine"
+                f"{sidecar} is no sidecar of a plan: {one_line(error)}; delete it and build again with "
+                f"fbclip export --engine"
             ) from error
 
     def mismatch(self, here: Platform, graph_sha256: str) -> str | None:
@@ -119,6 +129,11 @@ class Engine:
         elif there.tensorrt != here.tensorrt:
             return f"was built with TensorRT {there.tensorrt}; here is {here.tensorrt}"
         return None
+
+
+def _take(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass out of those of the sidecar, which has them all side by side."""
+    return {f.name: values.pop(f.name) for f in fields(cls) if f.name in values}
 
 
 def _slug(text: str) -> str:

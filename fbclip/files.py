@@ -6,6 +6,7 @@ the most that a name may have), and locked while their writer lives: what has su
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import io
@@ -297,3 +298,46 @@ def _is_full(path: Path) -> bool:
     with suppress(OSError):
         return shutil.disk_usage(next(place for place in (path, *path.parents, Path()) if place.exists())).free < LEAST
     return False
+
+
+def take_place(new: Path, path: Path) -> None:
+    """Let a whole folder take the name `path`; what had it before is at `new` then, or gone.
+
+    A kill at any moment leaves the old or the new folder at `path`, or the old one where `recover` finds it.
+
+    Raises:
+        OSError.
+    """
+    old = _aside(path)
+    if not path.exists():
+        new.rename(path)
+    elif not _exchange(new, path):
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Give a folder its name back, if a kill came between two renames of `take_place`.
+
+    Raises:
+        OSError.
+    """
+    if not path.exists() and (old := _aside(path)).is_dir():
+        old.rename(path)
+
+
+def _aside(path: Path) -> Path:
+    """Where a folder waits while another takes its name."""
+    return path.with_name(f"{PREFIX}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}.old")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change their names in one step (Linux's renameat2); False where that can't be done."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or a C library from before 2018
+        return False
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(exchange)) == 0)

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.bundle import ANOMALY_MAP, DYNAMIC, GRAPHS, IMAGE, SCORE, TEXT, Bundle
-from fbclip.errors import DeviceError, FBClipError
+from fbclip.errors import BundleError, DeviceError, FBClipError
+from fbclip.untrusted import one_line
 
 # What ONNX Runtime runs; "tensorrt" is a plan in TensorRT itself.
 PROVIDERS = {
@@ -77,9 +78,11 @@ class OnnxRuntimeBackend:
         device: where the session really runs.
         graph: what it runs.
         unwanted: optimisations of ONNX Runtime that are off.
+        input_size: height and width of the images that the graph takes.
 
     Raises:
         DeviceError: the device is not there, or ONNX Runtime fell back to another.
+        BundleError: it can't load the graph, or the graph is no bundle's.
     """
 
     def __init__(self, graph: Path, text: NDArray[np.float32], device: str = "cpu", cache: Path | None = None) -> None:
@@ -99,9 +102,13 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
         options.intra_op_num_threads = allowed_cores()
         self.unwanted = UNWANTED_FUSIONS if device == "cpu" else []
-        self.session = ort.InferenceSession(
-            graph, options, providers=provider_options(device, cache), disabled_optimizers=self.unwanted
-        )
+        try:
+            self.session = ort.InferenceSession(
+                graph, options, providers=provider_options(device, cache), disabled_optimizers=self.unwanted
+            )
+        except Exception as error:  # its classes are those of C++, and their only base is this one
+            raise BundleError(f"ONNX Runtime can't load {graph} on {device}: {one_line(error)}") from error
+        self.input_size = require_signature(self.session, graph, text)
         if self.session.get_providers()[0] != provider:
             raise DeviceError(
                 f"ONNX Runtime could not start {provider} and fell back to {self.session.get_providers()[0]}; "
@@ -125,6 +132,40 @@ class OnnxRuntimeBackend:
             self.session.run_with_iobinding(self._binding)
             scores, maps = self._binding.copy_outputs_to_cpu()
         return scores, maps
+
+
+def require_signature(session: Any, graph: Path, text: NDArray[np.float32]) -> tuple[int, int]:
+    """Height and width of the images that a graph takes.
+
+    Raises:
+        BundleError: its inputs and outputs are not those of `fbclip export`, or not for these text features.
+    """
+    found = {each.name: (each.type, list(each.shape)) for each in (*session.get_inputs(), *session.get_outputs())}
+    _, shape = found.get(IMAGE, ("", []))
+    batch, height, width, _ = shape if len(shape) == 4 else (None, 0, 0, 0)
+    expected = {
+        IMAGE: ("tensor(uint8)", [batch, height, width, 3]),
+        TEXT: ("tensor(float)", list(text.shape)),
+        SCORE: ("tensor(float)", [batch]),
+        ANOMALY_MAP: ("tensor(float)", [batch, height, width]),
+    }
+
+    def fits(name: str) -> bool:
+        (kind, there), (wanted_kind, wanted) = found[name], expected[name]
+        open_ended = name in (SCORE, ANOMALY_MAP)  # tools that rewrite graphs may forget the sizes of outputs
+        return (kind, len(there)) == (wanted_kind, len(wanted)) and all(
+            here == side or type(side) is not int or (open_ended and type(here) is not int)
+            for here, side in zip(there, wanted, strict=True)
+        )
+
+    known = found.keys() == expected.keys() and type(height) is int and type(width) is int
+    if not (known and all(map(fits, expected))):
+        raise BundleError(
+            f"a bundle's graph takes {IMAGE} uint8 (N, H, W, 3) and {TEXT} float32 {text.shape} as text.npy has it, and "
+            f"gives {SCORE} float32 (N,) and {ANOMALY_MAP} float32 (N, H, W); {graph} has {one_line(found)}: "
+            f"export the bundle again"
+        )
+    return height, width
 
 
 def cores() -> int:
@@ -208,4 +249,7 @@ def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", 
         return TensorRTBackend(bundle, precision, batch), precision
     cache = bundle.engines / f"ort-{bundle.graph_sha256(precision)[:16]}" if device == "ort-tensorrt" else None
     graph = bundle.cpu_graph() if (device, precision) == ("cpu", "fp32") else bundle.graph(precision)
-    return OnnxRuntimeBackend(graph, bundle.text, device, cache), precision
+    backend = OnnxRuntimeBackend(graph, bundle.text, device, cache)
+    if backend.input_size != (wanted := bundle.manifest.input_size):
+        raise BundleError(f"{graph} takes images of {backend.input_size}, the manifest says {wanted}: export it again")
+    return backend, precision

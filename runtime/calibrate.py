@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -17,17 +16,28 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from fbclip.bundle import Bundle
-from fbclip.errors import ImageError, UsageError
+from fbclip.bundle import EMBEDDED, SUFFIX, Bundle, checked_name
+from fbclip.errors import BundleError, ImageError, UsageError
+from fbclip.files import new_folder, require_writable
 from fbclip.reading import SUFFIXES
-from fbclip.runtime.calibration import Calibration, binomial_interval, conformal_threshold, percent, rank, rate_interval
+from fbclip.runtime.calibration import (
+    MOST_IMAGES,
+    Calibration,
+    conformal_threshold,
+    derived,
+    lowest_rate,
+    percent,
+    rank,
+)
+from fbclip.runtime.histogram import write_histogram
 from fbclip.runtime.images import list_images
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED
 from fbclip.runtime.sources import CaptureOptions, Source, open_source
 
+USUAL_RATE, USUAL_COUNT = 0.01, 99  # of false alarms where none is asked for, and the images that it needs
 GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in the first colour
-WARM = 0.6  # where on the colour scale green has become yellow: from there to red are the marked values
+HOPELESS = 0.5  # share of the defects from which a model that misses them can't inspect the part
 ALIKE = 1 / 3  # autocorrelation from which images count less than half
 
 Say = Callable[[str], None]
@@ -56,32 +66,91 @@ class Scores:
     unusable: int = 0
 
 
-def choose_bundle(sources: list[str], say: Say) -> tuple[Bundle, list[str]]:
-    """The bundle to calibrate and the sources of good images, from the arguments `[BUNDLE] GOOD...`.
+def choose_bundle(sources: list[str], name: str | None = None) -> tuple[Bundle, Path, list[str]]:
+    """What to calibrate, from the arguments `[BUNDLE] GOOD...`. Nothing is written yet.
 
     Without a bundle it is a copy of the embedded one in the working folder: what is inside the installed package
     belongs to every project of the machine and is lost with the next upgrade.
 
+    Args:
+        name: of a copy in the working folder, of the bundle that is named or of the embedded one.
+
+    Returns:
+        A bundle with the model, the path of the bundle that `write` gives the calibration to (which may not be there
+        yet), and the sources of good images.
+
     Raises:
-        BundleError, UsageError: no such bundle, no good images, or another bundle where the copy goes.
+        BundleError, UsageError: no such bundle, no good images, another bundle where the copy goes, or a place that
+            can't be written to.
     """
     first = Path(sources[0])
-    named = first.suffix == ".fbclip" or (first / "manifest.json").is_file()
+    named = first.suffix == SUFFIX or (first / "manifest.json").is_file()
     good = sources[1:] if named else sources
     if not good:
         raise UsageError(f"after the bundle come images of good parts; got none: fbclip calibrate {first} GOOD...")
-    if named:
-        return Bundle.load(first), good
-    embedded = Bundle.load()
-    path = Path(embedded.path.name)
+    bundle = Bundle.load(first if named else None)
+    path = bundle.path
+    if name is not None or not named:
+        path = Path(f"{bundle.name if name is None else checked_name(name)}{SUFFIX}")
+    _require_same(bundle, path)
+    require_writable(path if path.exists() else path.parent)
+    return bundle, path, good
+
+
+def _require_same(bundle: Bundle, path: Path) -> None:
+    """Raise unless there is nothing at a path, or a bundle of the same model that can be given a calibration."""
     if not path.exists():
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            Path(shutil.copytree(embedded.path, Path(folder) / path.name)).rename(path)
-        say(f"no bundle named: copied the embedded one to {path}; use it with --bundle {path}")
-    bundle = Bundle.load(path)
-    if bundle.manifest != embedded.manifest:
-        raise UsageError(f"{path} is here and isn't the embedded bundle: fbclip calibrate {path} GOOD... to mean it")
-    return bundle, good
+        return
+    there = Bundle.load(path)
+    if there.manifest != bundle.manifest:
+        raise UsageError(
+            f"{path} is here and isn't {_described(bundle)}: fbclip calibrate {path} GOOD... to mean it, or pass --name "
+            f"for a copy of another name"
+        )
+    if there.calibration.is_dir():
+        raise BundleError(f"{there.calibration} is a folder: remove it")
+
+
+def _described(bundle: Bundle) -> str:
+    return "the embedded bundle" if bundle.path == EMBEDDED else str(bundle.path)
+
+
+def write(calibration: Calibration, defects: Collection[float], bundle: Bundle, path: Path, say: Say) -> None:
+    """Write a calibration and its picture into the bundle at a path, which becomes a copy of `bundle` if it isn't there.
+
+    Args:
+        defects: scores of defective images.
+
+    Raises:
+        FBClipError, UsageError: it can't be written; see `fbclip.files.write_error`.
+    """
+    if not path.exists():
+        with new_folder(path) as folder:
+            shutil.copytree(
+                bundle.path,
+                folder,
+                symlinks=True,
+                ignore=shutil.ignore_patterns("calibration.*"),
+                copy_function=shutil.copyfile,  # without the rights, which may be to read only in an installed package
+                dirs_exist_ok=True,
+            )
+            folder.chmod(0o755)
+            _write_into(calibration, defects, replace(bundle, path=folder))
+            try:
+                folder.rename(path)
+            except OSError:
+                if not path.exists():
+                    raise
+            else:
+                say(f"copied {_described(bundle)} to {path}")
+                return
+    _require_same(bundle, path)  # it may be of another calibration that was quicker
+    _write_into(calibration, defects, replace(bundle, path=path))
+
+
+def _write_into(calibration: Calibration, defects: Collection[float], bundle: Bundle) -> None:
+    write_histogram(calibration, list(defects), bundle.path / "calibration.png")
+    calibration.save(bundle)
 
 
 def good_images(places: list[str], every: int, most: int | None, say: Say) -> Iterable[Path | NDArray[np.uint8]]:
@@ -97,11 +166,14 @@ def good_images(places: list[str], every: int, most: int | None, say: Say) -> It
         UsageError: one that is none of these; a camera or stream, which never ends, without `most`.
     """
     if all(Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES for place in places):
-        return list_images(places, say)[::every][:most]
+        images = list_images(places, say)[::every][:most]
+        if len(images) > MOST_IMAGES:
+            raise UsageError(f"a calibration takes at most {MOST_IMAGES:,} images; got {len(images):,}: pass --every N")
+        return images
     sources = [open_source(place, CaptureOptions(every=every)) for place in places]
     if most is None and (endless := [source.name for source in sources if source.live]):
         raise UsageError(f"{endless[0]} never ends: pass --max-frames N")
-    return islice(_frames(sources, say), most)
+    return islice(_frames(sources, say), min(most or MOST_IMAGES, MOST_IMAGES))
 
 
 def _frames(sources: list[Source], say: Say) -> Iterator[NDArray[np.uint8]]:
@@ -114,16 +186,18 @@ def _frames(sources: list[Source], say: Say) -> Iterator[NDArray[np.uint8]]:
 def calibrate(
     predictor: Predictor,
     good: Iterable[Path | NDArray[np.uint8]],
-    rate: float,
+    rate: float | None,
     defects: Collection[Path],
     console: Console,
 ) -> tuple[Calibration, Scores, Scores]:
     """Score good parts, and set the threshold so that a new one raises an alarm with probability `rate` at most.
 
+    Nothing is written.
+
     Args:
         predictor: of the bundle, on the device and in the precision that will inspect.
         good: paths, or frames uint8 (H, W, 3) RGB. Those that can't be read are reported and left out.
-        rate: above 0 and below 0.5.
+        rate: above 0 and below 0.5; None for 0.01, or for the lowest that the images allow where they are fewer.
         defects: images of defective parts, which the threshold doesn't depend on.
 
     Returns:
@@ -132,31 +206,37 @@ def calibrate(
     Raises:
         UsageError: too few good images for the rate.
     """
-    rank(len(good) if isinstance(good, Collection) else 1_000_000, rate)  # before hours of work
+    if rate is not None:  # before hours of work
+        rank(len(good) if isinstance(good, Collection) else MOST_IMAGES, rate)
     found = _score(predictor, good, "good parts", console)
+    count = len(found.scores)
+    if rate is None and 1 < count < USUAL_COUNT:
+        rate = lowest_rate(count)
+        chosen = f"{count} images allow a false-alarm rate of {rate:g} at best, which is taken"
+        console.print(f"{chosen}; {USUAL_RATE:g} needs {USUAL_COUNT}", markup=False, highlight=False, soft_wrap=True)
+    elif rate is None:
+        rate = USUAL_RATE
     threshold = conformal_threshold(found.scores, rate)
     if threshold > 1:
         raise UsageError("good parts score 1.0, the highest there is: this model can't tell these parts from defects")
-    map_threshold = conformal_threshold(found.peaks, rate)
-    ground = median(found.grounds)
     bad = _score(predictor, defects, "defects", console)
-    missed = sum(score < threshold for score in bad.scores)
     calibration = Calibration(
-        threshold=threshold,
+        **derived(
+            found.scores,
+            rate,
+            ground=median(found.grounds),
+            map_threshold=(map_threshold := conformal_threshold(found.peaks, rate)),
+            defects=len(bad.scores),
+            missed=sum(score < threshold for score in bad.scores),
+        ),
         false_alarm_rate=rate,
-        interval=rate_interval(len(found.scores), rate),
-        count=len(found.scores),
-        scores=tuple(sorted(found.scores)),
         map_threshold=map_threshold,
-        map_scale=(ground, ground + (map_threshold - ground) / WARM),
         images_sha256=hashlib.sha256("".join(sorted(found.digests)).encode()).hexdigest(),
         model_sha256=predictor.bundle.model_sha256(predictor.precision),
         precision=predictor.precision,
         device=predictor.backend.device,
         roi=predictor.roi.identity if predictor.roi else None,
         defects=len(bad.scores),
-        miss_rate=missed / len(bad.scores) if bad.scores else None,
-        miss_interval=binomial_interval(missed, len(bad.scores)) if bad.scores else None,
     )
     return calibration, found, bad
 
@@ -185,7 +265,8 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
         found.digests[digest] = None
         found.scores.append(prediction.score)
         found.peaks.append(peak)
-        found.grounds.append(float(np.quantile(prediction.model_map, GOOD_PIXELS)))
+        # beside a mask the model's map may be higher than what is looked at
+        found.grounds.append(min(float(np.quantile(prediction.model_map, GOOD_PIXELS)), peak))
     return found
 
 
@@ -212,15 +293,36 @@ def report(calibration: Calibration, good: Scores, bad: Scores, say: Say) -> Non
     left_out = [f"{n} {what}" for n, what in without_use if n]
     without = f" ({', '.join(left_out)} left out)" if left_out else ""
     say(f"{c.count} good images{without}: scores {c.scores[0]:.3f} to {c.scores[-1]:.3f}")
-    say(f"threshold {c.threshold:.4f}: a new good part raises an alarm with probability {c.false_alarm_rate:g} at most")
-    say(f"this threshold's own false-alarm rate is {percent(c.interval)} (95 % confidence; more images narrow it)")
+    say(
+        f"threshold {c.threshold:.4f}: at most {100 * c.false_alarm_rate:.3g} % of good parts raise a false alarm, "
+        f"on average over calibrations like this one"
+    )
+    say(
+        f"this one had {c.count} images to learn from, so its own rate is anywhere from {percent(c.interval)} (95 % "
+        f"confidence): more images narrow that"
+    )
     if alike := weight_of_neighbours(good.scores):
         say(
             f"consecutive images are alike (autocorrelation {alike[0]:.2f}) and weigh as about {alike[1]}: the real rate "
             f"may be higher; take images of more parts, further apart"
         )
-    if c.miss_rate is not None and c.miss_interval is not None:
-        missed = round(c.miss_rate * c.defects)
+    if c.miss_interval is not None:
+        report_misses(c, c.miss_interval, bad, say)
+
+
+def report_misses(calibration: Calibration, interval: tuple[float, float], bad: Scores, say: Say) -> None:
+    """What the threshold does to defective images, and what that means."""
+    c = calibration
+    say(f"{c.missed} of {c.defects} defects are missed: the miss rate is {percent(interval)} (95 % confidence)")
+    found = c.defects - c.missed
+    unmarked = sum(s >= c.threshold and p < c.map_threshold for s, p in zip(bad.scores, bad.peaks, strict=True))
+    if unmarked:
         say(
-            f"{missed} of {c.defects} defects are missed: the miss rate is {percent(c.miss_interval)} (95 % confidence)"
+            f"{unmarked} of {found} found defects have no region at the map's line ({c.map_threshold:.4f}): infer marks "
+            f"their peak as weak"
+        )
+    if c.missed >= HOPELESS * c.defects:
+        say(
+            "this model can't inspect this part: it passes most of these defects as good. Look only where defects can be "
+            "(--roi), accept more false alarms (--false-alarm-rate), or train a model for it (docs/training.md)"
         )

@@ -10,17 +10,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 
-from fbclip.bundle import Bundle
+from fbclip.bundle import SUFFIX, Bundle
+from fbclip.engines import Precision
 from fbclip.errors import BundleError, UsageError
 from fbclip.files import write_text
+from fbclip.untrusted import MIB, Line, Probability, Range, Sha256, build, one_line, read_json
 
 TAILS = (0.025, 0.975)  # of every interval: 95 % confidence
+LOWEST_RATE = 1e-6  # which needs a million images
+MOST_IMAGES = 500_000
+MOST_BYTES = 16 * MIB  # of calibration.json: the scores of so many images take 11 of them
+WARM = 0.6  # where on the colour scale green has become yellow: from there to red are the marked values
+SAME = 1e-9  # relative difference of what two machines compute from the same scores; float32 has steps of 6e-8
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,8 @@ class Calibration:
         count: good images, copies counted once.
         scores: theirs, sorted.
         map_threshold: map values from here on are marked; good parts have any with probability `false_alarm_rate`.
-        map_scale: map values (low, high) that the first and the last colour of a heat map stand for.
+        map_scale: map values (low, high) that the first and the last colour of a heat map stand for; between them the
+            map's threshold is at `WARM`.
         images_sha256: hash of the good images' pixels, whatever their order.
         model_sha256: `Bundle.model_sha256` of `precision`.
         precision, device: what scored them.
@@ -44,46 +55,58 @@ class Calibration:
         miss_interval: where the miss rate lies with 95 % confidence (Clopper and Pearson, 1934).
     """
 
-    threshold: float
-    false_alarm_rate: float
-    interval: tuple[float, float]
-    count: int
-    scores: tuple[float, ...]
-    map_threshold: float
+    threshold: Probability
+    false_alarm_rate: Annotated[float, Range(LOWEST_RATE, 0.5)]
+    interval: tuple[Probability, Probability]
+    count: Annotated[int, Range(1, MOST_IMAGES)]
+    scores: tuple[Probability, ...]
+    map_threshold: Annotated[float, Range(0, 1.001)]  # just above 1 where good parts reach it
     map_scale: tuple[float, float]
-    images_sha256: str
-    model_sha256: str
-    precision: str
-    device: str
-    roi: str | None = None
-    defects: int = 0
-    miss_rate: float | None = None
-    miss_interval: tuple[float, float] | None = None
+    images_sha256: Sha256
+    model_sha256: Sha256
+    precision: Precision
+    device: Line
+    roi: Line | None = None
+    defects: Annotated[int, Range(0, MOST_IMAGES)] = 0
+    miss_rate: Probability | None = None
+    miss_interval: tuple[Probability, Probability] | None = None
 
     @classmethod
     def load(cls, bundle: Bundle) -> Calibration | None:
         """The calibration in a bundle, or None where there is none.
 
         Raises:
-            BundleError: damaged, or of another model than the bundle holds now.
+            BundleError: damaged, altered, or of another model than the bundle holds now.
         """
         path = bundle.calibration
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
         cure = "run fbclip calibrate again, or delete it"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            tuples = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-            if values.keys() != {f.name for f in fields(cls)}:
-                raise ValueError("fields are missing or unknown")
-            calibration = cls(**{**values, **tuples})
-        except (ValueError, TypeError, AttributeError, OSError) as error:
-            raise BundleError(f"{path} is no calibration: {error}; {cure}") from error
+            calibration = build(cls, read_json(path, MOST_BYTES))
+            calibration._require_sense()
+        except ValueError as error:
+            raise BundleError(f"{path} is no calibration: {one_line(error)}; {cure}") from error
         if calibration.precision not in bundle.manifest.precisions or (
             calibration.model_sha256 != bundle.model_sha256(calibration.precision)
         ):
             raise BundleError(f"{path} is of another model than {bundle.path} holds now: {cure}")
         return calibration
+
+    def _require_sense(self) -> None:
+        """Raise ValueError unless everything that follows from something else in it does."""
+        ground = self.map_scale[0]
+        if not 0 <= ground < self.map_threshold:
+            raise ValueError(f"map_scale begins between 0 and map_threshold; got {ground:g}")
+        known = self.scores, self.false_alarm_rate, ground, self.map_threshold, self.defects, self.missed
+        for name, right in derived(*known).items():
+            if not _same(found := getattr(self, name), right):
+                raise ValueError(f"{name} is {found}, but from the rest of it follows {right}")
+
+    @property
+    def missed(self) -> int:
+        """Defective images below the threshold."""
+        return round((self.miss_rate or 0) * self.defects)
 
     def explain(self, bundle: Bundle, precision: str) -> str:
         """One line for a person: what the threshold promises to a bundle that runs in a precision."""
@@ -93,10 +116,17 @@ class Calibration:
         )
         if precision == self.precision:
             return text
-        strayed = sum(bundle.manifest.parity[each]["score_max"] for each in (precision, self.precision))
+        strayed: list[Any] = [
+            bundle.manifest.parity.get(each, {}).get("score_max") for each in (precision, self.precision)
+        ]
+        measured = (
+            f" by {sum(strayed):.0e}, as the export measured"
+            if all(isinstance(drift, float) for drift in strayed)
+            else ""
+        )
         return (
-            f"{text}; they were scored in {self.precision}, and {precision} may differ by {strayed:.0e}, "
-            f"as the export measured: calibrate with --precision {precision} for the exact promise"
+            f"{text}; they were scored in {self.precision}, and {precision} may differ{measured}: "
+            f"calibrate with --precision {precision} for the exact promise"
         )
 
     def save(self, bundle: Bundle) -> None:
@@ -106,6 +136,45 @@ class Calibration:
             UsageError: the bundle can't be written to.
         """
         write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", str(bundle.calibration))
+
+
+def derived(
+    scores: Sequence[float], rate: float, ground: float, map_threshold: float, defects: int, missed: int
+) -> dict[str, Any]:
+    """The fields of a calibration that follow from others.
+
+    Args:
+        scores: of the good images, in any order.
+        rate: the false-alarm rate.
+        ground: map value of the first colour.
+        defects, missed: defective images, and how many of them the threshold misses.
+
+    Raises:
+        UsageError: see `conformal_threshold`.
+    """
+    return {
+        "scores": tuple(sorted(scores)),
+        "count": len(scores),
+        "threshold": conformal_threshold(scores, rate),
+        "interval": rate_interval(len(scores), rate),
+        "map_scale": (ground, ground + (map_threshold - ground) / WARM),
+        "miss_rate": missed / defects if defects else None,
+        "miss_interval": binomial_interval(missed, defects) if defects else None,
+    }
+
+
+def _same(found: Any, computed: Any) -> bool:
+    if found is None or computed is None:
+        return found is computed
+    return np.shape(found) == np.shape(computed) and np.allclose(found, computed, rtol=SAME, atol=0)
+
+
+def calibrated_bundles(folder: Path) -> list[Path]:
+    """The bundles in a folder that have a calibration; nothing is read of them."""
+    try:
+        return sorted(path for path in folder.glob(f"*{SUFFIX}") if (path / "calibration.json").is_file())
+    except OSError:
+        return []
 
 
 def checked_threshold(threshold: float) -> float:
@@ -143,15 +212,26 @@ def rank(count: int, rate: float) -> int:
     Raises:
         UsageError: fewer than 1 / rate - 1 values, or a rate that is none.
     """
-    if not 0 < rate < 0.5:
-        raise UsageError(f"--false-alarm-rate is a probability above 0 and below 0.5, like 0.01; got {rate:g}")
+    if not LOWEST_RATE <= rate < 0.5:
+        raise UsageError(
+            f"--false-alarm-rate is a probability above 0 and below 0.5, like 0.01, and {LOWEST_RATE:f} at least; "
+            f"got {rate:g}"
+        )
     exact = Fraction(str(rate))
     if not (m := math.floor(exact * (count + 1))):
+        lowest = f"{count} images allow {lowest_rate(count):g} at best: --false-alarm-rate {lowest_rate(count, 2):g}"
         raise UsageError(
             f"a false-alarm rate of {rate:g} needs at least {math.ceil(1 / exact) - 1} good images; got {count}: "
-            f"give more, or a higher --false-alarm-rate"
+            f"give more" + (f" ({lowest})" if count > 1 else "")
         )
     return m
+
+
+def lowest_rate(count: int, digits: int = 3) -> float:
+    """The lowest false-alarm rate that so many images allow, 1 / (count + 1), rounded up to so many digits."""
+    exact = Fraction(1, count + 1)
+    unit = Fraction(10) ** (math.floor(math.log10(exact)) - digits + 1)
+    return float(math.ceil(exact / unit) * unit)
 
 
 def rate_interval(count: int, rate: float) -> tuple[float, float]:
@@ -190,4 +270,7 @@ def beta_quantile(q: float, a: int, b: int) -> float:
 
 
 def percent(interval: tuple[float, float]) -> str:
-    return "{:.3g} to {:.3g} %".format(*(100 * bound for bound in interval))
+    """An interval of shares for a person, in as many digits as it is worth: "0.1 to 12 %"."""
+    return "{} to {} %".format(
+        *(f"{100 * bound:.{0 if bound >= 0.0995 else 1}f}".removesuffix(".0") for bound in interval)
+    )

@@ -28,7 +28,7 @@ def write_histogram(calibration: Calibration, defects: Sequence[float], path: Pa
         path: of the picture.
 
     Raises:
-        FBClipError, UsageError: it can't be written.
+        FBClipError, UsageError: it can't be written; see `fbclip.files.write_error`.
     """
     c = calibration
     values = [*c.scores, *defects, c.threshold]

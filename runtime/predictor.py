@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fbclip.bundle import Bundle
+from fbclip.bundle import EMBEDDED, Bundle
 from fbclip.errors import ImageError, UsageError
 from fbclip.image import in_order, resize
 from fbclip.reading import read_image, to_rgb
 from fbclip.runtime.backends import make_backend, require_probabilities
-from fbclip.runtime.calibration import Calibration, checked_threshold
+from fbclip.runtime.calibration import Calibration, calibrated_bundles, checked_threshold
 from fbclip.runtime.draw import draw_overlay
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
@@ -203,8 +203,11 @@ class Predictor:
         if self._given is not None:
             return f"threshold {self._given:g} was given"
         if self.calibration is None:
-            default = self.bundle.manifest.threshold
-            return f"threshold {default:g} is the bundle's default: no calibration; run fbclip calibrate"
+            text = f"threshold {self.bundle.manifest.threshold:g} is the bundle's default: no calibration; "
+            if self.bundle.path == EMBEDDED and (here := calibrated_bundles(Path())):
+                verb = "is" if len(here) == 1 else "are"
+                return f"{text}{' and '.join(map(str, here))} here {verb} calibrated: --bundle {here[0]}"
+            return f"{text}run fbclip calibrate"
         return self.calibration.explain(self.bundle, self.precision)
 
     def prepare(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:

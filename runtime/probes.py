@@ -101,7 +101,7 @@ def bundle(path: str) -> Values:
     parts = [loaded.path / name for name in manifest.files]
     return {
         "path": str(loaded.path),
-        "name": manifest.name,
+        "name": loaded.name,
         "image_size": manifest.image_size,
         "opset": manifest.opset,
         "precisions": {

@@ -133,7 +133,7 @@ class Site:
             "version": fbclip.__version__,
             "time": time.time(),
             "model": {
-                "name": self.predictor.bundle.manifest.name,
+                "name": self.predictor.bundle.name,
                 "device": self.predictor.backend.device,
                 "precision": self.predictor.precision,
                 "image_size": self.predictor.bundle.manifest.image_size,

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,15 +21,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from scipy.stats import beta, binomtest
+from waiting import PATIENCE_S
 
 from fbclip.bundle import GRAPHS, Bundle
 from fbclip.errors import BundleError, UsageError
-from fbclip.runtime.calibrate import Scores, calibrate, choose_bundle, report, weight_of_neighbours
+from fbclip.runtime import calibrate as calibrating
+from fbclip.runtime.calibrate import Scores, calibrate, choose_bundle, report, weight_of_neighbours, write
 from fbclip.runtime.calibration import (
     Calibration,
     beta_quantile,
     binomial_interval,
     conformal_threshold,
+    lowest_rate,
     rate_interval,
 )
 from fbclip.runtime.histogram import write_histogram
@@ -203,6 +211,140 @@ def test_a_calibration_that_does_not_fit_is_refused(
     Predictor(bundle, calibrated=False)  # which is how fbclip calibrate cures it
 
 
+TAMPERED: list[tuple[str, Any]] = [
+    ("threshold", 1.0),
+    ("threshold", "0.6"),
+    ("threshold", None),
+    ("threshold", True),
+    ("false_alarm_rate", 7),
+    ("false_alarm_rate", "x"),
+    ("false_alarm_rate", 0.2),
+    ("false_alarm_rate", 1e-300),
+    ("false_alarm_rate", 0.01),
+    ("interval", [0.0, 0.01]),
+    ("interval", [0.0]),
+    ("count", -5),
+    ("count", 20),
+    ("count", 10**15),
+    ("scores", ["a"]),
+    ("scores", None),
+    ("scores", []),
+    ("scores", [0.1] * 19),
+    ("map_threshold", "x"),
+    ("map_threshold", None),
+    ("map_threshold", 5.0),
+    ("map_threshold", 0.0),
+    ("map_scale", []),
+    ("map_scale", [0.3, 0.3]),
+    ("map_scale", [0.9, 0.1]),
+    ("map_scale", [-1, 1]),
+    ("images_sha256", "0" * 63),
+    ("images_sha256", 5),
+    ("precision", "fp64"),
+    ("device", ["cpu"]),
+    ("device", "cpu\n"),
+    ("roi", 5),
+    ("defects", 3),
+    ("defects", -1),
+    ("defects", 10**12),
+    ("miss_rate", 0.5),
+    ("miss_interval", [0.1, 0.2]),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), TAMPERED)
+def test_a_calibration_that_was_altered_is_refused(
+    calibrated: tuple[Bundle, Calibration, list[Path]], tmp_path: Path, field: str, value: Any
+) -> None:
+    """What follows from the scores is computed again; what doesn't has its type and range."""
+    bundle = Bundle.load(shutil.copytree(calibrated[0].path, tmp_path / "other.fbclip"))
+    bundle.calibration.write_text(json.dumps({**json.loads(bundle.calibration.read_text()), field: value}))
+    with pytest.raises(
+        BundleError, match=r"calibration\.json is no calibration: .*; run fbclip calibrate again"
+    ) as error:
+        Predictor(bundle)
+    assert "\n" not in str(error.value)
+
+
+def test_misses_that_do_not_follow_from_the_defects(
+    calibrated: tuple[Bundle, Calibration, list[Path]], tmp_path: Path
+) -> None:
+    bundle = Bundle.load(shutil.copytree(calibrated[0].path, tmp_path / "other.fbclip"))
+    right = replace(calibrated[1], defects=40, miss_rate=0.25, miss_interval=binomial_interval(10, 40))
+    right.save(bundle)
+    assert Calibration.load(bundle) == right
+    for wrong in (
+        replace(right, miss_rate=0.26),
+        replace(right, miss_rate=None),
+        replace(right, miss_interval=(0.0, 0.1)),
+        replace(right, miss_interval=None),
+    ):
+        wrong.save(bundle)
+        with pytest.raises(BundleError, match="is no calibration: miss_"):
+            Calibration.load(bundle)
+
+
+def test_texts_that_are_no_calibration(calibrated: tuple[Bundle, Calibration, list[Path]], tmp_path: Path) -> None:
+    bundle = Bundle.load(shutil.copytree(calibrated[0].path, tmp_path / "other.fbclip"))
+    good = bundle.calibration.read_text()
+    for text in (
+        "",
+        "\xff",
+        "[]",
+        "[" * 200_000,
+        good.replace('"count": 19', '"count": 19, "count": 19'),
+        good.replace('"map_threshold":', '"map_threshold": NaN, "x":'),
+        good.replace('"precision"', '"stranger": 1, "precision"'),
+        " " * 2**24 + good,
+    ):
+        bundle.calibration.write_text(text, encoding="latin-1")
+        with pytest.raises(BundleError, match=r"is no calibration: [^\n]*$"):
+            Predictor(bundle)
+
+
+@pytest.mark.parametrize("place", ["folder", "dangling", "pipe", "loop"])
+def test_a_calibration_that_is_no_file_is_not_none(
+    calibrated: tuple[Bundle, Calibration, list[Path]], tmp_path: Path, place: str
+) -> None:
+    """The bundle's default threshold would promise nothing."""
+    bundle = Bundle.load(shutil.copytree(calibrated[0].path, tmp_path / "other.fbclip"))
+    path = bundle.path / "calibration.json"
+    path.unlink()
+    match place:
+        case "folder":
+            path.mkdir()
+        case "dangling":
+            path.symlink_to(bundle.path / "nowhere")
+        case "pipe":
+            os.mkfifo(path)
+        case "loop":
+            path.symlink_to(path)
+    with pytest.raises(BundleError, match=r"calibration\.json"):
+        Predictor(bundle)
+
+
+@given(data=st.data())
+def test_mutated_calibrations_are_read_or_refused_in_one_line(
+    calibrated: tuple[Bundle, Calibration, list[Path]], data: st.DataObject
+) -> None:
+    bundle, calibration, _ = calibrated
+    text = bundle.calibration.read_bytes()
+    changed = bytearray(text)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(changed)))
+        changed[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3) | st.just(b"1e9"))
+    try:
+        bundle.calibration.write_bytes(changed)
+        found = Calibration.load(bundle)
+    except BundleError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found is not None
+        assert found.threshold == calibration.threshold  # which follows from the scores
+    finally:
+        bundle.calibration.write_bytes(text)
+
+
 def test_a_calibration_may_not_leave_the_bundle(
     calibrated: tuple[Bundle, Calibration, list[Path]], tmp_path: Path
 ) -> None:
@@ -243,6 +385,35 @@ def test_the_order_of_the_images_does_not_matter_and_frames_do_as_well(
     assert good.copies == 0
 
 
+def test_without_a_rate_it_is_the_lowest_that_the_images_allow(
+    calibrated: tuple[Bundle, Calibration, list[Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, _, paths = calibrated
+    found, _, _ = calibrate(Predictor(bundle, calibrated=False), iter(paths), None, [], Console(width=200))
+    assert found.false_alarm_rate == 0.05  # 1 of 20
+    assert found.threshold > found.scores[-1]
+    assert (
+        "19 images allow a false-alarm rate of 0.05 at best, which is taken; 0.01 needs 99" in capsys.readouterr().out
+    )
+    found.save(bundle)
+    assert Calibration.load(bundle) == found
+    calibrated[1].save(bundle)
+    with pytest.raises(UsageError, match=r"19 images allow 0\.05 at best: --false-alarm-rate 0\.05"):
+        calibrate(Predictor(bundle, calibrated=False), iter(paths), 0.01, [], Console(quiet=True))
+    with pytest.raises(UsageError, match="needs at least 99 good images; got 1: give more"):
+        calibrate(Predictor(bundle, calibrated=False), paths[:1], None, [], Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("count", "rate", "said"), [(30, 0.0323, 0.033), (99, 0.01, 0.01), (9, 0.1, 0.1), (2, 0.334, 0.34)]
+)
+def test_the_lowest_rate_is_allowed_and_the_next_lower_is_not(count: int, rate: float, said: float) -> None:
+    assert (lowest_rate(count), lowest_rate(count, 2)) == (rate, said)
+    assert conformal_threshold([i / count for i in range(count)], rate) > (count - 1) / count
+    with pytest.raises(UsageError, match=f"{count} images allow {rate} at best: --false-alarm-rate {said}"):
+        conformal_threshold([0.5] * count, 0.99 / (count + 1))
+
+
 def test_too_few_images_are_known_before_any_is_scored(calibrated: tuple[Bundle, Calibration, list[Path]]) -> None:
     missing = [Path(f"{i}.png") for i in range(98)]
     with pytest.raises(UsageError, match="needs at least 99 good images; got 98"):
@@ -257,7 +428,23 @@ def test_the_report_says_what_weakens_the_promise(calibrated: tuple[Bundle, Cali
     text = "\n".join(said)
     assert "3 copied, 1 unreadable left out" in text
     assert "consecutive images are alike (autocorrelation 0.95)" in text
-    assert "10 of 40 defects are missed: the miss rate is 12.7 to 41.2 %" in text
+    assert "10 of 40 defects are missed: the miss rate is 13 to 41 %" in text
+
+
+def test_the_report_says_when_a_model_can_not_inspect_a_part(
+    calibrated: tuple[Bundle, Calibration, list[Path]],
+) -> None:
+    above, below = calibrated[1].threshold + 0.1, calibrated[1].threshold - 0.1
+    found = replace(calibrated[1], defects=40, miss_rate=0.875, miss_interval=binomial_interval(35, 40))
+    bad = Scores(scores=[above] * 5 + [below] * 35, peaks=[calibrated[1].map_threshold] + [0.0] * 39)
+    said: list[str] = []
+    report(found, Scores(scores=[0.1] * 19), bad, said.append)
+    assert "35 of 40 defects are missed: the miss rate is 73 to 96 % (95 % confidence)" in said
+    assert any(line.startswith("4 of 5 found defects have no region at the map's line") for line in said)
+    assert any(line.startswith("this model can't inspect this part") for line in said)
+    few: list[str] = []
+    report(replace(found, miss_rate=0.0), Scores(scores=[0.1] * 19), Scores([above] * 40, [1.0] * 40), few.append)
+    assert not [line for line in few if "can't inspect" in line or "no region" in line]
 
 
 @pytest.mark.parametrize("scores", [(0.5,) * 19, (0.0, 1.0), tuple(np.linspace(0.1, 0.9, 999))])
@@ -282,7 +469,7 @@ def test_from_pictures_of_good_parts_to_verdicts(fbclip: Run, tmp_path: Path) ->
     default = Bundle.load().manifest.threshold
     assert f"threshold {default} is the bundle's default: no calibration" in fbclip("infer", "--no-save").stdout
     done = fbclip("calibrate", "good", "--false-alarm-rate", 0.1, "--defects", paths[3], code=2)  # one is broken
-    assert "copied the embedded one to fbclip-nano.fbclip" in done.stdout
+    assert "copied the embedded bundle to fbclip-nano.fbclip" in done.stdout
     assert "broken.png is no image" in done.stdout
     assert "12 good images (1 copied, 1 unreadable left out)" in done.stdout
     assert "1 of 1 defects are missed" in done.stdout
@@ -314,7 +501,77 @@ def test_a_strange_bundle_of_the_embedded_name_is_left_alone(tmp_path: Path, mon
     other = Path(shutil.copytree(Bundle.load().path, tmp_path / "fbclip-nano.fbclip")) / "manifest.json"
     other.write_text(json.dumps({**json.loads(other.read_text()), "threshold": 0.3}))
     with pytest.raises(UsageError, match="isn't the embedded bundle"):
-        choose_bundle(["good"], print)
+        choose_bundle(["good"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["good", "--false-alarm-rate", 0.01], "12 images allow 0.077 at best: --false-alarm-rate 0.077"),
+        (["good", "nowhere"], "there is no nowhere"),
+        (["good", "--defects", "nowhere"], "'nowhere' matches none"),
+        (["good", "--roi", "0,0,5000,5000"], "reaches beyond the frame|needs at least"),
+        (["good", "--name", "a/b"], "--name is up to 100 letters"),
+    ],
+)
+def test_a_calibration_that_fails_leaves_nothing(
+    fbclip: Run, tmp_path: Path, arguments: list[object], message: str
+) -> None:
+    write_good(tmp_path / "good", 12)
+    assert re.search(message, fbclip("calibrate", *arguments, code=2).stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+def test_copies_have_names_of_their_own(fbclip: Run, tmp_path: Path) -> None:
+    write_good(tmp_path / "good", 4)
+    done = fbclip("calibrate", "good", "--name", "line3")
+    assert "4 images allow a false-alarm rate of 0.2 at best" in done.stdout
+    assert "copied the embedded bundle to line3.fbclip" in done.stdout
+    copy = Bundle.load(tmp_path / "line3.fbclip")
+    assert (copy.name, copy.manifest.name) == ("line3", "fbclip-nano")
+    assert "line3.fbclip here is calibrated: --bundle line3.fbclip" in fbclip("infer", "--no-save").stdout
+    assert (
+        "copied line3.fbclip to line4.fbclip" in fbclip("calibrate", "line3.fbclip", "good", "--name", "line4").stdout
+    )
+    assert "line3.fbclip and line4.fbclip here are calibrated" in fbclip("infer", "--no-save").stdout
+    assert sorted(path.name for path in tmp_path.glob("*.fbclip")) == ["line3.fbclip", "line4.fbclip"]
+
+
+def test_two_calibrations_at_once(fbclip: Run, tmp_path: Path) -> None:
+    """Neither finds half of the other's copy; the later one's calibration stays."""
+    write_good(tmp_path / "good", 4)
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(fbclip, "calibrate", "good", "--false-alarm-rate", 0.2) for _ in range(2)]
+    assert all("wrote fbclip-nano.fbclip" in run.result().stdout for run in runs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fbclip-nano.fbclip", "good"]
+    Predictor(tmp_path / "fbclip-nano.fbclip")
+
+
+def test_the_one_who_is_slower_calibrates_the_copy_of_the_other(
+    calibrated: tuple[Bundle, Calibration, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All have made their copies before any of them has the name."""
+    path, ready, said = tmp_path / "fbclip-nano.fbclip", Barrier(3), []
+    write_into = calibrating._write_into
+
+    def together(calibration: Calibration, defects: list[float], bundle: Bundle) -> None:
+        write_into(calibration, defects, bundle)
+        if bundle.path != path:
+            ready.wait(PATIENCE_S)
+
+    monkeypatch.setattr(calibrating, "_write_into", together)
+    with ThreadPoolExecutor(3) as threads:
+        runs = [threads.submit(write, calibrated[1], [], Bundle.load(), path, said.append) for _ in range(3)]
+    assert [run.result() for run in runs] == [None] * 3
+    assert said == [f"copied the embedded bundle to {path}"]
+    assert Calibration.load(Bundle.load(path)) == calibrated[1]
+    assert [left.name for left in tmp_path.iterdir()] == ["fbclip-nano.fbclip"]
+
+
+def test_where_nothing_can_be_written_is_found_out_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/proc/self")
+    with pytest.raises(UsageError, match="can't write"):
+        choose_bundle(["good"])
 
 
 def test_frames_of_a_video_and_cameras_that_never_end(fbclip: Run, tmp_path: Path) -> None:

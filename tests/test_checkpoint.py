@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import json
 import pickle
+import zipfile
+from itertools import count
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import golden
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fbclip import checkpoint
+from fbclip import bundle, checkpoint
 from fbclip.clip import clip_config, load_clip
 from fbclip.errors import CheckpointError, UsageError
 from fbclip.model import default_config
@@ -87,6 +92,158 @@ def test_nothing_is_unpickled(golden_files: Path, tmp_path: Path, monkeypatch: p
         else:
             load(golden_files, weights=tmp_path / "evil.pt")
     assert not (tmp_path / "touched").exists()
+
+
+EMBEDDED = bundle.EMBEDDED.with_suffix(".safetensors")
+with safe_open(EMBEDDED, framework="pt") as embedded:
+    HEADER = json.loads(embedded.metadata()["fbclip"])
+    TENSORS = {name: embedded.get_tensor(name) for name in embedded.keys()}  # noqa: SIM118
+
+
+def write_ours(path: Path, header: Any) -> Path:
+    """The embedded model's checkpoint with another header."""
+    save_file(TENSORS, path, {"fbclip": header if isinstance(header, str) else json.dumps(header)})
+    return path
+
+
+def changed(place: str, value: Any) -> Any:
+    """The embedded model's header with another value at a place like "config.clip.name"."""
+    header = json.loads(json.dumps(HEADER))
+    *path, last = place.split(".")
+    part = header
+    for name in path:
+        part = part[name]
+    part[last] = value
+    return header
+
+
+VISION, TEXT = "config.clip.model.vision_cfg", "config.clip.model.text_cfg"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "5",
+        "[]",
+        "[" * 200_000,
+        "{}",
+        '{"format": 1}',
+        json.dumps(HEADER).replace('"format": 1', '"format": 1, "format": 1'),
+        json.dumps(HEADER).replace('"format": 1', '"format": true'),
+        json.dumps(HEADER).replace('"format": 1', '"format": 2'),
+        changed("config", 5),
+        changed("config", {}),
+        changed("includes_clip", 1),
+        changed("clip_fingerprint", None),
+        changed("config.image_size", "96"),
+        changed("config.image_size", 0),
+        changed("config.image_size", 8 * 10**6),
+        changed("config.feature_layers", [7]),
+        changed("config.feature_layers", 5),
+        changed("config.clip", None),
+        changed("config.clip.std", [0, 1, 1]),
+        changed("config.clip.model", []),
+        changed(VISION, None),
+        changed(f"{VISION}.width", 65_536),
+        changed(f"{VISION}.width", 16_384),
+        changed(f"{VISION}.width", -1),
+        changed(f"{VISION}.width", 129),
+        changed("config.feature_layers", [200]),
+        changed(f"{VISION}.layers", 10**9),
+        changed(f"{VISION}.layers", [1, 2]),
+        changed(f"{VISION}.patch_size", 0),
+        changed(f"{VISION}.mlp_ratio", "3"),
+        changed(f"{VISION}.act_kwargs", {"a": 1}),
+        changed(f"{VISION}.stranger", 1),
+        changed(f"{TEXT}.context_length", 1000),
+        changed(f"{TEXT}.context_length", 10**7),
+        changed(f"{TEXT}.vocab_size", 10),
+        changed(f"{TEXT}.heads", 3),
+        changed("includes_clip", False),
+        changed("config", {**changed(f"{VISION}.layers", 200)["config"], "feature_layers": [200]}),
+        {**changed("config.clip.name", "/etc/clip.json"), "includes_clip": False},
+        {**changed("config.clip.name", "hf-hub:somebody/something"), "includes_clip": False},
+        {**changed("config.clip.weights", "/etc/hostname"), "includes_clip": False},
+    ],
+    ids=map(str, count()),
+)
+def test_headers_that_are_none_are_refused_before_anything_is_built(tmp_path: Path, header: Any) -> None:
+    path = write_ours(tmp_path / "c.safetensors", header)
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert getrusage(RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 100, 20_000, 1_000_000])
+def test_a_checkpoint_that_is_cut_short(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(EMBEDDED.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match=r"^[^\n]*$"):
+        checkpoint.load(path)
+
+
+def compressed(path: Path) -> None:
+    """Zeros in a thousandth of their size."""
+    torch.save({"a": torch.zeros(5)}, path)
+    with zipfile.ZipFile(path) as stored:
+        parts = {part.filename: stored.read(part) for part in stored.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            if name.endswith("data/0"):
+                with archive.open(name, "w", force_zip64=True) as file:
+                    for _ in range(200):
+                        file.write(bytes(2**20))
+            else:
+                archive.writestr(name, content)
+
+
+def few_values_seen_as_many(path: Path) -> None:
+    torch.save({"state_dict": {"visual.proj": torch.zeros(1, dtype=torch.float16).expand(10**12)}}, path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02" + b"(" * 100_000,
+        b"\x80\x02X\xff\xff\xff\x7fabc",
+        b"\x80\x02]" + b"]a" * 1000,
+        b"\x80\x02.",
+        b"\x80\x02}.",
+        b"PK\x03\x04" + bytes(100),
+        b"PK",
+        compressed,
+        few_values_seen_as_many,
+        lambda path: torch.save([torch.zeros(1)], path),
+        lambda path: torch.save({"prompt_learner": 5, "model_trainable_params": {}}, path),
+        lambda path: torch.save(
+            {"prompt_learner": {}, "model_trainable_params": {"a": torch.zeros(2).to_sparse()}}, path
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["official", "clip"])
+def test_torch_files_that_are_none(golden_files: Path, tmp_path: Path, content: Any, kind: str) -> None:
+    path = tmp_path / "c.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError) as error:
+        load(golden_files, official=path) if kind == "official" else load(golden_files, weights=path)
+    assert "\n" not in str(error.value)
+    assert getrusage(RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "5", "[]", "[" * 200_000, '{"embed_dim": 5}', '{"embed_dim": 5, "vision_cfg": 5, "text_cfg": {}}', "NaN"],
+)
+def test_clip_configurations_that_are_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "clip.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"a CLIP configuration is JSON with [^\n]*$"):
+        clip_config(str(path))
 
 
 class Archive(torch.nn.Module):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -333,6 +334,59 @@ def test_a_plan_for_later_releases_runs_on_one(bundle: Bundle, monkeypatch: pyte
         on_cpu = make_backend(bundle, "cpu")[0].run(image)[0]  # another graph of the same model
         assert backend.run(image)[0] == pytest.approx(on_cpu, abs=1e-5)
         del backend
+
+
+SIDECAR = Engine(ORIN, "fp16", EngineOptions((1, 2, 4), 64, 2), "0" * 64, "1" * 64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": [1, 2]},
+        {"batch": [4, 2, 1]},
+        {"batch": [0, 1, 1]},
+        {"batch": ["1", 1, 1]},
+        {"batch": [1, 1, 10**30]},
+        {"precision": "fp64"},
+        {"graph_sha256": "x"},
+        {"plan_sha256": None},
+        {"tensorrt": "ten"},
+        {"tensorrt": "9" * 5000},
+        {"compute_capability": 8.7},
+        {"gpu": "two\nlines"},
+        {"gpu": ""},
+        {"workspace_mib": "64"},
+        {"workspace_mib": -1},
+        {"optimization_level": 9},
+        {"hardware_compatible": 1},
+        {"stranger": 1},
+    ],
+)
+def test_impossible_sidecars(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(SIDECAR.to_json())
+    assert Engine.load(path) == SIDECAR
+    path.write_text(json.dumps({**json.loads(SIDECAR.to_json()), **change}))
+    with pytest.raises(BundleError, match=r"is no sidecar of a plan: [^\n]* fbclip export --engine$"):
+        Engine.load(path)
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff", b"[" * 200_000, b"[1]", b"null", b'{"gpu": NaN}', b" " * 2**17, None])
+def test_texts_that_are_no_sidecar(tmp_path: Path, text: bytes | None) -> None:
+    path = tmp_path / "x.json"
+    if text is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(text)
+    with pytest.raises(BundleError, match="is no sidecar of a plan"):
+        Engine.load(path)
+
+
+def test_engines_stay_in_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (bundle.path / "engines").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="stay inside it"):
+        bundle.engine("fp32", ORIN)
 
 
 def test_a_bundle_that_can_not_be_written_to(bundle: Bundle) -> None:

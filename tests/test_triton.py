@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,19 @@ import onnxruntime as ort
 import pytest
 from conftest import Run
 from google.protobuf import text_format
+from rich.console import Console
 from tritonclient.grpc import model_config_pb2
 from waiting import PATIENCE_S
 
 import fbclip
 from fbclip.bundle import Bundle, Manifest, save
-from fbclip.errors import UsageError
+from fbclip.errors import BundleError, UsageError
 from fbclip.export.triton import write_model
 from fbclip.image import resize
 from fbclip.reading import read_image
+from fbclip.runtime.calibrate import calibrate
 from fbclip.runtime.images import list_images
+from fbclip.runtime.predictor import Predictor
 
 SAMPLES = list_images([])
 SIDE = 192
@@ -74,8 +79,16 @@ def test_the_command_needs_no_torch(fbclip: Run, tmp_path: Path) -> None:
         (["--precision", "fp16"], "--triton"),
         (
             ["--bundle", Bundle.load().path, "--triton", "/dev/null/models"],
-            "--triton takes a folder that can be written",
+            "can't write /dev/null/models/fbclip-nano: Not a directory; choose another place",
         ),
+        (["--bundle", Bundle.load().path, "--triton", "models", "--name", "../escape"], "--name is up to 100 letters"),
+        (
+            ["--bundle", Bundle.load().path, "--engine", "--name", "line3"],
+            "--name with --bundle is the name of a Triton",
+        ),
+        (["--name", "a/b"], "--name is up to 100 letters"),
+        (["--threshold", "nan"], "--threshold is a probability"),
+        (["--out", "/dev/null/b.fbclip"], "can't write /dev/null"),
     ],
 )
 def test_wrong_usage(fbclip: Run, arguments: list[object], message: str) -> None:
@@ -157,15 +170,53 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["../../escape", "my model", "..", 'quote"d'])
-def test_names_of_models_stay_in_the_repository(tmp_path: Path, name: str) -> None:
-    embedded = Bundle.load()
-    odd = Bundle(embedded.path, Manifest(**{**embedded.manifest.__dict__, "name": name}), embedded.text)
-    folder = write_model(odd, tmp_path / "models")
-    assert folder.parent == tmp_path / "models"
-    assert parsed_config(folder).name == folder.name
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("my model.fbclip", "my-model"), ('quote"d', "quote-d"), ("Straße 3.fbclip", "Straße-3"), ("...", "fbclip")],
+)
+def test_a_model_has_its_bundles_own_name(tmp_path: Path, folder: str, name: str) -> None:
+    copy = Bundle.load(shutil.copytree(Bundle.load().path, tmp_path / folder))
+    written = write_model(copy, tmp_path / "models")
+    assert written == tmp_path / "models" / name
+    assert parsed_config(written).name == name
+    other = write_model(copy, tmp_path / "models", name="line3")
+    assert parsed_config(other).name == other.name == "line3"
     with pytest.raises(UsageError, match="fp16"):
-        write_model(odd, tmp_path / "others", "fp16")
+        write_model(copy, tmp_path / "others", "fp16")
+    with pytest.raises(UsageError, match="--name is up to 100 letters"):
+        write_model(copy, tmp_path / "models", name="../../escape")
+
+
+def test_the_threshold_is_the_calibrations(tmp_path: Path) -> None:
+    bundle = Bundle.load(shutil.copytree(Bundle.load().path, tmp_path / "part.fbclip"))
+    calibration, _, _ = calibrate(Predictor(bundle), SAMPLES, 0.2, [], Console(quiet=True))
+    assert (folder := write_model(bundle, tmp_path / "before")).is_dir()
+    assert parsed_config(folder).parameters["threshold"].string_value == "0.535"
+    assert "it is not calibrated" in (folder / "README.md").read_text()
+    replace(calibration, roi="10,10,90,90").save(bundle)
+    folder = write_model(bundle, tmp_path / "after")
+    parameters = parsed_config(folder).parameters
+    assert float(parameters["threshold"].string_value) == calibration.threshold
+    assert float(parameters["map_threshold"].string_value) == calibration.map_threshold
+    readme = (folder / "README.md").read_text()
+    assert f"anomalous from {calibration.threshold:g} on" in readme
+    assert "at most 20 % false alarms, from 4 good images" in readme
+    assert "--roi 10,10,90,90: send that part" in readme
+    assert f"score < {calibration.threshold!r}" in readme
+    assert "0.535" not in readme
+
+
+def test_a_graph_without_the_text_features_as_an_input(tmp_path: Path) -> None:
+    embedded = Bundle.load()
+    onnx.save(onnx.load(write_model(embedded, tmp_path / "models") / "1" / "model.onnx"), tmp_path / "model.onnx")
+
+    def write_files(folder: Path) -> Manifest:
+        shutil.copy(tmp_path / "model.onnx", folder)
+        return embedded.manifest
+
+    baked = save(tmp_path / "baked.fbclip", embedded.text, write_files)
+    with pytest.raises(BundleError, match="is no graph of a bundle"):
+        write_model(baked, tmp_path / "models")
 
 
 @contextmanager
@@ -221,4 +272,5 @@ def test_the_client_of_the_readme(tmp_path: Path) -> None:
     score, highest = (float(n) for n in re.findall(r"\d+\.\d+", done.stdout))
     prediction = fbclip.Predictor()(SAMPLES[0])
     assert score == pytest.approx(prediction.score, abs=1e-5)
+    assert done.stdout.startswith("defect" if prediction.is_anomalous else "good")
     assert highest == pytest.approx(prediction.model_map.max(), abs=1e-5)
