@@ -303,7 +303,7 @@ def _by_labels(anomaly_map: NDArray[np.float32], mask: NDArray[np.uint8], min_ar
     height, width = mask.shape
     rows = max(1, BLOCK // width)
     for top in range(0, height, rows):
-        block = labels[top : top + rows].ravel()
+        block = np.asarray(labels[top : top + rows], np.int32).ravel()
         areas += np.bincount(block, minlength=number)
         np.maximum.at(peaks, block, anomaly_map[top : top + rows].ravel())
         seeds[block] = np.arange(top * width, top * width + len(block))

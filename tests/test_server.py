@@ -5,17 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +30,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serving import GOOD, SCRATCH, TOKEN, Server, news, png, running, until
+from serving import GOOD, SCRATCH, TOKEN, Server, command, news, png, running, until
 from waiting import PATIENCE_S, eventually
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -230,9 +225,11 @@ def test_nothing_is_served_without_the_token() -> None:
             {"Cookie": f"fbclip_{server.port}={TOKEN}"},
             {"Cookie": f"fbclip_{server.port}="},
         ]
-        for path, method in paths:
-            for headers in wrong:
-                assert server.ask(path, method, **headers)[0] == 401, (path, headers)
+        with ThreadPoolExecutor(8) as clients:  # wrong tokens are answered late
+            asked = [(path, method, headers) for path, method in paths for headers in wrong]
+            answers = [clients.submit(server.ask, path, method, **headers) for path, method, headers in asked]
+            for (path, method, headers), answer in zip(asked, answers, strict=True):
+                assert answer.result()[0] == 401, (path, method, headers)
         assert server.ask("/", Accept="text/html")[0] == 303  # to the login
         for headers in wrong:
             with pytest.raises(InvalidStatus, match="403"):
@@ -316,32 +313,6 @@ def test_too_many_viewers() -> None:
         eventually(lambda: server.json("/v1/status")["viewers"] == 0)
         with server.watch() as later:
             assert news(later)[0]["status"]
-
-
-@contextmanager
-def command(folder: Path, *arguments: object, token: str | None = None) -> Iterator[str]:
-    """`fbclip serve`, installed; its address. Ends by SIGTERM, with exit code 0."""
-    environment = {name: value for name, value in os.environ.items() if name != "FBCLIP_TOKEN"}
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name("fbclip"), "serve", "--port", "0", *map(str, arguments)],
-        cwd=folder,
-        env={**environment, **({"FBCLIP_TOKEN": token} if token else {}), "COLUMNS": "160"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert process.stdout
-    try:
-        while "serving on" not in (line := process.stdout.readline()):
-            assert line, "it ended"
-        yield line.split()[-1]
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=PATIENCE_S)[0]
-        assert process.returncode == 0, said
-        assert "Traceback" not in said
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_the_command(tmp_path: Path) -> None:
