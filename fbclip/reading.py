@@ -15,6 +15,7 @@ from fbclip.errors import ImageError, SizeError
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of what SUFFIXES are
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+UPLOAD_SIDE = 16_384  # pixels: longer ones are line scans, which come as files
 CLASS_LEVELS = 5  # grey levels of a mask drawn in flat greys, black included; soft edges make more
 
 
@@ -29,16 +30,16 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     return _read(path, to_rgb)
 
 
-def decode_image(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def decode_image(data: bytes, max_pixels: int, max_side: int = UPLOAD_SIDE) -> NDArray[np.uint8]:
     """What `read_image` makes of a file's content, for content of unknown origin; uint8 (H, W, 3) RGB.
 
     Of Pillow's decoders only those of `FORMATS` see it, and the size in its header decides before any pixel.
 
     Raises:
         ImageError: as `read_image`.
-        SizeError: more pixels than allowed.
+        SizeError: more pixels, or a longer side, than allowed.
     """
-    return _read(BytesIO(data), to_rgb, max_pixels)
+    return _read(BytesIO(data), to_rgb, max_pixels, max_side)
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
@@ -84,7 +85,10 @@ def _to_mask(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _read(
-    source: Path | BytesIO, convert: Callable[[Image.Image], NDArray[np.uint8]], max_pixels: int | None = None
+    source: Path | BytesIO,
+    convert: Callable[[Image.Image], NDArray[np.uint8]],
+    max_pixels: int | None = None,
+    max_side: int | None = None,
 ) -> NDArray[np.uint8]:
     name, formats = (source, None) if isinstance(source, Path) else ("the image", FORMATS)
     try:
@@ -93,6 +97,10 @@ def _read(
             with Image.open(source, formats=formats) as file:
                 if max_pixels is not None and file.width * file.height > max_pixels:
                     raise SizeError(f"at most {max_pixels:,} pixels are taken; {name} has {file.width} × {file.height}")
+                if max_side is not None and max(file.size) > max_side:
+                    raise SizeError(
+                        f"sides of at most {max_side:,} pixels are taken; {name} has {file.width} × {file.height}"
+                    )
                 ImageOps.exif_transpose(file, in_place=True)  # a copy would forget its format
                 return convert(file)
     except FileNotFoundError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import ctypes
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ from fbclip.runtime.monitor import SHOWN_SIDE, encode
 from fbclip.runtime.predictor import Prediction, Predictor
 
 MAP_SCALE = 65535  # of a map's value 1 in its 16-bit picture
+# gives the system what is free: glibc would keep blocks of a large picture, some 200 MB, for the next one
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Limits:
 
     Attributes:
         upload_bytes: of one image as it is sent.
-        upload_pixels: of one image; its header is asked before anything is decoded.
+        upload_pixels: of one image; its header is asked before anything is decoded. Its sides are bounded too, see
+            `decode_image`.
         upload_seconds: to send it in.
         queue: images at once, being sent, waiting or in work.
         viewers: pages at once that watch.
@@ -93,6 +98,13 @@ class Uploads:
             return await run_sync(self._score, data, with_overlay, with_map)
 
     def _score(self, data: bytes, with_overlay: bool, with_map: bool) -> dict[str, Any]:
+        try:
+            return self._scored(data, with_overlay, with_map)
+        finally:
+            if TRIM:
+                TRIM(0)
+
+    def _scored(self, data: bytes, with_overlay: bool, with_map: bool) -> dict[str, Any]:
         prediction = self._judged(decode_image(data, self.limits.upload_pixels))
         height, width = prediction.image.shape[:2]
         # in one pass: a map of 25 million pixels is 100 MB, and so is every step between

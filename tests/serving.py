@@ -75,6 +75,7 @@ class Server:
     port: int
     predictor: Predictor = field(default=None)  # type: ignore[assignment]  # of one in this process
     belt: Belt = field(default=None)  # type: ignore[assignment]
+    pid: int = 0  # of one in another
 
     def ask(
         self, path: str, method: str = "GET", body: bytes | Iterator[bytes] | None = None, **headers: str
@@ -140,8 +141,8 @@ def running(
 @contextmanager
 def command(
     folder: Path, *arguments: object, token: str | None = None, files: int | None = None, log: str = "serve.log"
-) -> Iterator[str]:
-    """`fbclip serve`, installed; its address. Ends by SIGTERM, with exit code 0.
+) -> Iterator[Server]:
+    """`fbclip serve`, installed. Ends by SIGTERM, with exit code 0.
 
     Args:
         files: that it may open at once.
@@ -165,7 +166,8 @@ def command(
         return next((line.split()[-1] for line in lines if "serving on" in line), "")
 
     try:
-        yield eventually(address)
+        url = eventually(address)
+        yield Server(url, int(url.rsplit(":", 1)[1]), pid=process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0, (folder / log).read_text()
         assert "Traceback" not in (folder / log).read_text()

@@ -66,7 +66,7 @@ def test_a_prediction_is_the_predictors(server: Server) -> None:
     assert plain["overlay_png"] is None and plain["map_png"] is None
 
 
-@pytest.mark.parametrize("size_hw", [(1, 1), (1, 60_000), (60_000, 1), (3, 700), (2000, 1500)])
+@pytest.mark.parametrize("size_hw", [(1, 1), (1, 16_384), (16_384, 1), (3, 700), (2000, 1500)])
 def test_images_of_any_shape(server: Server, size_hw: tuple[int, int]) -> None:
     status, found = server.predict(png(*size_hw), "?overlay=1&map=1")
     assert status == 200
@@ -89,10 +89,12 @@ def chunks(total: int) -> Iterator[bytes]:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/eps", 422, "no image"),
         (SCRATCH.read_bytes(), "multipart/form-data; boundary=x", 415, "multipart/form-data"),
         (png(1001, 1000), "image/png", 413, "1,000,000 pixels"),
+        (png(1, 16_385), "image/png", 413, "16,384 pixels"),
+        (png(16_385, 1), "image/png", 413, "16,384 pixels"),
         (bytes(400_001), "image/png", 413, "400,000 bytes"),
         (chunks(800_000), "image/png", 413, "400,000 bytes"),
     ],
-    ids=["text", "empty", "cut", "eps", "multipart", "pixels", "bytes", "chunked"],
+    ids=["text", "empty", "cut", "eps", "multipart", "pixels", "width", "height", "bytes", "chunked"],
 )
 def test_what_is_not_taken(body: bytes | Iterator[bytes], kind: str, status: int, message: str) -> None:
     with running(limits=Limits(upload_bytes=400_000, upload_pixels=1_000_000), live=False) as server:
@@ -328,7 +330,8 @@ def test_the_command(tmp_path: Path) -> None:
             return json.load(answer) if "metrics" not in url else answer.read().decode()
 
     arguments = ("belt.avi", "--events", "kept", "--vote", "2/3", "--json", "results.jsonl", "--threshold", "0.6")
-    with command(tmp_path, *arguments) as url:
+    with command(tmp_path, *arguments) as server:
+        url = server.url
         assert ask(url + "/healthz") == {"status": "ok"}
         eventually(lambda: ask(url + "/v1/status")["pipeline"]["frames"] == 9)
         eventually(lambda: ask(url + "/v1/status")["pipeline"]["source"]["state"] == "ended")
@@ -338,8 +341,9 @@ def test_the_command(tmp_path: Path) -> None:
         assert "fbclip_source_frames_total 9.0" in ask(url + "/metrics")
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "result" for line in lines) == 9
-    with command(tmp_path, *arguments) as url:  # events of earlier runs are there from the start
-        assert any(event["index"] == 4 and event["time"] == events[0]["time"] for event in ask(url + "/v1/events"))
+    with command(tmp_path, *arguments) as server:  # events of earlier runs are there from the start
+        again = ask(server.url + "/v1/events")
+        assert any(event["index"] == 4 and event["time"] == events[0]["time"] for event in again)
 
 
 @pytest.mark.parametrize(

@@ -187,12 +187,10 @@ def test_descriptors_are_kept_for_the_sinks(tmp_path: Path) -> None:
         found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
         return [line for line in found if line["kind"] == kind]
 
-    with command(tmp_path, *arguments, token=TOKEN, files=160, log="log") as url, ExitStack() as stack:
-        port = int(url.rsplit(":", 1)[1])
-        server = Server(url, port)
+    with command(tmp_path, *arguments, token=TOKEN, files=160, log="log") as server, ExitStack() as stack:
         eventually(lambda: server.ask("/v1/status", **OWNER)[0] == 200)
         for _ in range(200):
-            stack.enter_context(call(port))
+            stack.enter_context(call(server.port))
         for number in range(3):
             (tmp_path / f"{number}.jpg").write_bytes(SCRATCH.read_bytes())
             (tmp_path / f"{number}.jpg").rename(tmp_path / "in" / f"{number}.jpg")
@@ -428,8 +426,7 @@ def test_a_model_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_it_ends_at_once_among_viewers_that_sleep(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with command(tmp_path, "--watch", "in", token=TOKEN, log="log") as url, ExitStack() as stack:
-        server = Server(url, int(url.rsplit(":", 1)[1]))
+    with command(tmp_path, "--watch", "in", token=TOKEN, log="log") as server, ExitStack() as stack:
         viewers = [stack.enter_context(call(server.port)) for _ in range(4)]
         for viewer in viewers:
             viewer.sendall(request("GET /v1/live", *WEBSOCKET, KEY))
@@ -441,3 +438,17 @@ def test_it_ends_at_once_among_viewers_that_sleep(tmp_path: Path) -> None:
             )
         )
     assert "server:" not in (tmp_path / "log").read_text()
+
+
+def test_the_largest_picture_takes_little_memory(tmp_path: Path) -> None:
+    def memory_mb(name: str) -> float:
+        lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+    with command(tmp_path) as server:
+        server.predict(png(480, 640), "?overlay=1&map=1")
+        before = memory_mb("VmRSS")
+        server.json("/v1/threshold", "PUT", b'{"threshold": 0}')  # all of it is one region
+        assert server.predict(png(5000, 5000), "?overlay=1&map=1")[0] == 200
+        assert memory_mb("VmHWM") - before < 600
+        assert memory_mb("VmRSS") - before < 150
