@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
+import logging
 import secrets
+import time
+from collections import OrderedDict
+from contextlib import nullcontext
 from hashlib import sha256
 from urllib.parse import urlsplit
 
@@ -14,8 +19,17 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fbclip.errors import UsageError
+from fbclip.runtime.connections import Place, origin_of
 
-MIN_TOKEN = 16  # characters; guessing is hopeless then, without a limit on attempts
+MIN_TOKEN = 16  # characters; guessing is hopeless then
+SESSIONS = 256  # logins that are remembered; the one used longest ago is forgotten for another
+SESSION_S = 7 * 24 * 3600.0  # unused, a login ends
+FREE_TRIES = 5  # wrong tokens of one address in a row that are answered at once
+FREE_TRIES_OF_ALL = 100  # those of all addresses
+HOLD_S = 1.0  # that the answers to further ones take
+FORGET_S = 60.0  # without a wrong token, and the next is the first again
+GUESSERS = 1024  # addresses remembered for it
+HELD = 512  # answers held back at once; more would cost memory
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 LOGIN = "/login"  # the one place that needs no token
 HEADERS = {
@@ -28,6 +42,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+
+log = logging.getLogger("fbclip.serve")
 
 
 class Access:
@@ -55,7 +71,8 @@ class Access:
             )
         self.cookie = f"fbclip_{port}"
         self._token = None if token is None else _digest(token)
-        self._session = secrets.token_urlsafe(32)  # new with every start: restarting logs everybody out
+        self._sessions: OrderedDict[bytes, float] = OrderedDict()  # cookie's digest to its last use, oldest use first
+        self._guesses = Guesses()
 
     @property
     def needs_token(self) -> bool:
@@ -79,33 +96,74 @@ class Access:
     def is_same_origin(connection: HTTPConnection) -> bool:
         """Whether a browser sends this for a page of ours; other programs send no Origin."""
         origin = connection.headers.get("origin")
-        return origin is None or urlsplit(origin).netloc == connection.headers.get("host")
+        try:
+            return origin is None or urlsplit(origin).netloc == connection.headers.get("host")
+        except ValueError:
+            return False
 
-    def is_token(self, token: str) -> bool:
-        """Compare in constant time."""
-        return self._token is not None and hmac.compare_digest(_digest(token), self._token)
+    async def accepts(self, token: str, connection: HTTPConnection) -> bool:
+        """Whether this is the token. One who guesses is told later and later; the right one is never made to wait."""
+        if self._is_token(token):
+            return True
+        await self._guesses.hold(origin_of(connection.client.host if connection.client else ""))
+        return False
 
     def may_enter(self, connection: HTTPConnection) -> bool:
         """Whether it carries the token (Authorization: Bearer) or the cookie of a login."""
-        if self._token is None:
+        if self._token is None or self._is_token(bearer(connection)):
             return True
-        scheme, _, token = connection.headers.get("authorization", "").partition(" ")
-        cookie = connection.cookies.get(self.cookie, "")
-        by_token = scheme.lower() == "bearer" and self.is_token(token.strip())
-        return by_token or hmac.compare_digest(_digest(cookie), _digest(self._session))
+        session = _digest(connection.cookies.get(self.cookie, ""))
+        last_use = self._sessions.pop(session, None)
+        if last_use is None or time.monotonic() - last_use > SESSION_S:
+            return False
+        self._sessions[session] = time.monotonic()
+        return True
 
     def admit(self, response: Response, connection: HTTPConnection) -> None:
         """Give a browser the cookie; no script can read it and no other site can make the browser send it."""
-        response.set_cookie(
-            self.cookie,
-            self._session,
-            httponly=True,
-            samesite="strict",
-            secure=connection.url.scheme == "https",
-        )
+        cookie = secrets.token_urlsafe(32)
+        self._sessions[_digest(cookie)] = time.monotonic()
+        if len(self._sessions) > SESSIONS:
+            self._sessions.popitem(last=False)
+        secure = connection.scope["scheme"] == "https"
+        response.set_cookie(self.cookie, cookie, httponly=True, samesite="strict", secure=secure)
 
-    def dismiss(self, response: Response) -> None:
+    def dismiss(self, response: Response, connection: HTTPConnection) -> None:
+        """End the login that a request carries the cookie of."""
+        self._sessions.pop(_digest(connection.cookies.get(self.cookie, "")), None)
         response.delete_cookie(self.cookie, httponly=True, samesite="strict")
+
+    def _is_token(self, token: str) -> bool:
+        """Compare in constant time."""
+        return self._token is not None and hmac.compare_digest(_digest(token), self._token)
+
+
+class Guesses:
+    """Wrong tokens by address: after some in a row each is answered late, so that guessing takes long.
+
+    No request is refused for those of others: who has the token comes in at once, from the same address too.
+    """
+
+    def __init__(self) -> None:
+        self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how many, and when the last was
+        self._of_all = (0, 0.0)
+        self._held = 0
+
+    async def hold(self, address: str) -> None:
+        """Count a wrong token, and return when it may be answered."""
+        tries = self._tries[address] = _one_more(self._tries.pop(address, (0, 0.0)))
+        self._of_all = _one_more(self._of_all)
+        if len(self._tries) > GUESSERS:
+            self._tries.popitem(last=False)
+        if tries[0] == FREE_TRIES + 1:
+            log.warning("more than %d wrong tokens from %s: answers take %g s now", FREE_TRIES, address, HOLD_S)
+        is_slow = tries[0] > FREE_TRIES or self._of_all[0] > FREE_TRIES_OF_ALL
+        if is_slow and self._held < HELD:
+            self._held += 1
+            try:
+                await asyncio.sleep(HOLD_S)
+            finally:
+                self._held -= 1
 
 
 class Guard:
@@ -118,30 +176,42 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
+        is_accepted = False
 
         async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            nonlocal is_accepted
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
-            await send(message)
+            elif message["type"] == "websocket.close" and not is_accepted:
+                return await problem(404, "there is no WebSocket here")(scope, receive, send_guarded)
+            is_accepted |= message["type"] == "websocket.accept"
+            return await send(message)
 
-        refusal = self._refusal(HTTPConnection(scope))
-        if refusal is None:
-            return await self.app(scope, receive, send_guarded)
-        if scope["type"] == "websocket":
-            return await send({"type": "websocket.close", "code": 1008})  # before it is accepted: an HTTP 403
-        return await refusal(scope, receive, send_guarded)
+        refusal = await self._refusal(HTTPConnection(scope))
+        if refusal is not None:
+            if scope["type"] == "websocket":
+                refusal.status_code = 403  # whatever the reason: what the page and other viewers know
+            return await refusal(scope, receive, send_guarded)
+        place: Place | None = scope.get("state", {}).get("place")
+        with place.work() if place and not _is_login(scope) else nullcontext(True) as has_room:
+            answer = (
+                self.app if has_room else problem(503, "too many requests at once: try again", {"Retry-After": "1"})
+            )
+            return await answer(scope, receive, send_guarded)
 
-    def _refusal(self, connection: HTTPConnection) -> Response | None:
+    async def _refusal(self, connection: HTTPConnection) -> Response | None:
         """The answer to a request that goes no further."""
         if not self.access.knows_host(connection):
             return problem(400, "without a token this server goes by localhost and 127.0.0.1 alone")
         method = connection.scope.get("method")  # a WebSocket has none, and acts
         if method not in SAFE_METHODS and not self.access.is_same_origin(connection):
             return problem(403, "requests of other sites are refused")
-        if connection.scope["path"] == LOGIN or self.access.may_enter(connection):
+        if _is_login(connection.scope) or self.access.may_enter(connection):
             return None
+        if token := bearer(connection):
+            await self.access.accepts(token, connection)
         if "text/html" in connection.headers.get("accept", ""):
             return RedirectResponse(LOGIN, 303)
         return problem(401, "send the token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
@@ -149,7 +219,23 @@ class Guard:
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An error as every client of the server gets it: {"detail": one line}."""
-    return JSONResponse({"detail": detail}, status, headers)
+    return JSONResponse({"detail": " ".join(detail.split())}, status, headers)
+
+
+def bearer(connection: HTTPConnection) -> str:
+    """The token of a request's Authorization; empty where it has none."""
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _is_login(scope: Scope) -> bool:
+    return bool(scope["path"] == LOGIN)
+
+
+def _one_more(tries: tuple[int, float]) -> tuple[int, float]:
+    number, last = tries
+    now = time.monotonic()
+    return (number + 1 if now - last < FORGET_S else 1), now
 
 
 def _digest(text: str) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import cv2
 from numpy.typing import NDArray
 
+from fbclip.errors import FBClipError
 from fbclip.runtime.events import event_folders
 from fbclip.runtime.live import Notice, Result
 
@@ -183,8 +184,19 @@ def _after(kept: deque[tuple[int, T]], position: int) -> list[T]:
 
 
 def encode(image: NDArray[Any], suffix: str) -> bytes:
-    """RGB uint8 (H, W, 3) or grey uint16 (H, W) as ".jpg" or ".png"."""
+    """RGB uint8 (H, W, 3) or grey uint16 (H, W) as ".jpg" or ".png".
+
+    Raises:
+        FBClipError: OpenCV can't, for it is too large.
+    """
     if image.ndim == 3:
         image = image[..., ::-1]
     options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if suffix == ".jpg" else []
-    return cv2.imencode(suffix, image, options)[1].tobytes()
+    try:
+        done, data = cv2.imencode(suffix, image, options)
+    except cv2.error:
+        done = False
+    if not done:
+        height, width = image.shape[:2]
+        raise FBClipError(f"a picture of {width} × {height} can't be written as {suffix}: send a smaller one")
+    return data.tobytes()

@@ -24,6 +24,10 @@ from fbclip.runtime.sight import find_blindness
 
 SAMPLES = 128  # pixels of a map's shorter side that are enough for its median: it is smooth
 
+MAX_REGIONS = 1000  # of a prediction
+MAX_EDGES = 1 << 18  # neighbours in a map of which one is marked; contours of noise take seconds, and gigabytes
+BLOCK = 1 << 20  # pixels that are counted at once
+
 
 @dataclass(frozen=True)
 class Region:
@@ -356,10 +360,17 @@ def weak_region(anomaly_map: NDArray[np.float32]) -> Region:
 def find_regions(anomaly_map: NDArray[np.float32], threshold: float, min_area: int = 0) -> tuple[Region, ...]:
     """Connected regions (8 neighbours) of a map (H, W) at or above the threshold, the highest peak first.
 
-    Those of less than `min_area` pixels are left out. Work grows with the regions' boxes, not with the frame: labels
-    for every pixel of a camera's frame would take many times longer than everything else after the model.
+    Those of less than `min_area` pixels are left out, and of more than `MAX_REGIONS` those with the lowest peaks. Work
+    grows with the regions' boxes, not with the frame: labels for every pixel of a camera's frame would take many times
+    longer than everything else after the model. Only a map that is noise is labelled, for its contours take longer.
     """
     mask = (anomaly_map >= threshold).view(np.uint8)
+    edges = sum(int(np.count_nonzero(a != b)) for a, b in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])))
+    find = _by_contours if edges <= MAX_EDGES else _by_labels
+    return tuple(sorted(find(anomaly_map, mask, min_area), key=lambda region: (-region.peak, region.box))[:MAX_REGIONS])
+
+
+def _by_contours(anomaly_map: NDArray[np.float32], mask: NDArray[np.uint8], min_area: int) -> list[Region]:
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     found = []
     for index, outline in enumerate(contours):
@@ -376,4 +387,29 @@ def find_regions(anomaly_map: NDArray[np.float32], threshold: float, min_area: i
         if area >= min_area:
             _, peak, _, _ = cv2.minMaxLoc(anomaly_map[y : y + h, x : x + w], inside)
             found.append(Region((x, y, x + w, y + h), peak, area, outline[:, 0].astype(np.int32)))
-    return tuple(sorted(found, key=lambda region: (-region.peak, region.box)))
+    return found
+
+
+def _by_labels(anomaly_map: NDArray[np.float32], mask: NDArray[np.uint8], min_area: int) -> list[Region]:
+    """The `MAX_REGIONS` with the highest peaks, of any number."""
+    number, labels = cv2.connectedComponents(mask, connectivity=8, ltype=cv2.CV_32S)
+    areas, seeds = np.zeros(number, np.int64), np.zeros(number, np.int64)
+    peaks = np.full(number, -np.inf, np.float32)
+    height, width = mask.shape
+    rows = max(1, BLOCK // width)
+    for top in range(0, height, rows):
+        block = np.asarray(labels[top : top + rows], np.int32).ravel()
+        areas += np.bincount(block, minlength=number)
+        np.maximum.at(peaks, block, anomaly_map[top : top + rows].ravel())
+        seeds[block] = np.arange(top * width, top * width + len(block))
+    found = []
+    seen = np.zeros((height + 2, width + 2), np.uint8)  # OpenCV would make one for every region
+    large = 1 + np.flatnonzero(areas[1:] >= min_area)
+    for label in large[np.argsort(-peaks[large], kind="stable")][:MAX_REGIONS]:
+        seed_y, seed_x = divmod(int(seeds[label]), width)
+        area, _, _, (x, y, w, h) = cv2.floodFill(mask, seen, (seed_x, seed_y), 2, flags=8)
+        inside = (mask[y : y + h, x : x + w] == 2).view(np.uint8)
+        (outline, *_), _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE, offset=(x, y))
+        mask[y : y + h, x : x + w][inside > 0] = 0
+        found.append(Region((x, y, x + w, y + h), float(peaks[label]), area, outline[:, 0].astype(np.int32)))
+    return found

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import time
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
 
-import uvicorn
-from fastapi import FastAPI
 from rich.console import Console
 
 from fbclip.errors import UsageError
+from fbclip.runtime.connections import WebServer
 from fbclip.runtime.guard import Access
 from fbclip.runtime.live_infer import Stream, insist_on_all, make_pipeline, print_summary
 from fbclip.runtime.monitor import Monitor
@@ -25,9 +29,11 @@ from fbclip.runtime.uploads import InTurn
 from fbclip.stopping import StopRequest
 from fbclip.terminal import say
 
-MAX_CONNECTIONS = 100
-GRACE_S = 3  # for requests under way when the server stops
 POLL_S = 0.25
+WAITING = 1024  # connections that the system holds until they are taken: where they overflow, a client waits seconds
+LOGGERS = ("uvicorn", "asyncio", "websockets", "fbclip.serve")
+REFUSED = "ASGI callable returned without completing handshake."  # uvicorn, of each WebSocket that is turned away
+LINES, MINUTE_S = 10, 60.0  # of the log: so many a minute of each kind, whatever strangers do
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,10 @@ def serve(predictor: Predictor, stream: Stream | None, address: Address, console
             pipeline = make_pipeline(source, predictor, stream, console, [monitor, metrics])
         else:
             metrics = Metrics(dict)
-        app = create_app(predictor, access, monitor, pipeline, metrics)
+        server = WebServer(create_app(predictor, access, monitor, pipeline, metrics))
+        stack.enter_context(short_log())
         say(console, f"serving on {_url(ip, port)}")
-        summary = _run(listening, app, pipeline)
+        summary = _run(listening, server, pipeline)
     if summary:
         print_summary(summary, console)
         insist_on_all(summary)
@@ -78,7 +85,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        return socket.create_server(address[:2], family=family, backlog=WAITING)
     except (OSError, UnicodeError) as error:
         raise UsageError(f"--host {host} --port {port} can't be listened on: {error}; choose others") from error
 
@@ -90,19 +97,7 @@ def _url(ip: str, port: int) -> str:
     return f"http://{host}:{port}"
 
 
-def _run(listening: socket.socket, app: FastAPI, pipeline: Pipeline | None) -> LiveSummary | None:
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        limit_concurrency=MAX_CONNECTIONS,
-        ws_max_size=1024,  # viewers send a word
-        ws_per_message_deflate=False,  # pictures don't get smaller
-        timeout_graceful_shutdown=GRACE_S,
-    )
-    server = uvicorn.Server(config)
+def _run(listening: socket.socket, server: WebServer, pipeline: Pipeline | None) -> LiveSummary | None:
     # threads of their own, so that the main thread, which Python gives the signals, is never held
     with StopRequest(None) as stop, ThreadPoolExecutor(2, "serve") as pool:
         web = pool.submit(server.run, [listening])
@@ -115,3 +110,53 @@ def _run(listening: socket.socket, app: FastAPI, pipeline: Pipeline | None) -> L
         server.should_exit = True
     web.result()
     return running.result() if running else None
+
+
+@contextmanager
+def short_log() -> Iterator[None]:
+    """Warnings and errors of the server and the libraries under it as single lines on standard error, and few."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    handler.addFilter(_Few())
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.propagate = True
+
+
+class _OneLine(logging.Formatter):
+    """What happened, and of an exception its kind, its words and the line it came from."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage().partition("\n")[0]
+        if record.exc_info and (error := record.exc_info[1]):
+            file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+            text += f": {type(error).__name__}: {error} ({Path(file).name}:{line})"
+        return f"{time.strftime('%H:%M:%S')} server: {' '.join(text.split())}"
+
+
+class _Few(logging.Filter):
+    """Lets `LINES` a minute of each place in the code pass, and says how many more there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[tuple[str, int], tuple[float, int]] = {}  # when the minute began, and how many came in it
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg == REFUSED:
+            return False
+        kind, now = (record.pathname, record.lineno), time.monotonic()
+        began, number = self._passed.get(kind, (now, 0))
+        if now - began >= MINUTE_S:
+            if number > LINES:
+                record.msg = f"({number - LINES} more of these were left out) {record.msg}"
+            began, number = now, 0
+        self._passed[kind] = began, number + 1
+        return number < LINES

@@ -17,13 +17,13 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI, HTTPException, Query, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 import fbclip
 from fbclip.errors import FBClipError, ImageError, SizeError
 from fbclip.runtime.guard import LOGIN, Access, Guard, problem
 from fbclip.runtime.monitor import Monitor, Update
-from fbclip.runtime.predictor import Predictor
+from fbclip.runtime.predictor import MAX_REGIONS, Predictor
 from fbclip.runtime.uploads import Limits, Uploads, read_body
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ WEB = Path(__file__).parent / "web"
 FRAME_INTERVAL = 1 / 15  # seconds between two pictures for one viewer; more would only cost
 STATUS_INTERVAL = 1.0  # seconds between two messages where nothing happens
 PATIENCE = 60.0  # seconds for a viewer to say that it has drawn a picture
-TRY_AGAIN_LATER = 1013  # WebSocket's code
+NO_TEXT, LOGGED_OUT, TRY_AGAIN_LATER = 1003, 1008, 1013  # WebSocket's codes
 SMALL_BODY = 4096  # bytes of what is no image
 BINARY = {"type": "string", "format": "binary"}
 
@@ -44,8 +44,14 @@ class Problem(BaseModel):
     detail: str = Field(description="One line: what was wrong.")
 
 
+def _without_sign(value: float) -> float:
+    return value + 0.0  # of -0.0, 0.0
+
+
 class Threshold(BaseModel):
-    threshold: float = Field(ge=0, le=1, allow_inf_nan=False, description="Scores from here on are anomalous.")
+    threshold: Annotated[float, AfterValidator(_without_sign)] = Field(
+        ge=0, le=1, strict=True, allow_inf_nan=False, description="Scores from here on are anomalous."
+    )
 
 
 class Region(BaseModel):
@@ -56,13 +62,15 @@ class Region(BaseModel):
 
 
 class Scored(BaseModel):
-    score: float = Field(description="Abnormal probability of the image, 0 to 1.")
+    score: float = Field(allow_inf_nan=False, description="Abnormal probability of the image, 0 to 1.")
     threshold: float
     is_anomalous: bool = Field(description="Not known to be good: a defect, or unusable.")
     verdict: str = Field(description="good, defect or unusable.")
     overruled: str | None = Field(description="Why it is good against its score: min_area or roi.")
     unusable: str | None = Field(description="Why there is nothing to see: black, uniform or frozen.")
-    regions: list[Region] = Field(description="Of the map at or above the threshold, the highest peak first.")
+    regions: list[Region] = Field(
+        description=f"Of the map at or above its threshold, the highest peak first, {MAX_REGIONS} at most."
+    )
     width: int
     height: int
     timings_ms: dict[str, float]
@@ -101,6 +109,7 @@ class Status(BaseModel):
     login: bool = Field(description="Whether a token is needed.")
     uploads: int = Field(description="Images being sent, waiting or in work.")
     viewers: int = Field(description="Pages that watch.")
+    fault: str | None = Field(description="Why the last image that was sent could not be judged; null if it was.")
     pipeline: dict[str, Any] | None = Field(description="Camera, rates and ages; null where there is no source.")
 
 
@@ -142,6 +151,7 @@ class Site:
             "login": self.access.needs_token,
             "uploads": self.uploads.under_way,
             "viewers": self.viewers,
+            "fault": self.uploads.fault,
             "pipeline": self.pipeline.status() if self.pipeline else None,
         }
 
@@ -177,6 +187,7 @@ def create_app(
         summary="Find defects on objects never seen before.",
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere; /api is ours
         redoc_url=None,
+        redirect_slashes=False,  # to where the request's Host says
         responses={status: {"model": Problem} for status in ((400, 401, 403) if access.needs_token else (400, 403))},
     )
     app.add_middleware(Guard, access=access)
@@ -195,13 +206,17 @@ def _explain_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) or "body"
         return problem(422, f"{where}: {first['msg']}")
 
     @app.exception_handler(FBClipError)
     async def _(request: Request, error: FBClipError) -> Response:
         status = 413 if isinstance(error, SizeError) else 422 if isinstance(error, ImageError) else 503
         return problem(status, str(error))
+
+    @app.exception_handler(Exception)
+    async def _(request: Request, error: Exception) -> Response:
+        return problem(500, "the server failed at this request; its log says where")
 
 
 def _add_pages(app: FastAPI, site: Site) -> None:
@@ -238,16 +253,16 @@ def _add_pages(app: FastAPI, site: Site) -> None:
     async def enter(request: Request) -> Response:
         body = await read_body(request, SMALL_BODY, site.limits.upload_seconds)
         token = parse_qs(body.decode("utf-8", "replace")).get("token", [""])[0]
-        if not site.access.is_token(token):
+        if not await site.access.accepts(token, request):
             return login_page("That is not the token.", 403)
         response = RedirectResponse("/", 303)
         site.access.admit(response, request)
         return response
 
     @app.post("/logout", include_in_schema=False)
-    def leave() -> Response:
+    async def leave(request: Request) -> Response:
         response = RedirectResponse(LOGIN, 303)
-        site.access.dismiss(response)
+        site.access.dismiss(response, request)
         return response
 
 
@@ -338,18 +353,19 @@ def _add_live(app: FastAPI, site: Site) -> None:
             return await websocket.close(TRY_AGAIN_LATER, "too many viewers")
         site.viewers += 1
         try:
-            await _send_news(websocket, site)
+            await websocket.close(await _send_news(websocket, site))
         except (WebSocketDisconnect, TimeoutError):
             pass  # it left, or fell asleep
         finally:
             site.viewers -= 1
 
 
-async def _send_news(websocket: WebSocket, site: Site) -> None:
+async def _send_news(websocket: WebSocket, site: Site) -> int:
+    """Until the viewer does what ends it; the code to close with."""
     loop, news = asyncio.get_running_loop(), asyncio.Event()
     position, shown, status_due = 0, None, 0.0
     with site.monitor.listening(lambda: loop.call_soon_threadsafe(news.set)):
-        while True:
+        while site.access.may_enter(websocket):  # its login may end meanwhile
             news.clear()
             latest = site.monitor.latest
             has_picture = latest is not None and latest is not shown
@@ -366,11 +382,16 @@ async def _send_news(websocket: WebSocket, site: Site) -> None:
                 if has_picture:
                     await websocket.send_bytes(jpeg)
                 with anyio.fail_after(PATIENCE):
-                    await websocket.receive_text()
+                    answer = await websocket.receive()
+                if answer["type"] == "websocket.disconnect":
+                    raise WebSocketDisconnect(answer["code"])
+                if answer.get("text") is None:
+                    return NO_TEXT
                 position, shown = update.position, latest
             await asyncio.sleep(FRAME_INTERVAL)
             with anyio.move_on_after(STATUS_INTERVAL):
                 await news.wait()
+    return LOGGED_OUT
 
 
 def _message(update: Update, latest: Result | None) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import ctypes
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,18 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import cv2
 import numpy as np
 from anyio.to_thread import run_sync
 from fastapi import HTTPException
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect, Request
 
+from fbclip.errors import FBClipError, ImageError
 from fbclip.reading import decode_image
 from fbclip.runtime.backends import Backend
 from fbclip.runtime.monitor import SHOWN_SIDE, encode
-from fbclip.runtime.predictor import Predictor
+from fbclip.runtime.predictor import Prediction, Predictor
 
 MAP_SCALE = 65535  # of a map's value 1 in its 16-bit picture
+# gives the system what is free: glibc would keep blocks of a large picture, some 200 MB, for the next one
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Limits:
 
     Attributes:
         upload_bytes: of one image as it is sent.
-        upload_pixels: of one image; its header is asked before anything is decoded.
+        upload_pixels: of one image; its header is asked before anything is decoded. Its sides are bounded too, see
+            `decode_image`.
         upload_seconds: to send it in.
         queue: images at once, being sent, waiting or in work.
         viewers: pages at once that watch.
@@ -50,6 +57,7 @@ class Uploads:
         self.predictor = predictor
         self.limits = limits
         self.under_way = 0
+        self.fault: str | None = None  # why the last image could not be judged
         self._turns = anyio.Semaphore(1)  # decoded images and maps are large: one at a time
 
     @contextmanager
@@ -90,9 +98,18 @@ class Uploads:
             return await run_sync(self._score, data, with_overlay, with_map)
 
     def _score(self, data: bytes, with_overlay: bool, with_map: bool) -> dict[str, Any]:
-        prediction = self.predictor(decode_image(data, self.limits.upload_pixels))
+        try:
+            return self._scored(data, with_overlay, with_map)
+        finally:
+            if TRIM:
+                TRIM(0)
+
+    def _scored(self, data: bytes, with_overlay: bool, with_map: bool) -> dict[str, Any]:
+        prediction = self._judged(decode_image(data, self.limits.upload_pixels))
         height, width = prediction.image.shape[:2]
-        grey = np.round(prediction.anomaly_map.clip(0, 1) * MAP_SCALE).astype(np.uint16) if with_map else None
+        # in one pass: a map of 25 million pixels is 100 MB, and so is every step between
+        level = prediction.anomaly_map
+        grey = cv2.addWeighted(level, MAP_SCALE, level, 0, 0, dtype=cv2.CV_16U) if with_map else None
         return {
             **prediction.to_dict(),
             "width": width,
@@ -100,6 +117,18 @@ class Uploads:
             "overlay_png": _base64(encode(prediction.overlay(SHOWN_SIDE), ".png")) if with_overlay else None,
             "map_png": None if grey is None else _base64(encode(grey, ".png")),
         }
+
+    def _judged(self, image: NDArray[np.uint8]) -> Prediction:
+        """The prediction; what the model could not judge is remembered until it can."""
+        try:
+            prediction = self.predictor(image)
+        except ImageError:
+            raise  # its own fault
+        except Exception as error:
+            self.fault = " ".join(str(error).split()) if isinstance(error, FBClipError) else type(error).__name__
+            raise
+        self.fault = None
+        return prediction
 
 
 class InTurn:
@@ -119,10 +148,14 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
     """A request's body, of at most `limit` bytes.
 
     Raises:
-        HTTPException: 408 not there in time, 413 longer; told from Content-Length before any of it is read.
+        HTTPException: 400 cut off or of no length, 408 not there in time, 413 longer; told from Content-Length before
+            any of it is read.
     """
     too_long = HTTPException(413, f"at most {limit:,} bytes are taken")
-    if int(request.headers.get("content-length", 0)) > limit:
+    length = request.headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise HTTPException(400, "Content-Length is no number of bytes")
+    if int(length) > limit:
         raise too_long
     data = bytearray()
     try:

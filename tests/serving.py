@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import queue
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from PIL import Image
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, eventually
 from websockets.sync.client import ClientConnection, connect
 
 from fbclip import Predictor
 from fbclip.reading import read_image
+from fbclip.runtime.connections import WebServer
 from fbclip.runtime.guard import Access
 from fbclip.runtime.images import samples_folder
 from fbclip.runtime.live import Frame, Notice
@@ -69,8 +73,9 @@ class Belt:
 class Server:
     url: str
     port: int
-    predictor: Predictor
-    belt: Belt
+    predictor: Predictor = field(default=None)  # type: ignore[assignment]  # of one in this process
+    belt: Belt = field(default=None)  # type: ignore[assignment]
+    pid: int = 0  # of one in another
 
     def ask(
         self, path: str, method: str = "GET", body: bytes | Iterator[bytes] | None = None, **headers: str
@@ -118,7 +123,7 @@ def running(
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     app = create_app(predictor, Access("127.0.0.1", port, token), monitor, pipeline, metrics, limits)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    server = WebServer(app)
     with ThreadPoolExecutor(2) as threads:
         web = threads.submit(server.run, [listening])
         run = threads.submit(pipeline.run) if pipeline else None
@@ -131,6 +136,44 @@ def running(
     web.result()
     if run:
         run.result()
+
+
+@contextmanager
+def command(
+    folder: Path, *arguments: object, token: str | None = None, files: int | None = None, log: str = "serve.log"
+) -> Iterator[Server]:
+    """`fbclip serve`, installed. Ends by SIGTERM, with exit code 0.
+
+    Args:
+        files: that it may open at once.
+        log: what it says, in the folder.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "FBCLIP_TOKEN"}
+    limit = f"ulimit -n {files};" if files else ""
+    line = [str(Path(sys.executable).with_name("fbclip")), "serve", "--port", "0", *map(str, arguments)]
+    with (folder / log).open("w") as said:
+        process = subprocess.Popen(
+            ["bash", "-c", f'{limit} exec "$@"', "", *line],
+            cwd=folder,
+            env={**environment, **({"FBCLIP_TOKEN": token} if token else {}), "COLUMNS": "160"},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+
+    def address() -> str:
+        assert process.poll() is None, (folder / log).read_text()
+        lines = (folder / log).read_text().splitlines()
+        return next((line.split()[-1] for line in lines if "serving on" in line), "")
+
+    try:
+        url = eventually(address)
+        yield Server(url, int(url.rsplit(":", 1)[1]), pid=process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0, (folder / log).read_text()
+        assert "Traceback" not in (folder / log).read_text()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def png(height: int, width: int) -> bytes:

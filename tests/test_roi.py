@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -12,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
+from fbclip.runtime import predictor
 from fbclip.runtime.predictor import Region, find_regions
 from fbclip.runtime.roi import Roi
 
@@ -43,11 +46,15 @@ def labelled_regions(anomaly_map: NDArray[np.float32], threshold: float, min_are
     st.integers(0, 10_000),
     st.sampled_from([0.0, 0.2, 0.4, 0.6, 1.0]),
     st.integers(0, 6),
+    st.booleans(),
 )
-def test_regions_are_the_labelled_ones(height: int, width: int, seed: int, threshold: float, min_area: int) -> None:
+def test_regions_are_the_labelled_ones(
+    height: int, width: int, seed: int, threshold: float, min_area: int, is_noise: bool
+) -> None:
     levels = np.random.default_rng(seed).integers(0, 6, (height, width))
     anomaly_map = (levels / 5).astype(np.float32)  # holes, islands in holes, single pixels, lines
-    found = find_regions(anomaly_map, threshold, min_area)
+    with patch.object(predictor, "MAX_EDGES", -1 if is_noise else predictor.MAX_EDGES):  # both ways
+        found = find_regions(anomaly_map, threshold, min_area)
     assert len(found) == len(set(found))
     assert set(found) == labelled_regions(anomaly_map, threshold, min_area)
     assert [region.peak for region in found] == sorted((region.peak for region in found), reverse=True)
@@ -55,6 +62,18 @@ def test_regions_are_the_labelled_ones(height: int, width: int, seed: int, thres
         xs, ys = region.outline.T
         assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == region.box
         assert (anomaly_map[ys, xs] >= threshold).all()
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9, 0.99])
+def test_of_a_map_that_is_noise_the_highest_regions_are_found(threshold: float) -> None:
+    anomaly_map = np.random.default_rng(0).random((1080, 1920), np.float32)
+    labels, number = ndimage.label(anomaly_map >= threshold, np.ones((3, 3)))
+    peaks = np.sort(ndimage.maximum(anomaly_map, labels, np.arange(1, number + 1)))[::-1]
+    found = find_regions(anomaly_map, threshold)
+    assert [region.peak for region in found] == pytest.approx(peaks[: predictor.MAX_REGIONS])
+    for region in found[:20]:
+        x0, y0, x1, y1 = region.box
+        assert anomaly_map[y0:y1, x0:x1].max() >= region.peak
 
 
 def test_a_rectangle_is_the_frame_cut_to_it() -> None:

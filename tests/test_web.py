@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -86,6 +87,38 @@ def test_the_page_shows_the_belt(server: Server, page: Page) -> None:
     server.belt.turn("lost")
     expect(page.locator("#camera")).to_have_text("camera lost")
     expect(page.locator("#notices")).to_contain_text("the belt is lost")
+
+
+def test_a_verdict_is_of_what_is_before_the_camera_now(page: Page) -> None:
+    with running() as server:
+        page.goto(server.url)
+        verdict, picture = page.locator("#verdict"), page.locator("#picture")
+        expect(verdict).to_contain_text("No frame yet")
+        server.belt.parts.put(GOOD)
+        expect(verdict).to_contain_text("Good")
+        expect(picture).to_have_css("filter", "none")
+        expect(verdict).to_contain_text(re.compile("No frame for [0-9]+ s"))  # the camera says that it is live
+        expect(verdict).not_to_contain_text("Good")
+        expect(picture).to_have_css("filter", "grayscale(1) blur(8px)")  # its bar says good
+        for state in ("lost", "black", "frozen", "some state of later"):
+            server.belt.parts.put(GOOD)
+            server.belt.turn("live")
+            expect(verdict).to_contain_text("Good")
+            server.belt.turn(state)
+            expect(verdict).to_contain_text(f"Camera {state}")
+            expect(verdict).to_contain_text(f"The belt is {state}")
+            expect(verdict).not_to_contain_text("Good")
+            expect(page.locator("#camera")).to_have_text(f"camera {state}")
+            expect(page.locator("#camera")).to_have_attribute("data-state", "bad")
+            expect(page.locator("#notices li").first).to_have_attribute("data-state", "bad")
+            expect(page.locator("#announcer")).to_have_text(f"the belt is {state}")
+        server.belt.parts.put(GOOD)
+        server.belt.turn("live")
+        expect(verdict).to_contain_text("Good")
+        server.belt.parts.put(None)
+        expect(verdict).to_contain_text("Camera ended")
+    expect(verdict).to_contain_text("No connection")
+    expect(verdict).not_to_contain_text("Good")
 
 
 def test_the_slider_changes_the_verdict(server: Server, page: Page) -> None:

@@ -2,10 +2,14 @@
 
 const $ = (id) => document.getElementById(id);
 const WINDOW = 120; // seconds of the graph
-const STALE = 3000; // ms without news before the picture is dimmed
+const STALE = 3000; // ms without news, and the server is gone
+const OLD = 5000; // ms after which a picture says nothing of what is before the camera
 const FORMATS = { bmp: "image/bmp", jpeg: "image/jpeg", jpg: "image/jpeg", png: "image/png", tif: "image/tiff", tiff: "image/tiff", webp: "image/webp" };
 
-const state = { threshold: 0.5, scores: [], events: [], now: 0, heard: 0, serverTime: 0, upload: null, started: false };
+const state = {
+  threshold: 0.5, scores: [], events: [], now: 0, heard: 0, serverTime: 0, upload: null, started: false,
+  connected: false, source: null, result: null, captured: 0, // when the result's frame was, in ms as performance.now()
+};
 
 // Requests ---------------------------------------------------------------------------------------------------------
 
@@ -35,6 +39,7 @@ function connect() {
     state.events = [];
     $("gallery").replaceChildren();
     $("notices").replaceChildren();
+    state.connected = true;
     setChip($("connection"), "good", "connected");
   };
   socket.onmessage = async ({ data }) => {
@@ -50,7 +55,8 @@ function connect() {
   };
   socket.onclose = ({ code }) => {
     setChip($("connection"), "bad", code === 1013 ? "too many viewers" : "disconnected");
-    $("live").classList.add("stale");
+    state.connected = false;
+    showVerdict();
     setTimeout(connect, pause);
     pause = Math.min(pause * 2, 5000);
     if (code === 1006) ask("v1/status").catch(() => {}); // a session that has ended leads to the login
@@ -72,31 +78,63 @@ function show(news) {
   state.scores.push(...news.scores);
   const first = state.scores.findIndex(([time]) => time > state.now - WINDOW - 5);
   if (first > 0) state.scores.splice(0, first);
+  for (const notice of news.notices) addNotice(notice);
   if (news.status) showStatus(news.status);
   if (news.result) showResult(news.result, news.age_ms);
-  for (const notice of news.notices) addNotice(notice);
+  showVerdict();
   for (const event of news.events) addEvent(event);
   if (news.events.length && state.started) announce(`Alarm, score ${news.events.at(-1).score.toFixed(3)}`);
   state.started = true;
-  $("live").classList.remove("stale");
   drawSoon();
 }
 
 const VERDICTS = { good: ["good", "✓ Good"], defect: ["bad", "✕ Defect"], unusable: ["bad", "! Unusable"] };
 
-function showResult(result, age) {
-  const gone = state.source === "lost"; // what it showed last says nothing of now
-  const [mood, word] = gone ? ["none", "– No picture"] : VERDICTS[result.verdict];
-  $("verdict").dataset.state = mood;
-  setText($("verdict-word"), word);
-  setText($("verdict-score"), gone ? "" : (result.unusable ?? result.score.toFixed(3)));
-  $("alarm").hidden = !result.alarm;
-  setText($("source"), result.source);
-  $("picture").alt = `Heat map of ${result.source}: ${result.verdict}, score ${result.score.toFixed(2)}, ${count(result.regions, "region")}`;
-  state.age = age;
+function verdictOf(result) {
+  const name = result.verdict ?? (result.is_anomalous ? "defect" : "good");
+  const [mood, word] = VERDICTS[name] ?? ["bad", `! ${capital(name)}`];
+  return { name, mood, word };
 }
 
-const CAMERA = { live: "good", connecting: "waiting", lost: "bad", blind: "bad", ended: "idle" };
+function showResult(result, age) {
+  state.result = result;
+  state.age = age;
+  state.captured = performance.now() - age;
+  $("alarm").hidden = !result.alarm;
+  setText($("source"), result.source);
+  $("picture").alt = `Heat map of ${result.source}: ${verdictOf(result).name}, score ${result.score.toFixed(2)}, ${count(result.regions, "region")}`;
+}
+
+function showVerdict() {
+  const gone = whyNone();
+  const { mood, word } = gone ?? verdictOf(state.result);
+  $("verdict").dataset.state = mood;
+  setText($("verdict-word"), word);
+  setText($("verdict-score"), gone ? "" : state.result.unusable ?? state.result.score.toFixed(3));
+  setText($("verdict-note"), gone?.note ?? "");
+  $("live").classList.toggle("stale", Boolean(gone));
+  setText($("veil"), gone?.word ?? "");
+}
+
+/** Why the last verdict says nothing of what is before the camera now; null where it does. */
+function whyNone() {
+  const { connected, heard, source, result, captured } = state;
+  const now = performance.now();
+  if (!connected || now - heard > STALE) return { mood: "warn", word: "No connection", note: "This page hears nothing from the server." };
+  if (source && source.state !== "live") {
+    const mood = source.state === "connecting" ? "none" : "warn";
+    return { mood, word: `${sourceWord()} ${source.state}`, note: capital(source.message ?? "") };
+  }
+  if (!source || !result) return { mood: "none", word: "Waiting", note: "No frame yet." };
+  if (now - captured <= OLD) return null;
+  return { mood: "warn", word: `No frame for ${Math.round((now - captured) / 1000)} s`, note: "What is before the camera now is not known." };
+}
+
+const CAMERA = { live: "good", connecting: "waiting", ended: "idle" }; // whatever else it is, it is not well
+
+function sourceWord() {
+  return state.source.live ? "Camera" : "Source";
+}
 
 function showStatus(status) {
   setText($("model"), `${status.model.name} · ${status.model.device} · ${status.model.precision}`);
@@ -106,8 +144,8 @@ function showStatus(status) {
   $("main").classList.toggle("uploads-only", !pipeline);
   if (status.threshold !== state.threshold || !state.tuned) setThreshold(status.threshold);
   if (!pipeline) return;
-  state.source = pipeline.source.state;
-  setChip($("camera"), CAMERA[pipeline.source.state] ?? "waiting", `${pipeline.source.live ? "camera" : "source"} ${pipeline.source.state}`);
+  state.source = pipeline.source;
+  setChip($("camera"), CAMERA[pipeline.source.state] ?? "bad", `${sourceWord().toLowerCase()} ${pipeline.source.state}`);
   const counters = pipeline.source.counters;
   const rows = [
     ["frames per second", fixed(pipeline.fps, 1)],
@@ -283,11 +321,11 @@ async function inspect(file) {
 }
 
 function showScored(name, found) {
-  const [mood, verdict] = VERDICTS[found.verdict];
+  const { name: verdict, mood, word } = verdictOf(found);
   const regions = count(found.regions.length, "region");
   $("scored-picture").src = `data:image/png;base64,${found.overlay_png}`;
-  $("scored-picture").alt = `Heat map of ${name}: ${found.verdict}, ${regions}`;
-  const mark = element("span", { class: mood }, found.unusable ? `${verdict}: ${found.unusable}` : verdict);
+  $("scored-picture").alt = `Heat map of ${name}: ${verdict}, ${regions}`;
+  const mark = element("span", { class: mood }, found.unusable ? `${word}: ${found.unusable}` : word);
   const milliseconds = Object.values(found.timings_ms).reduce((sum, value) => sum + value, 0);
   $("scored-text").replaceChildren(
     element("span", {}, mark, `  ${found.score.toFixed(3)}, threshold ${found.threshold.toFixed(3)}`),
@@ -352,13 +390,17 @@ $("viewer").addEventListener("keydown", ({ key }) => {
   if (key === "ArrowRight") view(viewed - 1);
 });
 
-const SERIOUS = new Set(["lost", "blind", "failing", "drifting", "on"]);
+const SERIOUS = new Set(["failing", "drifting", "on"]);
+const CALM = new Set(["connecting", "ended"]); // of a source; what it may be besides, unknown words too, is serious
 const RELIEF = new Set(["live", "working", "steady", "off"]);
 
 const KINDS = { source: "Source", sink: "Output", drift: "Scores", alarm: "Alarm", run: "Run" };
 
 function addNotice(notice) {
-  const mood = SERIOUS.has(notice.state) ? "bad" : RELIEF.has(notice.state) ? "good" : "";
+  const isSource = notice.kind === "source";
+  const isSerious = isSource ? !RELIEF.has(notice.state) && !CALM.has(notice.state) : SERIOUS.has(notice.state);
+  const mood = isSerious ? "bad" : RELIEF.has(notice.state) ? "good" : "";
+  if (isSource) state.source = { ...state.source, state: notice.state, message: notice.message };
   $("notices").prepend(element("li", { "data-state": mood }, element("time", {}, clock(notice.time)), element("b", {}, `${KINDS[notice.kind] ?? notice.kind} ${notice.state}`), ` ${notice.message}`));
   while ($("notices").childElementCount > 200) $("notices").lastChild.remove();
   if (state.started && mood === "bad" && notice.kind !== "alarm") announce(notice.message);
@@ -386,6 +428,10 @@ function setChip(chip, mood, text) {
   setText(chip, text);
 }
 
+function capital(text) {
+  return text && text[0].toUpperCase() + text.slice(1);
+}
+
 function announce(text) {
   setText($("announcer"), text);
 }
@@ -398,7 +444,5 @@ function fixed(value, digits) {
   return Number.isFinite(value) ? value.toFixed(digits) : "–";
 }
 
-setInterval(() => {
-  if (state.heard && performance.now() - state.heard > STALE) $("live").classList.add("stale");
-}, 1000);
+setInterval(showVerdict, 1000);
 connect();
