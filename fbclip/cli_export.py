@@ -13,6 +13,7 @@ from fbclip.cli_common import (
     LayersOption,
     SizeOption,
     WeightsOption,
+    find_checkpoint,
     make_console,
     need_train_extra,
     parse_frame_size,
@@ -30,7 +31,7 @@ class ChannelOrder(str, Enum):
 
 def export(
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Ours or an official one; the embedded model's if left out.")
+        Path | None, typer.Option(help="An fbclip checkpoint or an official one; nano, the embedded one, if left out.")
     ] = None,
     clip: ClipOption = None,
     clip_weights: WeightsOption = None,
@@ -47,7 +48,7 @@ def export(
         typer.Option(help="Good images that --int8-static takes the ranges from, or a data set; else the samples."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Scores from here on are anomalous; 0.5, or what the embedded model has.")
+        float | None, typer.Option(help="Scores from here on are anomalous; the checkpoint's, else 0.5.")
     ] = None,
     frame_size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH of the camera's frames: the graph takes them whole and resizes.")
@@ -111,8 +112,8 @@ def export(
     if calibration_images and not int8_static:
         raise UsageError("--calibration-images is for --int8-static; --int8 measures the ranges of each image itself")
     need_train_extra()
-    from fbclip.bundle import DYNAMIC, EMBEDDED, STATIC, Bundle
-    from fbclip.checkpoint import load
+    from fbclip.bundle import DYNAMIC, STATIC
+    from fbclip.checkpoint import about, load
     from fbclip.export.bundle import Deployment, export_bundle
     from fbclip.export.parity import find_calibration, find_proof, read_calibration, read_proof
     from fbclip.export.quantize import Quantization
@@ -122,12 +123,11 @@ def export(
     frame_hw = parse_frame_size(frame_size)
     paths, labels = find_proof(parity_images or [])
     calibration_paths = find_calibration(calibration_images or []) if int8_static else []
-    path = checkpoint or EMBEDDED.with_suffix(".safetensors")
-    if checkpoint is None:  # it is deployed larger than it was trained
-        embedded = Bundle.load().manifest
-        image_size = image_size or embedded.image_size
-        threshold = embedded.threshold if threshold is None else threshold
-    console.print(f"loading {path.name}")
+    path = find_checkpoint(str(checkpoint or "nano"), "--checkpoint")
+    known = about(path)
+    if threshold is None:
+        threshold = 0.5 if known.threshold is None else known.threshold
+    console.print(f"loading {path.name}", markup=False)
     model = load(path, clip, clip_weights, image_size, parse_layers(feature_layers))
     model.set_noun(object)
 
@@ -141,15 +141,15 @@ def export(
     if int8_static:
         quantization = Quantization(STATIC, read_calibration(calibration_paths, size_hw, say))
     deployment = Deployment(
-        path.stem,
+        known.name,
         fp16,
         quantization,
         frame_hw,
         channel_order.value,
-        0.5 if threshold is None else threshold,
-        {"checkpoint": path.name},
+        threshold,
+        {"checkpoint": path.name} | ({"seen": known.seen.to_dict()} if known.seen else {}),
     )
-    exported, parities = export_bundle(model, out or Path(f"{path.stem}.fbclip"), proof, deployment, say)
+    exported, parities = export_bundle(model, out or Path(f"{known.name}.fbclip"), proof, deployment, say)
     print_parity(parities, console)
     console.print(f"wrote {exported.path}", soft_wrap=True, highlight=False)
     if engine or triton:
