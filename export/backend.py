@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fbclip import reference
 from fbclip.bundle import EMBEDDED, Bundle
-from fbclip.checkpoint import fingerprint, load
+from fbclip.checkpoint import about, fingerprint, load
 from fbclip.errors import CheckpointError, DeviceError
 from fbclip.files import sha256
 from fbclip.image import upsampling_matrix
@@ -21,7 +21,7 @@ from fbclip.model import FBCLIP
 from fbclip.runtime.calibration import checked_threshold
 from fbclip.runtime.evaluate import Subject
 
-DEFAULT_THRESHOLD = 0.5  # a checkpoint has none; calibration and export set a bundle's
+DEFAULT_THRESHOLD = 0.5  # where training chose none; calibration and export set a bundle's
 SAME_TEXT = 1e-3  # largest difference of text features that are the same model's
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -134,13 +134,16 @@ def checkpoint_subject(
     """The torch model of a checkpoint, to be evaluated; arguments as `fbclip.checkpoint.load`.
 
     Args:
-        threshold: of scores, 0..1; None for `DEFAULT_THRESHOLD`.
+        threshold: of scores, 0..1; None for the checkpoint's, else `DEFAULT_THRESHOLD`.
 
     Raises:
         CheckpointError, DeviceError, UsageError.
     """
+    known = about(path)
     if threshold is None:
-        threshold_from = f"threshold {DEFAULT_THRESHOLD:g} is a checkpoint's default"
+        threshold = DEFAULT_THRESHOLD if known.threshold is None else known.threshold
+        chosen = "a checkpoint's default" if known.threshold is None else "the checkpoint's"
+        threshold_from = f"threshold {threshold:.3g} is {chosen}"
     else:
         threshold_from = f"threshold {checked_threshold(threshold):g} was given"
     model = load(path, clip, clip_weights, image_size, feature_layers)
@@ -148,7 +151,7 @@ def checkpoint_subject(
     backend = TorchBackend(model, device)
     description = {
         "kind": "checkpoint",
-        "name": path.stem,
+        "name": known.name,
         "sha256": sha256(path),
         "clip": config.clip.name,
         "clip_fingerprint": fingerprint(model.visual.tower.proj),
@@ -162,8 +165,9 @@ def checkpoint_subject(
         config.image_size,
         config.clip.mean,
         config.clip.std,
-        DEFAULT_THRESHOLD if threshold is None else threshold,
+        threshold,
         threshold_from,
         description,
         "torch",
+        seen=known.seen,
     )

@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 import open_clip
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save as serialize
 from torch import Tensor
 
+from fbclip.bundle import EMBEDDED, Bundle
 from fbclip.clip import (
     ClipConfig,
     StateDict,
@@ -31,8 +32,9 @@ from fbclip.clip import (
     plain_tensors,
     require_fit,
 )
-from fbclip.errors import CheckpointError, FBClipError
-from fbclip.files import new_folder
+from fbclip.data.holdout import Seen
+from fbclip.errors import CheckpointError
+from fbclip.files import replacing, sha256
 from fbclip.model import FBCLIP, Config, default_config
 from fbclip.untrusted import MIB, Like, build, one_line, parse_json
 
@@ -40,6 +42,8 @@ FORMAT = 1
 MOST_HEADER = MIB  # characters; usual are 1,000
 MOST_GRID = 256  # patches along a side: what a spatial view precomputes grows with its third power, here to 84 MB
 DEFAULT_CLIP, DEFAULT_WEIGHTS = "ViT-L-14-336", "openai"  # the published checkpoints' CLIP
+BEST, LAST = "checkpoint", "last"  # the files of a run, without their suffix
+NANO = EMBEDDED.with_suffix(".safetensors")  # trained small for many cheap steps, deployed larger for finer maps
 
 # official name -> ours
 _PARAMETERS = {
@@ -110,27 +114,75 @@ def save(model: FBCLIP, path: Path, provenance: Mapping[str, Any] | None = None)
     """Write atomically.
 
     CLIP goes into the file unless it is an untouched pretrained tag, which is fetched by its name again.
+
+    Raises:
+        FBClipError, UsageError: see `fbclip.files.write_error`.
     """
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    trained_tower = any(p.requires_grad for p in model.visual.tower.parameters())
-    include_clip = trained_tower or model.config.clip.weights is None
-    if not include_clip:
-        state = {k: v for k, v in state.items() if not _is_clip(k)}
+    state = {k: v.detach().cpu().contiguous() for k, v in _to_save(model).items()}
     header = {
         "format": FORMAT,
         "config": model.config.to_dict(),
-        "includes_clip": include_clip,
+        "includes_clip": any(_is_clip(name) for name in state),
         "clip_fingerprint": fingerprint(model.visual.tower.proj),
         "provenance": dict(provenance or {}),
     }
-    with new_folder(path) as folder:
-        temporary = folder / "checkpoint.safetensors"
-        try:
-            save_file(state, temporary, metadata={"fbclip": json.dumps(header, allow_nan=False)})
-        except SafetensorError as error:  # which a full disk is to it
-            raise FBClipError(f"can't write {path}: {one_line(error)}") from error
-        temporary.chmod(0o644)
-        temporary.replace(path)
+    content = serialize(state, metadata={"fbclip": json.dumps(header, allow_nan=False)})
+    with replacing(path) as file:
+        file.write(content)
+
+
+def size_bytes(model: FBCLIP) -> int:
+    """What `save` writes, but for the header."""
+    return sum(value.nbytes for value in _to_save(model).values())
+
+
+def _to_save(model: FBCLIP) -> StateDict:
+    trained_tower = any(p.requires_grad for p in model.visual.tower.parameters())
+    include_clip = trained_tower or model.config.clip.weights is None
+    return {k: v for k, v in model.state_dict().items() if include_clip or not _is_clip(k)}
+
+
+@dataclass(frozen=True)
+class About:
+    """How a checkpoint is meant to be run.
+
+    Attributes:
+        name: of the model.
+        image_size: side that it is deployed at, in pixels; None where it doesn't say (the official ones).
+        threshold: scores from here on are anomalous, 0..1; None where nothing chose one.
+        seen: images that it was trained on; None where it doesn't say.
+    """
+
+    name: str
+    image_size: int | None = None
+    threshold: float | None = None
+    seen: Seen | None = None
+
+
+def about(path: Path) -> About:
+    """What a checkpoint says of itself; a copy of the embedded one is known by its content.
+
+    Raises:
+        CheckpointError: unreadable.
+    """
+    if _is_torch_file(path):
+        return About(path.stem)
+    if path.stat().st_size == NANO.stat().st_size and sha256(path) == sha256(NANO):
+        deployed = Bundle.load().manifest
+        return About(path.stem, deployed.image_size, deployed.threshold, Seen())
+    header = read_header(path)
+    origin = header["provenance"]
+    name, threshold = origin.get("name", path.stem), origin.get("threshold")
+    if not (isinstance(name, str) and name == Path(name).name):
+        raise CheckpointError(
+            f"a model's name is a file's name; {path} has {name!r}: rename the file, and train it again"
+        )
+    if threshold is not None and not (isinstance(threshold, float) and 0 <= threshold <= 1):
+        raise CheckpointError(f"a threshold is a probability between 0 and 1; {path} has {threshold!r}: train it again")
+    # a run calls all its files alike, and knows a better name; a file that was renamed has a name
+    name = name if path.stem in (BEST, LAST) else path.stem
+    seen = Seen.from_dict(origin["seen"], path) if "seen" in origin else None
+    return About(name, header["config"]["image_size"], threshold, seen)
 
 
 def load(
@@ -146,20 +198,25 @@ def load(
         path: `.safetensors` (ours) or a torch file (official).
         clip, clip_weights: the CLIP underneath, as `fbclip.clip.load_clip` takes it. Ours knows it, except for
             weights that came from a file; an official checkpoint defaults to ViT-L-14-336 with OpenAI's weights.
-        image_size, feature_layers: override the trained (ours) or published (official) setting.
+            Nothing is fetched unless both are named.
+        image_size, feature_layers: override the deployed side (ours, see `about`) and the trained layers, or the
+            published setting (official).
 
     Raises:
         CheckpointError: unreadable, or names and shapes that do not fit.
+        UsageError: weights that would have to be fetched, and nobody named them.
     """
+    if _is_torch_file(path):
+        return _load_official(path, clip, clip_weights, image_size, feature_layers)
+    return _load_ours(path, clip, clip_weights, image_size or about(path).image_size, feature_layers)
+
+
+def _is_torch_file(path: Path) -> bool:
+    """Whether it is one, so an official checkpoint: a zip, or the older plain pickle."""
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     with path.open("rb") as file:
-        is_torch_file = file.read(2) in (b"PK", b"\x80\x02")  # a zip, or the older plain pickle
-    if is_torch_file:
-        return _load_official(
-            path, clip or DEFAULT_CLIP, clip_weights or (None if clip else DEFAULT_WEIGHTS), image_size, feature_layers
-        )
-    return _load_ours(path, clip, clip_weights, image_size, feature_layers)
+        return file.read(2) in (b"PK", b"\x80\x02")
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -232,7 +289,8 @@ def _load_ours(
                 f"{path} was trained on {own.name} with {own.weights}, which open_clip doesn't have: "
                 f"name it with --clip and --clip-weights"
             )
-        loaded, clip_cfg = load_clip(clip or own.name, clip_weights or own.weights)
+        asked = bool(clip and clip_weights)
+        loaded, clip_cfg = load_clip(clip or own.name, clip_weights or own.weights, fetch=asked)
         config = replace(config, clip=clip_cfg)
     model = FBCLIP(config, loaded)
     if (found := fingerprint(model.visual.tower.proj)) != header.clip_fingerprint and not header.includes_clip:
@@ -299,12 +357,17 @@ def _is_behind(name: str, blocks: int) -> bool:
 
 
 def _load_official(
-    path: Path, clip: str, clip_weights: str | None, image_size: int | None, feature_layers: tuple[int, ...] | None
+    path: Path,
+    clip: str | None,
+    clip_weights: str | None,
+    image_size: int | None,
+    feature_layers: tuple[int, ...] | None,
 ) -> FBCLIP:
-    if clip_weights is None:
+    if clip and clip_weights is None:
         raise CheckpointError(f"an official checkpoint holds no CLIP: {clip} needs --clip-weights TAG or FILE")
     state = _read_official(path)
-    loaded, config = load_clip(clip, clip_weights)
+    asked = bool(clip and clip_weights)
+    loaded, config = load_clip(clip or DEFAULT_CLIP, clip_weights or DEFAULT_WEIGHTS, fetch=asked)
     model = FBCLIP(default_config(config, image_size, feature_layers), loaded)
     ours = model.state_dict()
     wanted = {name: tuple(ours[own].shape) for name, own in _PARAMETERS.items()}

@@ -68,6 +68,25 @@ def parse_frame_size(text: str | None) -> tuple[int, int] | None:
     return int(sides[1]), int(sides[2])
 
 
+def find_checkpoint(name: str, option: str) -> Path:
+    """The file of a checkpoint, given by its name, by a run's folder, or as nano: the embedded model.
+
+    Needs no torch, so that a wrong name is told at once.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from fbclip.bundle import EMBEDDED
+    from fbclip.errors import UsageError
+
+    if name in ("nano", EMBEDDED.stem):
+        return EMBEDDED.with_suffix(".safetensors")
+    for path in (Path(name), Path(name, "checkpoint.safetensors")):
+        if path.is_file():
+            return path
+    raise UsageError(f"{option} takes a checkpoint's file, or nano for the embedded model; there is no {name}")
+
+
 def need_train_extra() -> None:
     from importlib.util import find_spec
 

@@ -13,6 +13,7 @@ from fbclip.cli_common import (
     LayersOption,
     SizeOption,
     WeightsOption,
+    find_checkpoint,
     make_console,
     need_train_extra,
     parse_frame_size,
@@ -30,7 +31,7 @@ class ChannelOrder(str, Enum):
 
 def export(
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Ours or an official one; the embedded model's if left out.")
+        Path | None, typer.Option(help="An fbclip checkpoint or an official one; nano, the embedded one, if left out.")
     ] = None,
     clip: ClipOption = None,
     clip_weights: WeightsOption = None,
@@ -47,7 +48,7 @@ def export(
         typer.Option(help="Good images that --int8-static takes the ranges from, or a data set; else the samples."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Scores from here on are anomalous; 0.5, or what the embedded model has.")
+        float | None, typer.Option(help="Scores from here on are anomalous; the checkpoint's, else 0.5.")
     ] = None,
     frame_size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH of the camera's frames: the graph takes them whole and resizes.")
@@ -115,16 +116,13 @@ def export(
         raise UsageError("a bundle holds one 8-bit graph: pass --int8 (for CPUs) or --int8-static (for TensorRT)")
     if calibration_images and not int8_static:
         raise UsageError("--calibration-images is for --int8-static; --int8 measures the ranges of each image itself")
-    from fbclip.bundle import DYNAMIC, EMBEDDED, STATIC, SUFFIX, Bundle, checked_name, require_place
+    from fbclip.bundle import DYNAMIC, STATIC, SUFFIX, checked_name, require_place
     from fbclip.runtime.calibration import checked_threshold
 
-    path = checkpoint or EMBEDDED.with_suffix(".safetensors")
-    own_name = path.stem if name is None else checked_name(name)
-    target = require_place(out or Path(f"{own_name}{SUFFIX}"))  # before the work, not after it
     if threshold is not None:
         checked_threshold(threshold)
     need_train_extra()
-    from fbclip.checkpoint import load
+    from fbclip.checkpoint import about, load
     from fbclip.export.bundle import Deployment, export_bundle
     from fbclip.export.parity import find_calibration, find_proof, read_calibration, read_proof
     from fbclip.export.quantize import Quantization
@@ -134,10 +132,12 @@ def export(
     frame_hw = parse_frame_size(frame_size)
     paths, labels = find_proof(parity_images or [])
     calibration_paths = find_calibration(calibration_images or []) if int8_static else []
-    if checkpoint is None:  # it is deployed larger than it was trained
-        embedded = Bundle.load().manifest
-        image_size = image_size or embedded.image_size
-        threshold = embedded.threshold if threshold is None else threshold
+    path = find_checkpoint(str(checkpoint or "nano"), "--checkpoint")
+    known = about(path)
+    own_name = known.name if name is None else checked_name(name)
+    target = require_place(out or Path(f"{own_name}{SUFFIX}"))  # before the work, not after it
+    if threshold is None:
+        threshold = 0.5 if known.threshold is None else known.threshold
     console.print(f"loading {path.name}", markup=False)
     model = load(path, clip, clip_weights, image_size, parse_layers(feature_layers))
     model.set_noun(object)
@@ -157,8 +157,8 @@ def export(
         quantization,
         frame_hw,
         channel_order.value,
-        0.5 if threshold is None else threshold,
-        {"checkpoint": path.name},
+        threshold,
+        {"checkpoint": path.name} | ({"seen": known.seen.to_dict()} if known.seen else {}),
     )
     was_calibrated = (target / "calibration.json").exists()
     exported, parities = export_bundle(model, target, proof, deployment, say)

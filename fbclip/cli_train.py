@@ -15,11 +15,14 @@ from fbclip.cli_common import (
     LayersOption,
     SizeOption,
     WeightsOption,
+    find_checkpoint,
     make_console,
     need_train_extra,
     parse_layers,
     parse_threshold,
 )
+
+OUT = Path("runs/train/exp")
 
 
 def train(
@@ -29,7 +32,11 @@ def train(
     image_size: SizeOption = None,
     feature_layers: LayersOption = None,
     start: Annotated[
-        Path | None, typer.Option("--from", help="Start from the weights of this checkpoint of ours, CLIP included.")
+        str | None,
+        typer.Option(
+            "--from",
+            help="Fine-tune this fbclip checkpoint: FILE, or nano, the embedded model. Default without --clip.",
+        ),
     ] = None,
     train_tower: Annotated[bool, typer.Option("--train-tower", help="Train the vision tower too.")] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 3,
@@ -44,6 +51,15 @@ def train(
         typer.Option(min=0, max=2, help="Of procedural images: 0 plain, 1 varied, 2 irregular as photographs are."),
     ] = 1.0,
     seed: int = 0,
+    validation: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=0.9,
+            help="Share of the images that is held out to choose the best checkpoint: 0.2 of a data set; 0 trains on all, "
+            "as published.",
+        ),
+    ] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 1,
     amp: Annotated[str, typer.Option(help="Mixed precision: no, bf16, fp16 or auto.")] = "no",
@@ -59,54 +75,78 @@ def train(
     teacher_weight: Annotated[float, typer.Option(help="Of that loss beside the task's.")] = 1.0,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files to OUT/tensorboard.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what --out holds.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, metrics.jsonl and pictures.")] = Path(
-        "runs/train/exp"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, metrics.jsonl and pictures.")] = OUT,
 ) -> None:
     """Train on a data set with masks, or on procedural defects."""
     need_train_extra()
-    import torch
-
-    from fbclip.checkpoint import DEFAULT_CLIP, DEFAULT_WEIGHTS
-    from fbclip.data.dataset import SampleSet
+    from fbclip.data.dataset import Samples, SampleSet
+    from fbclip.data.holdout import SHARE, Seen, split
     from fbclip.data.layouts import open_dataset
     from fbclip.data.procedural import ProceduralDefects
     from fbclip.errors import UsageError
-    from fbclip.train import Execution, accelerator_for, start_model, train
-    from fbclip.training_step import Recipe
+    from fbclip.files import require_writable
 
-    if clip is None and start is None:
-        clip, clip_weights = DEFAULT_CLIP, clip_weights or DEFAULT_WEIGHTS
-    if clip_weights is None and start is None and not train_tower:
+    # whatever can be wrong is told before torch is imported, which takes seconds
+    if clip_weights and not clip and not start:
+        raise UsageError(f"--clip-weights are those of a --clip, like ViT-L-14-336; got {clip_weights} alone")
+    if clip and not start and not clip_weights and not train_tower:
         raise UsageError(f"a frozen CLIP needs weights: pass --clip-weights TAG or FILE for {clip}, or --train-tower")
     if teacher and (not train_tower or cache_tokens):
         raise UsageError("--teacher teaches the tower: pass --train-tower, and no --cache-tokens")
-    if not resume and (out / "checkpoint.safetensors").exists():
-        raise UsageError(f"{out} holds a checkpoint already: pass --resume, or another --out")
-    accelerator = accelerator_for(amp)
+    procedural = source == "procedural"
+    if procedural and validation:
+        raise UsageError("--validation holds out images of a data set; procedural ones are drawn anew for each run")
+    first = None if clip and not start else find_checkpoint(start or "nano", "--from")
+    for file in ("checkpoint.safetensors", "last.safetensors"):
+        if not resume and (out / file).exists():
+            raise UsageError(f"{out} holds a {file} already: pass --resume, or another --out")
+    dataset = None if procedural else open_dataset(Path(source))
+    parts = split(dataset, SHARE if validation is None else validation) if dataset else None
+    require_writable(out)
+    import torch
+
+    from fbclip.checkpoint import About, about
+    from fbclip.train import Execution, accelerator_for, start_model, train
+    from fbclip.training_step import Recipe
+
+    accelerator, console = accelerator_for(amp), make_console()
+
+    def say(line: str) -> None:
+        if accelerator.is_main_process:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     with accelerator.local_main_process_first():  # one process of a machine fetches the weights
         torch.manual_seed(seed)  # every process starts from the same weights
-        model = start_model(start, clip, clip_weights, image_size, parse_layers(feature_layers), train_tower)
+        model = start_model(first, clip, clip_weights, image_size, parse_layers(feature_layers), train_tower)
     size = model.config.image_size
-    data: SampleSet = (
-        ProceduralDefects(size, samples, seed, ramp, variety=variety)
-        if source == "procedural"
-        else open_dataset(Path(source)).for_training(size)
-    )
-    console = make_console()
+    before = about(first) if first else About(model.config.clip.name)
+    say(f"starting from {before.name} at {size} px; --image-size sets another side")
+    seen = before.seen or Seen()
+    data: SampleSet = ProceduralDefects(size, samples, seed, ramp, variety=variety)
+    held_out = None
+    origin: dict[str, object] = {}
+    if parts:
+        data, held_out = Samples(parts.trained, size), Samples(parts.held_out, size) if parts.held_out else None
+        for line in parts.lines(seen):
+            say(line)
+        seen, origin = seen | parts.seen, {"data": parts.to_dict()}
+    default_name = dataset.root.name if dataset else source
+    origin |= {"name": default_name if out == OUT else out.resolve().name, "seen": seen.to_dict()}
     recipe = Recipe(
         epochs, batch_size * accumulate * accelerator.num_processes, lr, cosine, seed, muon_lr, teacher, teacher_weight
     )
     execution = Execution(accumulate, workers, save_every, cache_tokens, tensorboard, console.is_terminal)
-    throughput = train(model, data, recipe, out, execution, resume, accelerator)
-    if accelerator.is_main_process:
-        console.print(f"wrote {out / 'checkpoint.safetensors'}\n{throughput}", soft_wrap=True, highlight=False)
+    throughput = train(model, data, recipe, out, execution, resume, accelerator, held_out, origin)
+    say(f"wrote {out / 'checkpoint.safetensors'}{', the best by the held-out images' if held_out else ''}")
+    say(str(throughput))
     accelerator.end_training()
 
 
 def eval_(
     path: Annotated[list[Path], typer.Argument(help="Data sets: folders, or an index file.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Evaluate the torch model: ours or an official one.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Evaluate a torch model: an fbclip checkpoint, nano, or an official one.")
+    ] = None,
     clip: ClipOption = None,
     clip_weights: WeightsOption = None,
     image_size: SizeOption = None,
@@ -146,6 +186,8 @@ def eval_(
         )
     if report:
         require_report()
+    if checkpoint:
+        checkpoint = find_checkpoint(str(checkpoint), "--checkpoint")
     wanted = tuple(part.strip() for part in classes.split(",")) if classes else None
     tests = [to_evaluate(open_dataset(place, layout), wanted) for place in path]
     if checkpoint:
@@ -162,7 +204,7 @@ def eval_(
     say(console, subject.threshold_from)
     evaluation = evaluate(subject, tests, batch_size, console)
     stamped = stamp(evaluation)
-    show(evaluation, console)
+    show(evaluation, console, stamped["warnings"])
     write_results(evaluation, stamped, folder)
     if report:
         write_report(evaluation, stamped, folder / "report.html")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -27,6 +29,9 @@ from fbclip.image import CLIP_MEAN, CLIP_STD, bilinear_matrix
 from fbclip.untrusted import MIB, Line, Range, one_line, read_json, read_value
 
 log = logging.getLogger(__name__)
+
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # of a repository, where no file is named
+ANSWER_S = 5.0  # seconds in which the hub has to answer before anything is fetched
 
 StateDict = dict[str, Tensor]
 MOST_LISTED = 10_000  # characters of the names that don't fit
@@ -303,10 +308,13 @@ def _is_torchscript(path: Path) -> bool:
         return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def load_clip(clip: str, weights: str | None) -> tuple[open_clip.CLIP, ClipConfig]:
+def load_clip(clip: str, weights: str | None, fetch: bool = True) -> tuple[open_clip.CLIP, ClipConfig]:
     """Build CLIP and load its weights: `load_clip("ViT-L-14-336", "openai")` or two files, then without network.
 
     Without weights the towers are initialised at random, which only makes sense when they are trained.
+
+    Args:
+        fetch: weights of a tag that are not on this machine.
 
     Raises:
         UsageError, CheckpointError: with every missing, extra or misshapen name.
@@ -316,17 +324,41 @@ def load_clip(clip: str, weights: str | None) -> tuple[open_clip.CLIP, ClipConfi
         return build_clip(config, None), config
     path = Path(weights)
     if not path.is_file():
-        tag = open_clip.get_pretrained_cfg(config.name, weights)
-        try:
-            path = Path(open_clip.download_pretrained(tag))
-        except Exception as error:  # whatever the hub's client raises
-            raise UsageError(
-                f"could not fetch {config.name} {weights!r}: {error}; with no network, pass the file as --clip-weights"
-            ) from error
+        path = _weights_of(config.name, weights, fetch)
     state, archive = read_weights(path)
     if archive:
         config = ClipConfig.from_dict({**config.to_dict(), "model": {**config.model, "quick_gelu": True}})
     return build_clip(config, state), config
+
+
+def _weights_of(name: str, tag: str, fetch: bool) -> Path:
+    """The file of a pretrained tag: from the hub's cache, without network; else fetched, if that was asked for."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    known = open_clip.get_pretrained_cfg(name, tag)
+    repository, file = os.path.split(known.get("hf_hub", ""))
+    names = (f"{Path(file).stem}.safetensors", file) if file else HUB_FILES
+    for candidate in names if repository else ():
+        if isinstance(found := huggingface_hub.try_to_load_from_cache(repository, candidate), str):
+            return Path(found)
+    if not fetch:
+        raise UsageError(
+            f"the weights {tag!r} of {name} are not on this machine, and nothing is fetched unasked: "
+            f"pass --clip {name} --clip-weights {tag} to fetch them, or their file as --clip-weights"
+        )
+    try:
+        if repository:  # asked once and briefly: the hub's client would go on trying for a minute
+            with suppress(HfHubHTTPError):  # it answers: perhaps only the other file is there
+                huggingface_hub.get_hf_file_metadata(
+                    huggingface_hub.hf_hub_url(repository, names[-1]), timeout=ANSWER_S
+                )
+        return Path(open_clip.download_pretrained(known))
+    except Exception as error:  # whatever the hub's client raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"could not fetch {name} {tag!r}: {reason}; with no network, pass the file as --clip-weights"
+        ) from error
 
 
 def build_clip(config: ClipConfig, state: StateDict | None) -> open_clip.CLIP:

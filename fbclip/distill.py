@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbclip.data.dataset import SampleSet
-from fbclip.errors import UsageError
+from fbclip.errors import ImageError, UsageError
 from fbclip.model import Config
 
 TEACHERS = ("efficientnet-lite0",)
@@ -85,7 +85,10 @@ class Distillation(nn.Module):
         self.teacher, self.weight = EfficientNetLite0(), weight
         self.grid = config.grid
         indices = np.linspace(0, len(data) - 1, min(MEASURED_ON, len(data))).round().astype(int)
-        images = torch.stack([torch.from_numpy(data[int(i)].image) for i in indices]).permute(0, 3, 1, 2)
+        readable = [image for image in (_image(data, int(i)) for i in indices) if image is not None]
+        if not readable:
+            raise UsageError(f"--teacher measures {len(indices)} images first; none of them can be read")
+        images = torch.stack(readable).permute(0, 3, 1, 2)
         features = self.teacher(images)
         for block, feature in zip(BLOCKS, features, strict=True):  # buffers, which go where the teacher goes
             self.register_buffer(f"mean_{block}", feature.mean((0, 2, 3), keepdim=True))
@@ -114,6 +117,13 @@ class Distillation(nn.Module):
                 predicted = F.adaptive_avg_pool2d(predicted, target.shape[-1])
             total = total + relative_error(predicted, target)
         return self.weight * total
+
+
+def _image(data: SampleSet, index: int) -> Tensor | None:
+    try:
+        return torch.from_numpy(data[index].image)
+    except ImageError:  # reported where it is trained on
+        return None
 
 
 def relative_error(predicted: Tensor, target: Tensor) -> Tensor:

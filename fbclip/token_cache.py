@@ -3,9 +3,11 @@ sees the same tokens: they are computed once and read from then on."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -22,6 +24,7 @@ from torch.utils.data import Dataset
 
 from fbclip.data.dataset import Samples, SampleSet
 from fbclip.errors import FBClipError, UsageError
+from fbclip.files import require_writable, write_error, write_text
 from fbclip.loading import Batch, Entry, ReadableSamples, load
 from fbclip.model import FBCLIP
 
@@ -105,25 +108,33 @@ class TokenCache(Dataset[Entry]):
         return self.folder / f"{name}.npy"
 
     def _make(self) -> None:
-        note = self.folder / "cache.json"
-        if not note.is_file() and self.folder.is_dir() and any(self.folder.iterdir()):
+        ours = (self.folder / "cache.json").is_file()
+        if not ours and self.folder.is_dir() and any(self.folder.iterdir()):
             raise UsageError(f"--cache-tokens takes an empty folder or an earlier cache; {self.folder} is neither")
-        if note.is_file() and json.loads(note.read_text()) == {"format": FORMAT, "key": self.key}:
-            state = np.load(self._path("state"), mmap_mode="r")
-            return self._require_space(int((state == MISSING).sum()))
+        if not (ours and self._is_whole()):
+            require_writable(self.folder)
+            for name in self.layout:
+                self._path(name).unlink(missing_ok=True)
+            self._require_space(len(self.data))
+            self._sign(None)  # ours, but not whole
+            for name, (dtype, shape) in self.layout.items():
+                open_memmap(self._path(name), mode="w+", dtype=dtype, shape=shape)  # sparse zeros, so all MISSING
         for name in self.layout:
-            self._path(name).unlink(missing_ok=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._require_space(len(self.data))
-        self._sign(None)  # ours, but not whole
-        for name, (dtype, shape) in self.layout.items():
-            open_memmap(self._path(name), mode="w+", dtype=dtype, shape=shape)  # sparse zeros, so all MISSING
-        return self._sign(self.key)
+            _reserve(self._path(name))
+        self._sign(self.key)
+
+    def _is_whole(self) -> bool:
+        """Whether the folder holds the tokens of these samples, all or some of them."""
+        try:
+            found = json.loads((self.folder / "cache.json").read_text())
+            shapes = {name: np.load(self._path(name), mmap_mode="r").shape for name in self.layout}
+        except (OSError, ValueError):  # damaged
+            return False
+        expected = {name: shape for name, (_, shape) in self.layout.items()}
+        return bool(found == {"format": FORMAT, "key": self.key}) and shapes == expected
 
     def _sign(self, key: str | None) -> None:
-        temporary = self.folder / "cache.tmp"
-        temporary.write_text(json.dumps({"format": FORMAT, "key": key}, allow_nan=False))
-        temporary.replace(self.folder / "cache.json")
+        write_text(json.dumps({"format": FORMAT, "key": key}, allow_nan=False), self.folder / "cache.json")
 
     def _require_space(self, missing: int) -> None:
         per_sample = sum(math.prod(shape[1:]) * np.dtype(dtype).itemsize for dtype, shape in self.layout.values())
@@ -133,6 +144,21 @@ class TokenCache(Dataset[Entry]):
                 f"--cache-tokens needs {needed / 1e9:.1f} GB for {missing} images, {self.folder} has {free / 1e9:.1f} GB "
                 f"free: name a folder on a larger disk, or leave it out"
             )
+
+
+def _reserve(path: Path) -> None:
+    """Take the whole file's room on the disk: writing to a mapped page that finds none would kill the process.
+
+    Raises:
+        FBClipError, UsageError: see `fbclip.files.write_error`.
+    """
+    try:
+        with path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that can't promise it
+            raise write_error(error, path) from error
 
 
 def cache_key(model: FBCLIP, data: SampleSet, precision: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import signal
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -18,14 +19,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fbclip import checkpoint
 from fbclip.clip import load_clip
-from fbclip.data.dataset import SampleSet
+from fbclip.data.dataset import Samples, SampleSet
 from fbclip.errors import DeviceError, Interrupted, UsageError
+from fbclip.files import require_writable
 from fbclip.loading import Batch, ReadableSamples, load
 from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS, default_config
 from fbclip.stopping import StopRequest
 from fbclip.token_cache import TokenCache
 from fbclip.training_report import StepLog, Throughput, draw_epoch, samples_to_show
 from fbclip.training_step import Recipe, Trainer
+from fbclip.validation import Validation
+
+LINE_EVERY_S = 60.0  # without a bar, within a long epoch
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Execution:
         save_every: steps between checkpoints.
         cache_tokens: folder for the frozen backbone's tokens.
         tensorboard: write event files.
-        progress: show bars.
+        progress: show bars; lines are printed in any case.
     """
 
     accumulate: int = 1
@@ -57,6 +62,8 @@ def train(
     execution: Execution | None = None,
     resume: bool = False,
     accelerator: Accelerator | None = None,
+    held_out: Samples | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Throughput:
     """Train in place and write `out/checkpoint.safetensors`, with the optimiser's state and a report beside it.
 
@@ -65,31 +72,38 @@ def train(
         data: samples at the model's input size.
         resume: go on from what `out` holds.
         accelerator: as `accelerator_for` makes it; float32 on one process if left out.
+        held_out: samples that judge the model after each epoch. `checkpoint.safetensors` is the best one by them then,
+            and the last one is `last.safetensors`.
+        origin: what the checkpoints say of themselves: `name`, `data`, `seen` (see `fbclip.checkpoint.about`).
 
     Raises:
-        UsageError: a sample without a mask, or a batch of which no image can be read.
-        FBClipError: the loss or its gradient is no finite number, or the loss exploded.
+        UsageError: a sample without a mask, a batch of which no image can be read, or `out` can't be written to.
+        FBClipError: the loss or its gradient is no finite number, the loss exploded, or the disk is full.
         CheckpointError: nothing to resume, or made by another recipe.
         Interrupted: Ctrl-C or SIGTERM came; the last step is saved.
     """
     accelerator, execution = accelerator or accelerator_for("no"), execution or Execution()
     main = accelerator.is_main_process
-    trainer = Trainer(model, data, recipe, out, accelerator)
+    trainer = Trainer(model, data, recipe, out, accelerator, origin, judged=held_out is not None)
+    if main:
+        require_writable(out)
+        trainer.require_space()
     done = trainer.resume() if resume else 0
-    out.mkdir(parents=True, exist_ok=True)
     log = StepLog(out, done, execution.tensorboard) if main else None
     try:
         with (
             StopRequest("saving after this step" if main else None) as stop,
             _progress(execution.progress and main) as bar,
         ):
-            dataset: TokenCache | ReadableSamples = ReadableSamples(data)
-            if execution.cache_tokens:
-                dataset = TokenCache(execution.cache_tokens, model, data, accelerator)
-                _fill(dataset, trainer, execution, stop, bar)
+            source = _source(data, "", trainer, execution, stop, bar)
+            validation = None
+            if held_out is not None:
+                judges = _source(held_out, "validation", trainer, execution, stop, bar)
+                at_once = math.ceil(recipe.batch_size / accelerator.num_processes / execution.accumulate)
+                validation = Validation(held_out, judges, at_once, execution.workers, trainer.best if resume else None)
             parts = trainer.parts_of_batches(done, execution.accumulate)
-            with closing(load(dataset, parts, execution.workers, pin=accelerator.device.type == "cuda")) as stream:
-                return _steps(trainer, stream, execution, done, log, stop, bar)
+            with closing(load(source, parts, execution.workers, pin=accelerator.device.type == "cuda")) as stream:
+                return _steps(trainer, stream, validation, execution, done, log, stop, bar)
     except Interrupted as interrupted:
         if not main:  # one process speaks for all
             sys.exit(interrupted.exit_code)
@@ -97,6 +111,17 @@ def train(
     finally:
         if log:
             log.close()
+
+
+def _source(
+    data: SampleSet, part: str, trainer: Trainer, execution: Execution, stop: StopRequest, bar: Progress
+) -> TokenCache | ReadableSamples:
+    """Where batches of these samples come from: their files, or the folder of their tokens, filled first."""
+    if not execution.cache_tokens:
+        return ReadableSamples(data)
+    cache = TokenCache(execution.cache_tokens / part, trainer.model, data, trainer.accelerator)
+    _fill(cache, trainer, execution, stop, bar)
+    return cache
 
 
 def _fill(cache: TokenCache, trainer: Trainer, execution: Execution, stop: StopRequest, bar: Progress) -> None:
@@ -108,7 +133,7 @@ def _fill(cache: TokenCache, trainer: Trainer, execution: Execution, stop: StopR
     with torch.no_grad():
         for count, unreadable in cache.fill(trainer.tokens, mine, trainer.recipe.batch_size, execution.workers):
             for message in unreadable:
-                bar.console.print(f"left out: {message}", soft_wrap=True, highlight=False)
+                _say(bar, f"left out: {message}")
             bar.update(task, advance=count)
             if stop.signal:
                 raise Interrupted(
@@ -120,6 +145,7 @@ def _fill(cache: TokenCache, trainer: Trainer, execution: Execution, stop: StopR
 def _steps(
     trainer: Trainer,
     stream: Iterator[Batch],
+    validation: Validation | None,
     execution: Execution,
     done: int,
     log: StepLog | None,
@@ -130,30 +156,55 @@ def _steps(
     recipe, steps, took = trainer.recipe, len(trainer.batches), Throughput()
     per_epoch = math.ceil(len(trainer.data) / recipe.batch_size)
     shown = samples_to_show(trainer.data, recipe.seed) if log else []
-    left_out: set[str] = set()
+    told: set[str] = set()
+
+    def leave_out(messages: Iterable[str]) -> None:
+        for message in dict.fromkeys(messages):
+            if message not in told:
+                told.add(message)
+                _say(bar, f"left out: {message}")
+
     if log:
-        bar.console.print(f"training, step {done} of {steps}", highlight=False)
+        _say(bar, f"training, step {done} of {steps}")
+    if validation and not done:
+        figures, unreadable = validation.judge(trainer)
+        leave_out(unreadable)
+        if log:
+            _say(bar, f"before training: validation {figures}")
     task = bar.add_task("training", total=steps, completed=done, note="")
+    began = last_line = time.perf_counter()
     for number in range(done + 1, steps + 1):
         start = time.perf_counter()
         parts = [next(stream) for _ in range(execution.accumulate)]
         loaded = time.perf_counter()
         row, images, stopping = trainer.step(number, parts, stop.signal is not None)
         took.add(images, waiting=loaded - start, computing=time.perf_counter() - loaded)
-        for message in {m for part in parts for m in part.unreadable} - left_out:
-            left_out.add(message)
-            bar.console.print(f"left out: {message}", soft_wrap=True, highlight=False)
+        leave_out(message for part in parts for message in part.unreadable)
         epoch, speed = math.ceil(number / per_epoch), images / (time.perf_counter() - start)
         bar.update(task, completed=number, note=f"loss {trainer.usual_loss:.4f}")
-        if (
-            log
-        ):  # before the checkpoint: lines that no checkpoint holds are dropped when resuming, missing ones stay missing
+        line, better = "", False
+        if number % per_epoch == 0 and validation:
+            figures, unreadable = validation.judge(trainer)
+            leave_out(unreadable)
+            better = validation.keep_better(trainer, number, figures)
+            row |= {**figures.row(), "best": better}
+            line = f", validation {figures}{', the best so far' if better else ''}"
+        # before the checkpoint: lines that no checkpoint holds are dropped when resuming, missing ones stay missing
+        if log:
             rate = recipe.lr_at(number - 1, steps)
             log.write({"step": number, "epoch": epoch, **row, "lr": rate, "images_per_s": round(speed, 2)})
         if number % execution.save_every == 0 or number == steps or stopping:
             trainer.save(number)
+        now = time.perf_counter()
+        left = "" if number == steps else f"; {_clock((now - began) / (number - done) * (steps - number))} left"
         if log and number % per_epoch == 0:
+            mean = statistics.fmean(r["total"] for r in log.rows if r["epoch"] == epoch)
+            _say(bar, f"epoch {epoch} of {recipe.epochs}: loss {mean:.4f}{line}{left}")
             draw_epoch(trainer.out / f"epoch-{epoch:03d}.png", log.rows, epoch, trainer.model, shown)
+            last_line = now
+        elif log and not execution.progress and now - last_line > LINE_EVERY_S:
+            _say(bar, f"step {number} of {steps}: loss {trainer.usual_loss:.4f}{left}")
+            last_line = now
         if stopping and number < steps:
             raise Interrupted(
                 f"stopped after step {number} of {steps}; {trainer.out} holds everything up to it: "
@@ -161,6 +212,16 @@ def _steps(
                 stop.signal or signal.SIGTERM,
             )
     return took
+
+
+def _say(bar: Progress, line: str) -> None:
+    bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _progress(shown: bool) -> Progress:

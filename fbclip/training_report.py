@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +18,15 @@ from numpy.typing import NDArray
 
 from fbclip.data.dataset import Sample, SampleSet
 from fbclip.errors import ImageError, UsageError
+from fbclip.files import replacing, write_error, write_text
 from fbclip.image import upsampling_matrix
+from fbclip.losses import Losses
 from fbclip.model import FBCLIP
 
 SAMPLES_SHOWN = 6  # half of them defective, where the data set has both
 SAMPLES_TRIED = 60
 
-Row = dict[str, float]  # step, epoch, the losses, lr, images_per_s
+Row = dict[str, float]  # step, epoch, the losses, lr, images_per_s; after an epoch the figures of the validation
 
 
 class StepLog:
@@ -38,25 +41,31 @@ class StepLog:
     def __init__(self, out: Path, done: int, tensorboard: bool) -> None:
         path = out / "metrics.jsonl"
         self.rows = [row for row in _read_rows(path) if row["step"] <= done]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(row) for row in self.rows))
-        temporary.replace(path)
-        self._file = path.open("a")
+        write_text("".join(_line(row) for row in self.rows), path)
+        self.path, self._file = path, path.open("a")
         self._events = _event_writer(out / "tensorboard", done) if tensorboard else None
 
     def write(self, row: Row) -> None:
+        """
+        Raises:
+            FBClipError, UsageError: see `fbclip.files.write_error`.
+        """
         self.rows.append(row)
-        self._file.write(_line(row))
-        self._file.flush()
-        if self._events:
-            for name, value in row.items():
-                if name != "step":
-                    self._events.add_scalar(name, value, int(row["step"]))
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+            if self._events:
+                for name, value in row.items():
+                    if name != "step":
+                        self._events.add_scalar(name, value, int(row["step"]))
+        except OSError as error:
+            raise write_error(error, self.path) from error
 
     def close(self) -> None:
-        self._file.close()
-        if self._events:
-            self._events.close()
+        with suppress(OSError):  # told where it was written
+            self._file.close()
+            if self._events:
+                self._events.close()
 
 
 def _line(row: Row) -> str:
@@ -163,17 +172,15 @@ def draw_epoch(path: Path, rows: list[Row], epoch: int, model: FBCLIP, samples: 
         column[2].set_title(f"map, score {score:.3f}", fontsize=10)
     if samples:
         pictures.colorbar(heat, ax=axes.ravel().tolist(), fraction=0.02)
-    temporary = path.with_suffix(".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(temporary, format="png", dpi=90)
-    temporary.replace(path)
+    with replacing(path, durable=False) as file:
+        figure.savefig(file, format="png", dpi=90)
 
 
 def draw_losses(axis: Axes, rows: list[Row]) -> None:
     """Every loss over the steps, smoothed over a fiftieth of them, the total also as it is."""
     steps = [row["step"] for row in rows]
     window = max(1, len(rows) // 50)
-    names = [name for name in rows[0] if name not in ("step", "epoch", "lr", "images_per_s", "gradient_norm")]
+    names = [name for name in ("total", *Losses._fields, "distillation") if name in rows[0]]
     for name in names:
         values = np.array([row[name] for row in rows])
         if name == "total":

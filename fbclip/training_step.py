@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
+import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +19,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fbclip import checkpoint
-from fbclip.data.dataset import SampleSet
+from fbclip.checkpoint import BEST, LAST
+from fbclip.data.dataset import Samples, SampleSet
 from fbclip.distill import Distillation
 from fbclip.errors import CheckpointError, FBClipError, UsageError
+from fbclip.files import replacing
 from fbclip.loading import Batch, ReadableSamples, collate
 from fbclip.losses import Losses, fbclip_losses
 from fbclip.model import FBCLIP, background
@@ -70,26 +74,44 @@ class Recipe:
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def loss_of_tokens(
-    model: FBCLIP, tokens: Tensor, masks: Tensor, mixed: Callable[[], AbstractContextManager[Any]] = nullcontext
-) -> Losses:
-    """Losses of the tower's tokens float32 (B, K, N, C); `mixed` wraps what may run in half precision (spec, section 10)."""
-    text, visual = model.encode_text(), model.visual
+def scores_of_tokens(
+    model: FBCLIP, tokens: Tensor, text: Tensor, mixed: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (B,), patch maps (B, g, g) and projected tokens (B, K, 3, N, E) of the tower's tokens float32 (B, K, N, C).
+
+    Args:
+        text: features (2, E).
+        mixed: wraps what may run in half precision (spec, section 10).
+    """
+    visual = model.visual
     views = visual.views(tokens)
     with mixed():
         z = visual.separation(views.flatten(0, 2))
     z = z.float().unflatten(0, views.shape[:3])
     projected = visual.suppressed(z, background(z))
     score, patch_map = visual.scores(visual.logits(projected, text))
+    return score, patch_map, projected
+
+
+def loss_of_tokens(
+    model: FBCLIP, tokens: Tensor, masks: Tensor, mixed: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Losses:
+    """Losses of what `scores_of_tokens` takes, with masks (B, S, S) of 0 and 1."""
+    text = model.encode_text()
+    score, patch_map, projected = scores_of_tokens(model, tokens, text, mixed)
     label = masks.flatten(1).amax(dim=1).float()
     return fbclip_losses(score, patch_map, projected[:, -1, 2], text, label, masks)
 
 
-def batch_order(samples: int, recipe: Recipe) -> Iterator[list[int]]:
-    """Indices of every batch of every epoch, shuffled per epoch from the seed: a resumed run sees the same order."""
+def batch_order(samples: int, recipe: Recipe, drawn: bool = True) -> Iterator[list[int]]:
+    """Indices of every batch of every epoch, shuffled per epoch from the seed: a resumed run sees the same order.
+
+    Args:
+        drawn: the samples are drawn at random, in an order that may grow harder; those of a data set are not.
+    """
     for epoch in range(recipe.epochs):
         order = np.random.Generator(np.random.PCG64([recipe.seed, epoch])).permutation(samples)
-        if recipe.cosine:  # a curriculum keeps its order: procedural samples are drawn at random anyway
+        if recipe.cosine and drawn:  # a curriculum keeps its order
             order = np.arange(samples)
         for start in range(0, samples, recipe.batch_size):
             yield order[start : start + recipe.batch_size].tolist()
@@ -113,16 +135,32 @@ def make_optimisers(model: FBCLIP, parameters: list[Tensor], recipe: Recipe) -> 
 class Trainer:
     """A model with its optimiser, on one of several processes that take the same steps.
 
+    Args:
+        origin: what the checkpoints say of themselves beside recipe and step; `data` has to be the same to resume.
+        judged: whether `checkpoint.safetensors` holds the best step, chosen by `save_best`; the last one is in
+            `last.safetensors` then.
+
     The gradient of a step is the mean over its images wherever they are: each process adds up its parts, weighted by
     their images, and one sum over the processes joins them. That stays exact for a last batch that does not divide
     evenly, and for parts with unreadable images, where averaging the processes' means (as DistributedDataParallel
     does) would not. What is trained is small, so overlapping that sum with the backward pass would gain little.
     """
 
-    def __init__(self, model: FBCLIP, data: SampleSet, recipe: Recipe, out: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        model: FBCLIP,
+        data: SampleSet,
+        recipe: Recipe,
+        out: Path,
+        accelerator: Accelerator,
+        origin: Mapping[str, Any] | None = None,
+        judged: bool = False,
+    ) -> None:
         # CLIP is frozen in eval mode, and nothing here has dropout: no step draws random numbers
         self.model = model.eval().to(accelerator.device)
         self.data, self.recipe, self.out, self.accelerator = data, recipe, out, accelerator
+        self.origin = {**(origin or {}), "recipe": asdict(recipe), "samples": len(data)}
+        self.best, self.last = (out / f"{name}.safetensors" for name in (BEST, LAST if judged else BEST))
         self.distillation = None
         if recipe.teacher:
             self.distillation = Distillation(recipe.teacher, model.config, data, recipe.teacher_weight)
@@ -130,7 +168,7 @@ class Trainer:
         trained = [*model.parameters(), *(self.distillation.parameters() if self.distillation else ())]
         self.parameters = [p for p in trained if p.requires_grad]
         self.optimisers = [accelerator.prepare(o) for o in make_optimisers(model, self.parameters, recipe)]
-        self.batches = list(batch_order(len(data), recipe))
+        self.batches = list(batch_order(len(data), recipe, drawn=not isinstance(data, Samples)))
         clip, device = model.config.clip, accelerator.device
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
         self.recent: list[float] = []  # losses of the last steps
@@ -227,7 +265,7 @@ class Trainer:
             return
         what = f"loss {total:g}" + ("" if gradient_sound else f", gradient norm {row['gradient_norm']}")
         saved = self._save_bad_batch(number)
-        whole = (self.out / "checkpoint.safetensors").exists()
+        whole = self.last.exists()
         raise FBClipError(
             f"step {number} gave {what} on samples {', '.join(map(str, self.batches[number - 1]))}, which are in {saved}: "
             f"look at them, then lower --lr (now {self.recipe.lr:g}); "
@@ -239,10 +277,24 @@ class Trainer:
         path, readable = self.out / "bad_batch.npz", ReadableSamples(self.data)
         batch = collate([readable[index] for index in self.batches[number - 1]])
         if self.accelerator.is_main_process:
-            np.savez_compressed(
-                path, indices=np.array(batch.indices), images=batch.inputs.numpy(), masks=batch.masks.numpy()
-            )
+            with replacing(path) as file:
+                np.savez_compressed(
+                    file, indices=np.array(batch.indices), images=batch.inputs.numpy(), masks=batch.masks.numpy()
+                )
         return path
+
+    def require_space(self) -> None:
+        """Raise FBClipError, before any work, where the disk has no room for what is written beside what is there."""
+        weights, files = checkpoint.size_bytes(self.model), {self.best, self.last, *self.out.glob("optimiser-*.pt")}
+        moments = 2 * 4 * sum(p.numel() for p in self.parameters)  # Adam's, float32; Muon has one
+        there = sum(path.stat().st_size for path in files if path.is_file())
+        # an older file goes when the new one is whole
+        needed = len({self.best, self.last}) * weights + moments + max(weights, moments) - there
+        if needed > (free := shutil.disk_usage(self.out).free):
+            raise FBClipError(
+                f"the disk is full: checkpoints and the optimiser's state take {needed / 1e6:.1f} MB, {self.out} has "
+                f"{free / 1e6:.1f} MB free; free some space, or name another --out"
+            )
 
     def save(self, step: int) -> None:
         """Checkpoint and optimiser state. Each names its step, so a run killed between the two files can be resumed."""
@@ -253,24 +305,30 @@ class Trainer:
             state["heads"] = self.distillation.heads.state_dict()
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        temporary = self.out / "optimiser.tmp"
-        torch.save(state, temporary)
-        temporary.replace(self._state_path(step))
-        provenance = {"recipe": asdict(self.recipe), "samples": len(self.data), "step": step}
-        checkpoint.save(self.model, self.out / "checkpoint.safetensors", provenance)
+        content = io.BytesIO()  # torch writes past a full disk and then says something else
+        torch.save(state, content)
+        with replacing(self._state_path(step)) as file:
+            file.write(content.getbuffer())
+        checkpoint.save(self.model, self.last, {**self.origin, "step": step})
         for old in set(self.out.glob("optimiser-*.pt")) - {self._state_path(step)}:
             old.unlink()
 
+    def save_best(self, step: int, found: Mapping[str, Any]) -> None:
+        """The checkpoint to deploy, with what the held-out images said of it."""
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.model, self.best, {**self.origin, **found, "step": step})
+
     def resume(self) -> int:
         """Load what an interrupted run left; returns the steps already taken."""
-        path = self.out / "checkpoint.safetensors"
+        path = self.last
         if not path.is_file():
-            raise CheckpointError(f"--resume needs the checkpoint of an interrupted run; {self.out} has none")
+            raise CheckpointError(f"--resume needs the checkpoint of an interrupted run; {self.out} has no {path.name}")
         found = checkpoint.read_header(path)["provenance"]
-        here = {"recipe": asdict(self.recipe), "samples": len(self.data)}
-        if {k: found.get(k) for k in here} != here:
+        here = {k: self.origin[k] for k in ("recipe", "samples", "data") if k in self.origin}
+        there = {k: found.get(k) for k in here}
+        if there != here:
             raise CheckpointError(
-                f"--resume goes on with the same recipe and data ({here}); {self.out} holds {found}: "
+                f"--resume goes on with the same recipe and data ({here}); {self.out} holds {there}: "
                 f"pass the options of that run, or another --out"
             )
         step = int(found["step"])

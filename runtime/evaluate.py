@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from fbclip.bundle import Bundle
 from fbclip.data.dataset import Dataset, Item, Sample, Samples, parallel_map
+from fbclip.data.holdout import Seen
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.files import sha256
 from fbclip.image import in_order
@@ -56,6 +57,7 @@ class Subject:
         package: the one that runs it: "onnxruntime", "tensorrt" or "torch".
         channel_order: of the backend's images, "rgb" or "bgr".
         map_threshold, map_scale: as in a `Predictor`.
+        seen: images that the model was trained on; None where that is not recorded.
     """
 
     backend: Backend
@@ -69,6 +71,7 @@ class Subject:
     channel_order: str = "rgb"
     map_threshold: float | None = None
     map_scale: tuple[float, float] = (0.0, 1.0)
+    seen: Seen | None = None
 
 
 def bundle_subject(
@@ -89,6 +92,8 @@ def bundle_subject(
             f"evaluation takes images of any size; {bundle.path} takes {manifest.frame_size[0]}x{manifest.frame_size[1]} "
             f"only: evaluate the same checkpoint exported without --frame-size"
         )
+    recorded = manifest.provenance.get("seen")
+    seen = None if recorded is None else Seen.from_dict(recorded, bundle.path)
     predictor = Predictor(bundle, device, precision, threshold, batch_size=batch_size)
     description = {
         "kind": "bundle",
@@ -111,6 +116,7 @@ def bundle_subject(
         manifest.channel_order,
         predictor.map_threshold,
         predictor.map_scale,
+        seen,
     )
 
 

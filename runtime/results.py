@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import import_module
 from importlib.metadata import version
@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fbclip
+from fbclip.data.dataset import Dataset, file_digest, parallel_map
+from fbclip.data.holdout import Seen
 from fbclip.files import write_text
 from fbclip.runtime.evaluate import VALUES, DataResult, Evaluation
 from fbclip.terminal import cell, say
@@ -38,23 +40,15 @@ Row = tuple[str, str, int, int, dict[str, float | None]]  # data set, class, ima
 def stamp(evaluation: Evaluation) -> dict[str, Any]:
     """What the figures must be read with: date, model and its hash, data and fingerprint, preprocessing, versions."""
     subject = evaluation.subject
-    tests = [result.data for result in evaluation.results]
+    data = [_describe(result.data, subject.seen) for result in evaluation.results]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "complete": evaluation.complete,
         "model": dict(subject.description),
         "threshold": subject.threshold,
         "threshold_from": subject.threshold_from,
-        "data": [
-            {
-                "name": test.name,
-                "layout": test.layout,
-                "root": str(test.root),
-                "images": len(test.items),
-                "fingerprint": test.fingerprint(),
-            }
-            for test in tests
-        ],
+        "data": data,
+        "warnings": [line for entry in data for line in _warnings(entry, subject.seen)],
         "preprocessing": {
             "image_size": subject.image_size,
             "resize": "bicubic, aspect ratio not kept; masks bilinear, binarised at 0.5",
@@ -70,6 +64,38 @@ def stamp(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def _describe(test: Dataset, seen: Seen | None) -> dict[str, Any]:
+    """A data set for the stamp; how many of its images the model has seen is null where that is not recorded."""
+    images = [item.image for item in test.items]
+    digests = dict(zip(images, parallel_map(file_digest, images), strict=True))
+    trained, chosen_by = (None, None) if seen is None else seen.count(digests[image] for image in images)
+    return {
+        "name": test.name,
+        "layout": test.layout,
+        "root": str(test.root),
+        "images": len(images),
+        "fingerprint": test.fingerprint(digests),
+        "trained_on": trained,
+        "validated_on": chosen_by,
+    }
+
+
+def _warnings(entry: Mapping[str, Any], seen: Seen | None) -> list[str]:
+    """What the figures of a data set can't say, because the model has seen its images."""
+    images, trained, chosen_by = entry["images"], entry["trained_on"], entry["validated_on"]
+    lines = []
+    if seen and trained:
+        count = f"all {images}" if trained == images else f"{trained} of these {images}"
+        least = "" if seen.complete or trained == images else "at least "
+        lines.append(f"{entry['name']}: {least}{count} images were trained on: the figures say nothing of new parts")
+    if chosen_by:
+        lines.append(
+            f"{entry['name']}: {chosen_by} of these {images} images chose the checkpoint, though it was not trained on "
+            f"them: new parts will be judged a little worse"
+        )
+    return lines
+
+
 def rows(result: DataResult) -> list[Row]:
     """A row for each class, and the mean over the classes where there are several."""
     found: list[Row] = [
@@ -80,8 +106,8 @@ def rows(result: DataResult) -> list[Row]:
     return found
 
 
-def show(evaluation: Evaluation, console: Console) -> None:
-    """One table per data set in percent, then why something is undefined."""
+def show(evaluation: Evaluation, console: Console, warnings: Sequence[str] = ()) -> None:
+    """One table per data set in percent, then why something is undefined, and what the figures can't say."""
     for result in evaluation.results:
         table = Table(
             box=None, pad_edge=False, padding=(0, 1, 0, 0), title=cell(result.data.name), title_justify="left"
@@ -97,6 +123,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
             say(console, f"{UNDEFINED} {reason}")
     if evaluation.skipped:
         say(console, f"{len(evaluation.skipped)} images could not be read and are not in the figures", "yellow")
+    for line in warnings:
+        say(console, line, "yellow")
 
 
 def reasons(result: DataResult) -> list[str]:
@@ -113,7 +141,7 @@ def write_results(evaluation: Evaluation, stamped: Mapping[str, Any], folder: Pa
             [(data, name, images, defective, *values.values()) for data, name, images, defective, values in table],
         ),
         "results.md": _markdown(evaluation, stamped, table),
-        "results.tex": _latex(table),
+        "results.tex": _latex(table, stamped["warnings"]),
         "scores.csv": _csv(
             ("data", "class", "defect", "label", "score", "image"),
             [
@@ -182,6 +210,7 @@ def _markdown(evaluation: Evaluation, stamped: Mapping[str, Any], table: list[Ro
         ),
     ]
     notes = [f"- {UNDEFINED} {reason}" for result in evaluation.results for reason in reasons(result)]
+    notes += [f"- **{line}**" for line in stamped["warnings"]]
     model = stamped["model"]
     source = (
         f"In percent. {model['name']} ({model['precision']}, SHA-256 {model['sha256'][:12]}), "
@@ -190,8 +219,8 @@ def _markdown(evaluation: Evaluation, stamped: Mapping[str, Any], table: list[Ro
     return "\n".join([*lines, "", *notes, *([""] if notes else []), source, ""])
 
 
-def _latex(table: list[Row]) -> str:
-    """Rows for a table of ten columns: data set, class, then the figures in percent."""
+def _latex(table: list[Row], warnings: Sequence[str]) -> str:
+    """Rows for a table of ten columns: data set, class, then the figures in percent; warnings as comments."""
 
     def escaped(text: str) -> str:
         special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -203,4 +232,4 @@ def _latex(table: list[Row]) -> str:
         + r" \\"
         for data, name, _, _, values in table
     ]
-    return "\n".join([f"% {head}", *lines, ""])
+    return "\n".join([*(f"% {line}" for line in warnings), f"% {head}", *lines, ""])

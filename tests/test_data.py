@@ -287,7 +287,7 @@ def test_class_numbers_are_all_defective(tmp_path_factory: pytest.TempPathFactor
 
 def test_samples(tmp_path: Path) -> None:
     mvtec(tmp_path)
-    samples = open_dataset(tmp_path).for_training(20)
+    samples = Samples(open_dataset(tmp_path).for_training(), 20)
     good, defective = samples[1], samples[0]
     assert (len(samples), good.label, defective.label) == (2, 0, 1)
     assert good.mask is not None
@@ -307,7 +307,7 @@ def test_samples(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no file"):
         samples[0]
     with pytest.raises(UsageError, match="mask for every defective image"):
-        open_dataset(tmp_path).for_training(20)
+        open_dataset(tmp_path).for_training()
 
 
 def test_a_defect_that_nobody_marked_has_no_mask(tmp_path: Path) -> None:

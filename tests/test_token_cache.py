@@ -144,6 +144,7 @@ def test_refusals(fbclip: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         TokenCache(tmp_path / "full", frozen(), data, accelerator)  # 10 · (2·17·64·2 + 32·32 + 1) = 53,770 bytes
     monkeypatch.setattr(token_cache.shutil, "disk_usage", lambda path: usage(10**9, 0, 54_000))
     TokenCache(tmp_path / "full", frozen(), data, accelerator)
+    monkeypatch.undo()
     big = frozen()
     with torch.no_grad():
         big.visual.tower.blocks[1].mlp.c_proj.bias += 1e6  # type: ignore[union-attr, operator]

@@ -107,22 +107,28 @@ class Dataset:
         )
         return replace(self, items=tuple(chosen))
 
-    def for_training(self, image_size: int) -> Samples:
-        """The test split at the model's input size: what the published recipe trains on (spec, section 8).
+    def for_training(self) -> tuple[Item, ...]:
+        """The items of the test split, which is what the published recipe trains on (spec, section 8).
 
         Raises:
-            UsageError: nothing in the test split, or a defective image without a mask file.
+            UsageError: nothing in the test split, no good or no defective image, or a defective one without a mask file.
         """
         items = self.select("test").items
         if not items:
             raise UsageError(f"training takes the test split; {self.root} has none")
+        for label, kind in enumerate((GOOD, "defective")):
+            if all(item.label != label for item in items):
+                raise UsageError(
+                    f"training takes good and defective images; {self.root} has no {kind} ones in its test split: "
+                    f"fbclip data {self.root} says what it is good for"
+                )
         for item in items:
             if item.label and (item.mask is None or not item.mask.is_file()):
                 raise UsageError(
                     f"training needs a mask for every defective image; {item.image} has none: "
                     f"fbclip data {self.root} lists what is missing"
                 )
-        return Samples(items, image_size)
+        return items
 
     def relative(self, path: Path) -> str:
         """The path below the root with forward slashes; the bare name of a file that lies elsewhere."""
