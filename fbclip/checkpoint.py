@@ -148,7 +148,7 @@ class About:
 
     Attributes:
         name: of the model.
-        image_size: side that it is deployed at, in pixels; None where it doesn't say (the official ones).
+        image_size: side that it is deployed at, in pixels, where that is not the one it was trained at.
         threshold: scores from here on are anomalous, 0..1; None where nothing chose one.
         seen: images that it was trained on; None where it doesn't say.
     """
@@ -173,7 +173,7 @@ def about(path: Path) -> About:
     header = read_header(path)
     origin = header["provenance"]
     name, threshold = origin.get("name", path.stem), origin.get("threshold")
-    if not (isinstance(name, str) and name == Path(name).name):
+    if not (isinstance(name, str) and name.strip(".") and name == Path(name).name):
         raise CheckpointError(
             f"a model's name is a file's name; {path} has {name!r}: rename the file, and train it again"
         )
@@ -182,7 +182,7 @@ def about(path: Path) -> About:
     # a run calls all its files alike, and knows a better name; a file that was renamed has a name
     name = name if path.stem in (BEST, LAST) else path.stem
     seen = Seen.from_dict(origin["seen"], path) if "seen" in origin else None
-    return About(name, header["config"]["image_size"], threshold, seen)
+    return About(name, threshold=threshold, seen=seen)
 
 
 def load(

@@ -84,7 +84,9 @@ def find_checkpoint(name: str, option: str) -> Path:
     for path in (Path(name), Path(name, "checkpoint.safetensors")):
         if path.is_file():
             return path
-    raise UsageError(f"{option} takes a checkpoint's file, or nano for the embedded model; there is no {name}")
+    raise UsageError(
+        f"no checkpoint at {name}: {option} takes its file, a run's folder, or nano for the embedded model"
+    )
 
 
 def need_train_extra() -> None:

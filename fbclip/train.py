@@ -182,13 +182,12 @@ def _steps(
         leave_out(message for part in parts for message in part.unreadable)
         epoch, speed = math.ceil(number / per_epoch), images / (time.perf_counter() - start)
         bar.update(task, completed=number, note=f"loss {trainer.usual_loss:.4f}")
-        line, better = "", False
+        verdict = ""
         if number % per_epoch == 0 and validation:
             figures, unreadable = validation.judge(trainer)
             leave_out(unreadable)
-            better = validation.keep_better(trainer, number, figures)
-            row |= {**figures.row(), "best": better}
-            line = f", validation {figures}{', the best so far' if better else ''}"
+            row |= {**figures.row(), "best": validation.keep_better(trainer, number, figures)}
+            verdict = f", validation {figures}" + (", the best so far" if row["best"] else "")
         # before the checkpoint: lines that no checkpoint holds are dropped when resuming, missing ones stay missing
         if log:
             rate = recipe.lr_at(number - 1, steps)
@@ -199,7 +198,7 @@ def _steps(
         left = "" if number == steps else f"; {_clock((now - began) / (number - done) * (steps - number))} left"
         if log and number % per_epoch == 0:
             mean = statistics.fmean(r["total"] for r in log.rows if r["epoch"] == epoch)
-            _say(bar, f"epoch {epoch} of {recipe.epochs}: loss {mean:.4f}{line}{left}")
+            _say(bar, f"epoch {epoch} of {recipe.epochs}: loss {mean:.4f}{verdict}{left}")
             draw_epoch(trainer.out / f"epoch-{epoch:03d}.png", log.rows, epoch, trainer.model, shown)
             last_line = now
         elif log and not execution.progress and now - last_line > LINE_EVERY_S:

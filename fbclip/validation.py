@@ -18,9 +18,10 @@ from fbclip import checkpoint
 from fbclip.data.dataset import Samples
 from fbclip.image import upsampling_matrix
 from fbclip.loading import Entry, load
-from fbclip.metrics import image_metrics
+from fbclip.metrics import Metrics, image_metrics
 from fbclip.training_step import Trainer, scores_of_tokens
 
+NONE_YET = -1.0  # below every merit
 Judged = tuple[int, float, NDArray[np.float32], NDArray[np.uint8]]  # index, score, patch map (g, g), mask as bits
 
 
@@ -34,22 +35,25 @@ class Figures:
 
     image_auroc: float | None
     pixel_auroc: float | None
+    pixel_ap: float | None
     threshold: float | None
 
     @property
-    def merit(self) -> float:
-        """What the best checkpoint is chosen by: the mean of the two, so that neither whole images nor places win alone."""
-        defined = [value for value in (self.image_auroc, self.pixel_auroc) if value is not None]
-        return float(np.mean(defined)) if defined else 0.0
+    def merit(self) -> float | None:
+        """What the best checkpoint is chosen by: the mean of image AUROC and pixel AP; None where neither is defined.
+
+        Most pixels are good beyond doubt, so that pixel AUROC hardly moves; AP tells how much of what is marked is defect.
+        """
+        return _mean([self.image_auroc, self.pixel_ap])
 
     def __str__(self) -> str:
-        values = (("image", self.image_auroc), ("pixel", self.pixel_auroc))
-        return ", ".join(f"{name} AUROC " + ("–" if v is None else f"{100 * v:.1f} %") for name, v in values)
+        values = (("image AUROC", self.image_auroc), ("pixel AUROC", self.pixel_auroc), ("pixel AP", self.pixel_ap))
+        return ", ".join(f"{name} " + ("–" if value is None else f"{100 * value:.1f} %") for name, value in values)
 
     def row(self) -> dict[str, float]:
         """For `metrics.jsonl`, without what is undefined."""
-        values = {"validation_image_auroc": self.image_auroc, "validation_pixel_auroc": self.pixel_auroc}
-        return {name: value for name, value in values.items() if value is not None}
+        values = {"image_auroc": self.image_auroc, "pixel_auroc": self.pixel_auroc, "pixel_ap": self.pixel_ap}
+        return {f"validation_{name}": value for name, value in values.items() if value is not None}
 
 
 class Validation:
@@ -67,9 +71,9 @@ class Validation:
         self, data: Samples, source: Dataset[Entry], batch_size: int, workers: int, best: Path | None = None
     ) -> None:
         self.data, self.source, self.batch_size, self.workers = data, source, batch_size, workers
-        self.best = -1.0
+        self.best = NONE_YET
         if best is not None and best.is_file():
-            self.best = float(checkpoint.read_header(best)["provenance"].get("merit", -1.0))
+            self.best = float(checkpoint.read_header(best)["provenance"].get("merit", NONE_YET))
 
     def judge(self, trainer: Trainer) -> tuple[Figures, list[str]]:
         """Figures of the model as it is, the same on all processes' shares; and what could not be read here."""
@@ -80,10 +84,11 @@ class Validation:
         return self._figures(found, trainer.model.config.grid), unreadable
 
     def keep_better(self, trainer: Trainer, step: int, figures: Figures) -> bool:
-        """Write the checkpoint if it is better than those before; on equal figures the earlier stays."""
-        if better := figures.merit > self.best:
-            self.best = figures.merit
-            found: dict[str, Any] = {"validation": figures.row(), "merit": figures.merit}
+        """Write the checkpoint if it is better than those before, or if that can't be told; of equal ones the first stays."""
+        merit = figures.merit
+        if better := merit is None or merit > self.best:
+            self.best = self.best if merit is None else merit
+            found: dict[str, Any] = {"validation": figures.row(), "merit": self.best}
             trainer.save_best(step, found | ({} if figures.threshold is None else {"threshold": figures.threshold}))
         return better
 
@@ -107,17 +112,23 @@ class Validation:
     def _figures(self, found: list[Judged], grid: int) -> Figures:
         size, items = self.data.image_size, self.data.items
         up = upsampling_matrix(size, grid)
-        images, pixels = [], []
+        images: list[Metrics] = []
+        pixels: list[Metrics] = []
         for name in sorted({item.class_name for item in items}):
             of_class = [judged for judged in found if items[judged[0]].class_name == name]
             if not of_class:
                 continue
             masks = np.stack([np.unpackbits(bits, axis=-1, count=size) for *_, bits in of_class])
             maps = np.stack([up @ patch_map @ up.T for _, _, patch_map, _ in of_class])
-            images.append(image_metrics([items[i].label for i, *_ in of_class], [s for _, s, *_ in of_class]).auroc)
-            pixels.append(image_metrics(masks, maps).auroc)
-        labels = np.array([items[i].label for i, *_ in found])
-        return Figures(_mean(images), _mean(pixels), best_threshold(labels, np.array([s for _, s, *_ in found])))
+            images.append(image_metrics([items[i].label for i, *_ in of_class], [s for _, s, *_ in of_class]))
+            pixels.append(image_metrics(masks, maps))
+        labels, scores = np.array([items[i].label for i, *_ in found]), np.array([s for _, s, *_ in found])
+        return Figures(
+            _mean([m.auroc for m in images]),
+            _mean([m.auroc for m in pixels]),
+            _mean([m.ap for m in pixels]),
+            best_threshold(labels, scores),
+        )
 
 
 def best_threshold(labels: NDArray[np.integer[Any]], scores: NDArray[np.floating[Any]]) -> float | None:

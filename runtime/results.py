@@ -90,8 +90,8 @@ def _warnings(entry: Mapping[str, Any], seen: Seen | None) -> list[str]:
         lines.append(f"{entry['name']}: {least}{count} images were trained on: the figures say nothing of new parts")
     if chosen_by:
         lines.append(
-            f"{entry['name']}: {chosen_by} of these {images} images chose the checkpoint, though it was not trained on "
-            f"them: new parts will be judged a little worse"
+            f"{entry['name']}: {chosen_by} of these {images} images chose among the checkpoints, though none was trained "
+            f"on them: the figures on them are a little too good"
         )
     return lines
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import TINY, tiny_model
+from test_train import TINY, Spoilt, tiny_model
 
 from fbclip.clip import ClipConfig
+from fbclip.data.dataset import Sample
 from fbclip.data.procedural import ProceduralDefects
 from fbclip.distill import Distillation, relative_error
-from fbclip.errors import UsageError
+from fbclip.errors import ImageError, UsageError
 from fbclip.model import default_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +51,21 @@ def test_targets_are_standardised_and_no_finer_than_the_patches() -> None:
     for target in targets:
         assert target.abs().max() <= 6
         assert target.mean().abs() < 0.1 and 0.6 < target.std() < 1.4
+
+
+def test_what_cannot_be_read_is_not_measured() -> None:
+    def spoil(index: int, sample: Sample) -> Sample:
+        if index < unreadable:
+            raise ImageError("gone")
+        return sample
+
+    unreadable = 10
+    distillation = Distillation("efficientnet-lite0", CONFIG, Spoilt(20, spoil), 1.0)
+    expected = distillation.teacher(images(20)[10:].permute(0, 3, 1, 2))[0].mean((0, 2, 3))
+    torch.testing.assert_close(distillation.get_buffer("mean_2").flatten(), expected)
+    unreadable = 20
+    with pytest.raises(UsageError, match="none of them can be read"):
+        Distillation("efficientnet-lite0", CONFIG, Spoilt(20, spoil), 1.0)
 
 
 def test_the_tower_learns_the_teacher() -> None:

@@ -23,7 +23,8 @@ from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from fbclip.bundle import EMBEDDED, Bundle
-from fbclip.data.dataset import Dataset, Item
+from fbclip.data.dataset import Dataset, Item, file_digest
+from fbclip.data.holdout import Seen
 from fbclip.errors import UsageError
 from fbclip.files import sha256
 from fbclip.runtime.evaluate import PICTURE_SIDE, PICTURES, VALUES, Evaluation, Subject, evaluate, to_evaluate
@@ -265,17 +266,72 @@ def test_the_threshold_is_the_one_that_infer_would_take(fbclip: Run, tmp_path: P
         assert (bolt["found"], bolt["false_alarms"]) == (reached.count("1"), reached.count("0"))
 
 
+def seen_of(items: list[Item], trained: int, chosen_by: int) -> Seen:
+    digests = [file_digest(item.image) for item in items]
+    return Seen.of(digests[:trained], digests[trained : trained + chosen_by])
+
+
+@pytest.mark.parametrize(
+    ("trained", "chosen_by", "expected"),
+    [
+        (6, 0, ["mini: 6 of these 8 images were trained on: the figures say nothing of new parts"]),
+        (8, 0, ["mini: all 8 images were trained on: the figures say nothing of new parts"]),
+        (0, 2, ["mini: 2 of these 8 images chose among the checkpoints"]),
+        (5, 3, ["mini: 5 of these 8 images were trained on", "mini: 3 of these 8 images chose among the checkpoints"]),
+        (0, 0, []),
+    ],
+)
+def test_images_that_were_trained_on_are_told_everywhere(
+    tmp_path: Path, trained: int, chosen_by: int, expected: list[str]
+) -> None:
+    items = make_class(tmp_path, "bolt", 4, 4)
+    renamed = [replace(item, image=item.image.rename(item.image.with_name(f"x{item.image.name}"))) for item in items]
+    known = replace(subject(), seen=seen_of(renamed, trained, chosen_by))
+    data = Dataset("mini", "mvtec", tmp_path, tuple(renamed))
+    evaluation = evaluate(known, [to_evaluate(data, None)], 4, Console(quiet=True))
+    stamped = stamp(evaluation)
+    warnings = stamped["warnings"]
+    assert all(line.startswith(start) for line, start in zip(warnings, expected, strict=True))
+    assert (stamped["data"][0]["trained_on"], stamped["data"][0]["validated_on"]) == (trained, chosen_by)
+    screen = io.StringIO()
+    show(evaluation, Console(width=60, file=screen), warnings)
+    write_results(evaluation, stamped, tmp_path)
+    write_report(evaluation, stamped, tmp_path / "report.html")
+    assert json.loads((tmp_path / "results.json").read_text())["warnings"] == warnings
+    told = (screen.getvalue(), *((tmp_path / f"{name}").read_text() for name in ("results.md", "report.html")))
+    assert all(line in text for line in warnings for text in told)
+
+
+def test_a_model_that_does_not_say_what_it_was_trained_on(tmp_path: Path) -> None:
+    stamped = stamp(run(make_class(tmp_path, "bolt", 4, 4), tmp_path))
+    assert (stamped["data"][0]["trained_on"], stamped["data"][0]["validated_on"]) == (None, None)
+    assert stamped["warnings"] == []
+
+
+def test_a_bundle_knows_what_it_was_trained_on(fbclip: Run, tmp_path: Path) -> None:
+    items = make_class(tmp_path / "mini", "bolt", 3, 3)
+    manifest = shutil.copytree(EMBEDDED, tmp_path / "part.fbclip") / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["provenance"]["seen"] = seen_of(items, 4, 0).to_dict()
+    manifest.write_text(json.dumps(values))
+    told = "4 of these 6 images were trained on"
+    assert told in fbclip("eval", "mini", "--bundle", "part.fbclip", "--no-report").stdout
+    values["provenance"]["seen"]["trained"] = "?"
+    manifest.write_text(json.dumps(values))
+    (line,) = fbclip("eval", "mini", "--bundle", "part.fbclip", "--no-report", code=2).stderr.splitlines()
+    assert "part.fbclip doesn't say in an intelligible way what the model was trained on" in line
+
+
 def test_a_checkpoint_scores_like_the_bundle_exported_from_it(fbclip: Run, tmp_path: Path) -> None:
     make_class(tmp_path / "mini", "bolt", 2, 2)
     checkpoint = EMBEDDED.with_suffix(".safetensors")
-    size = json.loads((EMBEDDED / "manifest.json").read_text())["image_size"]
     fbclip("eval", "mini", "--no-report", "--name", "bundle")
-    fbclip("eval", "mini", "--no-report", "--name", "torch", "--checkpoint", checkpoint, "--image-size", size)
+    fbclip("eval", "mini", "--no-report", "--name", "torch", "--checkpoint", "nano")  # at the side it is deployed at
     fbclip("eval", "mini", "--no-report", "--name", "given", "--checkpoint", checkpoint, "--threshold", 0.3)
     stamps = [json.loads((tmp_path / f"runs/eval/{name}/results.json").read_text()) for name in ("torch", "given")]
-    assert [stamp["threshold"] for stamp in stamps] == [0.5, 0.3]
+    assert [stamp["threshold"] for stamp in stamps] == [Bundle.load().manifest.threshold, 0.3]
     assert [stamp["threshold_from"] for stamp in stamps] == [
-        "threshold 0.5 is a checkpoint's default",
+        "threshold 0.535 is the checkpoint's",
         "threshold 0.3 was given",
     ]
     scores = []
@@ -295,7 +351,7 @@ def test_a_checkpoint_scores_like_the_bundle_exported_from_it(fbclip: Run, tmp_p
         ([".", "--checkpoint", "c", "--precision", "fp16"], "a checkpoint runs in fp32"),
         (["mini", "--threshold", "high"], "--threshold is auto or a probability"),
         (["mini", "--threshold", 1.5], "--threshold is a probability between 0 and 1; got 1.5"),
-        (["mini", "--checkpoint", "c", "--threshold", -1], "--threshold is a probability between 0 and 1; got -1"),
+        (["mini", "--checkpoint", "nano", "--threshold", -1], "--threshold is a probability between 0 and 1; got -1"),
     ],
 )
 def test_wrong_usage_is_one_line(fbclip: Run, tmp_path: Path, arguments: list[object], message: str) -> None:

@@ -158,3 +158,28 @@ def test_a_changed_note_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "tokens/cache.json").write_text(json.dumps({**note, "format": 0}))
     cache = TokenCache(tmp_path / "tokens", frozen(), ProceduralDefects(32, 10), training.accelerator_for("no"))
     assert cache.missing == list(range(10))
+
+
+@pytest.mark.parametrize("file", ["cache.json", "tokens.npy", "state.npy"])
+def test_a_damaged_cache_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    whole = run(tmp_path / "one", tmp_path / "tokens", epochs=1)
+    damaged = tmp_path / "tokens" / file
+    damaged.write_bytes(damaged.read_bytes()[:20] + b"\xff")
+    seen = count_towers(monkeypatch)
+    assert run(tmp_path / "two", tmp_path / "tokens", epochs=1) == whole
+    assert sum(seen) == 10
+
+
+def test_the_room_of_a_cache_is_taken_at_once(tmp_path: Path) -> None:
+    """A page that is written later and finds the disk full would end the process with SIGBUS."""
+    cache = TokenCache(tmp_path / "tokens", frozen(), ProceduralDefects(32, 10), training.accelerator_for("no"))
+    assert cache.missing == list(range(10))
+    for name in cache.layout:
+        status = (tmp_path / f"tokens/{name}.npy").stat()
+        assert status.st_blocks * 512 >= status.st_size
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can't write"):
+        TokenCache(tmp_path / "file/tokens", frozen(), ProceduralDefects(32, 10), training.accelerator_for("no"))
