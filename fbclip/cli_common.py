@@ -22,7 +22,11 @@ RoiOption = Annotated[str | None, typer.Option(help="Inspect only x0,y0,x1,y1 in
 
 
 def make_console(stderr: bool = False) -> Console:
-    """A console on which no text can colour the terminal or move its cursor; rich itself lets escape codes through."""
+    """Where people read: no text can colour the terminal or move its cursor there, and a reader who leaves is an error.
+
+    Rich lets escape codes through, and where the reader of a console left it sends standard output nowhere, another's
+    JSON lines perhaps, and ends the thread that printed.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -31,6 +35,9 @@ def make_console(stderr: bool = False) -> Console:
     class Harmless(Console):
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(text.translate(CONTROLS), **options)
+
+        def on_broken_pipe(self) -> None:
+            raise
 
     console = Harmless(stderr=stderr, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:

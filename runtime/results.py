@@ -21,7 +21,7 @@ from fbclip.data.dataset import Dataset, file_digest, parallel_map
 from fbclip.data.holdout import Seen
 from fbclip.files import write_text
 from fbclip.runtime.evaluate import VALUES, DataResult, Evaluation
-from fbclip.terminal import cell, say
+from fbclip.terminal import cell, printable, say
 
 HEADINGS = {
     "image_auroc": "image AUROC",
@@ -199,7 +199,7 @@ def _csv(header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
 
 def _markdown(evaluation: Evaluation, stamped: Mapping[str, Any], table: list[Row]) -> str:
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+        return "| " + " | ".join(printable(text).replace("|", r"\|") for text in cells) + " |"
 
     lines = [
         line(["data", "class", "images", "defective", *HEADINGS.values()]),
@@ -224,7 +224,7 @@ def _latex(table: list[Row], warnings: Sequence[str]) -> str:
 
     def escaped(text: str) -> str:
         special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-        return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+        return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in printable(text))
 
     head = " & ".join(["data", "class", *HEADINGS.values()]).replace("%", r"\%")
     lines = [

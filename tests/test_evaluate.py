@@ -221,6 +221,26 @@ def test_the_report_is_self_contained_and_escapes_names(tmp_path: Path) -> None:
     ]
 
 
+def test_names_of_any_kind_are_written_and_shown(tmp_path: Path) -> None:
+    name = "[x]\n| forged\x1b[31m Ri\udcdf"  # the last is a byte that is no UTF-8
+    stamped = stamp(run(make_class(tmp_path, "plain", 2, 2), tmp_path))
+    evaluation = run(make_class(tmp_path, name, 2, 2), tmp_path)
+    write_results(evaluation, stamped, tmp_path)
+    write_report(evaluation, stamped, tmp_path / "report.html")
+    with (tmp_path / "scores.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["class"] for row in rows} == {name}
+    assert all(Path(row["image"]).is_file() for row in rows)
+    assert r"| mini | [x]\n\| forged\x1b[31m Ri\xdf | 4 |" in (tmp_path / "results.md").read_text()
+    assert r"Ri\textbackslash{}xdf" in (tmp_path / "results.tex").read_text()
+    assert r"Ri\udcdf" in (tmp_path / "report.html").read_text()
+    console = Console(file=io.StringIO(), width=200)
+    show(evaluation, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert r"[x]\n| forged\x1b[31m Ri\xdf" in shown
+    assert "\x1b" not in shown
+
+
 def test_the_embedded_bundle_as_installed(fbclip: Run, tmp_path: Path) -> None:
     make_class(tmp_path / "mini", "bolt", 3, 3)
     make_class(tmp_path / "mini", "nut", 3, 3)

@@ -20,6 +20,7 @@ from disks import tiny_disk
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
+from waiting import eventually
 
 from fbclip.cli import app
 from fbclip.cli_common import make_console
@@ -227,6 +228,23 @@ def test_ctrl_c_at_any_moment_of_the_start(tmp_path: Path) -> None:
     assert set(endings) <= {(130, "fbclip: interrupted; what was finished is kept\n"), (0, "")}
     assert endings[0][0] == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_keeps_what_was_finished_and_says_what(tmp_path: Path) -> None:
+    make_images(tmp_path / "in", 60)
+    arguments = ["infer", "in", "--json", "o.jsonl", "--csv", "o.csv", "--no-save"]
+    process = subprocess.Popen(
+        [COMMAND, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    lines = tmp_path / "o.jsonl"
+    eventually(lambda: lines.exists() and lines.read_text().count("\n") >= 3)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate()
+    assert (process.returncode, error) == (130, "fbclip: interrupted; what was finished is kept\n")
+    count = len([json.loads(line) for line in lines.read_text().splitlines()])
+    assert 3 <= count < 60
+    said = int(out.splitlines()[-1].removesuffix(" good").split(" images: 0 with defects, ")[0])
+    assert said in (count, count - 1)  # it may have come between a line and its being counted
 
 
 def make_images(folder: Path, count: int) -> None:
