@@ -81,7 +81,9 @@ def choose_bundle(sources: list[str], say: Say) -> tuple[Bundle, list[str]]:
     return bundle, good
 
 
-def good_images(places: list[str], every: int, most: int | None, say: Say) -> Iterable[Path | NDArray[np.uint8]]:
+def good_images(
+    places: list[str], every: int, most: int | None, say: Say, skip_first: int = 0
+) -> Iterable[Path | NDArray[np.uint8]]:
     """The images of good parts: paths where there are pictures only, otherwise frames uint8 (H, W, 3) RGB.
 
     Args:
@@ -89,13 +91,16 @@ def good_images(places: list[str], every: int, most: int | None, say: Say) -> It
         every: take each Nth.
         most: how many to take; None is all.
         say: told of what can't be read and of cameras that come and go.
+        skip_first: frames to leave out after each connect to a camera or stream.
 
     Raises:
-        UsageError: one that is none of these; a camera or stream, which never ends, without `most`.
+        UsageError: one that is none of these; a camera or stream, which never ends, without `most`; `skip_first` of
+            what is none.
     """
-    if all(Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES for place in places):
+    capture = CaptureOptions(every=every, skip_first=skip_first)
+    if all("://" not in place and (Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES) for place in places):
         return list_images(places)[::every][:most]
-    sources = [open_source(place, CaptureOptions(every=every)) for place in places]
+    sources = [open_source(place, capture) for place in places]
     if most is None and (endless := [source.name for source in sources if source.live]):
         raise UsageError(f"{endless[0]} never ends: pass --max-frames N")
     return islice(_frames(sources, say), most)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fbclip.errors import UsageError
 from fbclip.reading import SUFFIXES
+from fbclip.runtime.addresses import shown
 
 
 def list_images(sources: list[str]) -> list[Path]:
@@ -30,7 +31,9 @@ def list_images(sources: list[str]) -> list[Path]:
             images = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())  # noqa: PTH207
         if not images:
             kinds = ", ".join(sorted(s[1:] for s in SUFFIXES))
-            raise UsageError(f"SOURCE is an image, a folder with images ({kinds}) or a glob; {source!r} matches none")
+            raise UsageError(
+                f"SOURCE is an image, a folder with images ({kinds}) or a glob; {shown(source)!r} matches none"
+            )
         found += images
     return list(dict.fromkeys(found))
 

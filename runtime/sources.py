@@ -18,6 +18,7 @@ from PIL import Image
 from fbclip.errors import ImageError, UsageError
 from fbclip.reading import SUFFIXES, read_image
 from fbclip.runtime import devices
+from fbclip.runtime.addresses import shown
 from fbclip.runtime.capture import CaptureOptions, LiveSource, Source
 from fbclip.runtime.devices import Device, Fault
 from fbclip.runtime.images import list_images
@@ -27,6 +28,7 @@ from fbclip.runtime.watch import arrivals
 __all__ = ["CaptureOptions", "FileSource", "Source", "open_source"]
 
 KINDS = "a camera (0, /dev/video0, csi://0), a stream (rtsp://, http://), a video, or images (file, folder, glob)"
+MOTION_JPEG = frozenset({".mjpeg", ".mjpg"})  # videos that begin as an image does
 Retrieve = Callable[[], NDArray[np.uint8]]
 Connect = Callable[[], Device]
 
@@ -94,7 +96,7 @@ class WatchSource(FileSource):
 
 def _pictures(path: Path) -> Iterator[tuple[str, Retrieve]]:
     """Name of each picture in a file, one or a video's, and what reads it, raising ImageError or Fault."""
-    if path.suffix.lower() in SUFFIXES or _is_image(path):
+    if not is_video(path):
         yield str(path), partial(read_image, path)
         return
     try:
@@ -112,12 +114,30 @@ def _pictures(path: Path) -> Iterator[tuple[str, Retrieve]]:
         yield str(path), partial(_refuse, path)
 
 
-def _is_image(path: Path) -> bool:
+def is_video(path: Path) -> bool:
+    """Whether a file is tried as a video: it is no image, by its name or its content."""
+    suffix = path.suffix.lower()
+    if suffix in MOTION_JPEG:
+        return True
+    if suffix in SUFFIXES:
+        return False
     try:
         with Image.open(path):
-            return True
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return False
+    except Image.DecompressionBombError:
         return False
+    except Exception:  # whatever a decoder makes of what it was not made for
+        return True
+
+
+def opens_as_video(path: Path) -> bool:
+    """Whether a file is a video that FFmpeg can read."""
+    devices.prepare_opencv()
+    try:
+        devices.open_ffmpeg(str(path), patience=0).close()
+    except Fault:
+        return False
+    return True
 
 
 def _refuse(path: Path) -> NDArray[np.uint8]:
@@ -141,17 +161,21 @@ def open_source(text: str, options: CaptureOptions | None = None) -> Source:
     if not options.watch and (camera := _camera(text, options)):
         return camera
     stream = "://" in text and not options.watch
-    name = devices.public_name(devices.check_url(text)) if stream else text
+    name = devices.stream_address(text).name if stream else text
     if options.resolution or options.fps:
         raise UsageError(f"--resolution and --fps are asked of cameras; {name} has its own: leave them out")
     if stream:
         return LiveSource(name, partial(devices.connect_stream, text, options.stall), options)
+    if options.skip_first:
+        raise UsageError(
+            f"--skip-first is for cameras and streams, which are connected to; {name} is none: leave it out"
+        )
     if options.watch:
         if not Path(text).is_dir():
-            raise UsageError(f"--watch takes the folder that images are dropped into; make {text} first")
+            raise UsageError(f"--watch takes the folder that images are dropped into; make {shown(text)} first")
         return WatchSource(Path(text), options)
-    if not Path(text).exists() and not glob.has_magic(text):
-        raise UsageError(f"SOURCE is {KINDS}; there is no {text}")
+    if not Path(text).exists() and (not glob.has_magic(text) or shown(text) != text):
+        raise UsageError(f"SOURCE is {KINDS}; there is no {shown(text)}")
     return FileSource(text, list_images([text]), options)
 
 
