@@ -21,10 +21,11 @@ class Disk:
 
     def __init__(self, fails: bool) -> None:
         self.fails = fails
-        self.room = threading.Event()
+        self.room, self.entered = threading.Event(), threading.Event()
         self.written: list[int] = []
 
     def write(self, result: Result) -> None:
+        self.entered.set()
         if self.fails and not self.room.is_set():
             raise OSError(28, "No space left on device")
         assert self.room.wait(PATIENCE_S)
@@ -69,6 +70,7 @@ def test_what_hangs_at_the_end_is_told() -> None:
     disk = Disk(fails=False)
     queue = Delivery(disk, 4, False, lambda *_: None)
     queue.put(result(0))
+    assert disk.entered.wait(PATIENCE_S)
     queue.drain(time.monotonic())
     queue.close()
     queue.join(grace=0.01)
