@@ -15,6 +15,7 @@ from fbclip.cli_export import export
 from fbclip.cli_infer import infer
 from fbclip.cli_serve import serve
 from fbclip.cli_train import eval_, train
+from fbclip.stopping import ending
 
 app = typer.Typer(
     name="fbclip",
@@ -139,6 +140,7 @@ def doctor(
         raise typer.Exit(1)
 
 
+@ending()
 def main() -> None:
     """The installed command: errors as one line, exit code 2 for wrong usage or input, 1 for a failure."""
     from fbclip.errors import FBClipError

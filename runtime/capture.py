@@ -14,6 +14,7 @@ from fbclip.errors import FBClipError, UsageError
 from fbclip.runtime.devices import FAULTS, Device, Fault
 from fbclip.runtime.live import Frame, Notice
 from fbclip.runtime.probes import reason
+from fbclip.stopping import may_hang
 
 RETRY_S = (0.1, 1.0)  # back-off, from and to: a camera that is back must give a result within 2 s
 CLOSE_S = 1.0  # to let threads end
@@ -231,8 +232,10 @@ class LiveSource(Source):
             link = self._link = _Link()
         if len(self._readers) >= STUCK:
             return Fault("stalled", f"{STUCK} connections hang, waiting for one to end")
-        self._readers.append(Thread(target=self._read, args=(link,), name=f"read {self.name}", daemon=True))
-        self._readers[-1].start()
+        reader = Thread(target=self._read, args=(link,), name=f"read {self.name}", daemon=True)
+        may_hang.add(reader)
+        self._readers.append(reader)
+        reader.start()
         while True:
             with self._lock:
                 while not self._news:

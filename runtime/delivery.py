@@ -11,6 +11,7 @@ from typing import Any
 from fbclip.errors import FBClipError
 from fbclip.runtime.live import Notice, Result, Sink
 from fbclip.runtime.timing import Percentiles
+from fbclip.stopping import may_hang
 
 STUCK_S = 10.0  # in one write: from then on a sink counts as failing
 PAUSES_S = (0.25, 8.0)  # between attempts of a failing sink: the first, doubled up to the last
@@ -65,6 +66,7 @@ class Delivery:
         self._closing = False
         # a daemon: a sink that hangs must not keep the process alive
         self._thread = threading.Thread(target=self._work, name=f"sink {sink.name}", daemon=True)
+        may_hang.add(self._thread)
         self._thread.start()
 
     def put(self, item: Result | Notice) -> None:

@@ -4,7 +4,9 @@ import os
 import queue
 import re
 import shutil
+import socketserver
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -708,6 +710,41 @@ def test_connections_that_hang_for_ever_are_few(fake: Any, lives: bool) -> None:
     for device in stuck:
         device.script.put(Fault("cut", "let it go"))
         line.put(Fault("refused", "let it go"))
+
+
+def test_a_call_that_hangs_in_a_driver_does_not_abort_the_end() -> None:
+    """It comes back from FFmpeg's C++ while the interpreter is taken apart: here that waits for it."""
+    program = """if True:
+        import builtins, os, sys, time
+        class Last:
+            def __del__(self):
+                print("taken apart", flush=True)
+                os.read(0, 1)
+                time.sleep(0.5)  # how long the interpreter has no end yet
+        builtins.last = Last()
+        from fbclip.cli import main
+        main()
+    """
+
+    class Silent(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            released.wait(SOON)
+
+    released = threading.Event()
+    with serving(Silent) as port:
+        command = [sys.executable, "-c", program, "infer", f"rtsp://127.0.0.1:{port}/x", "--give-up", "1"]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdin and process.stdout and process.stderr
+            for line in process.stdout:  # until it has ended
+                if b"taken apart" in line:
+                    released.set()
+                    process.stdin.write(b".")
+                    process.stdin.flush()
+            released.set()
+            assert process.wait(SOON) == 1, process.stderr.read()
+            assert b"gave no frame for 1 s (--give-up)" in process.stderr.read()
 
 
 def test_garbage_is_skipped_and_counted(fake: Any) -> None:
