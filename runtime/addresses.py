@@ -96,9 +96,10 @@ def _is_host(name: str) -> bool:
 
 
 def shown(text: str) -> str:
-    """What may be shown of a text that is no file and may be a malformed address: nothing before its last @."""
+    """What may be shown of a text that is no file and may be a malformed address: nothing before its last @, no query."""
     login = re.match(r".*:.*(?:@|%40)", text, re.DOTALL)
-    return _masked(f"***@{text[login.end() :]}" if login else text)
+    rest = f"***@{text[login.end() :]}" if login else text
+    return _masked(rest.partition("?")[0] if "://" in text else rest)
 
 
 def _masked(text: str) -> str:

@@ -226,6 +226,7 @@ PASSWORDS = [  # addresses as people write them, in which the parser of a URL se
     "{}:/me:secret@host/x",
     "{}:me:secret@host/x",
     "ftp://me:secret@host/x",
+    "ftp://host/x?secret",
     "me:secret@host/x",
     "me:secret/*?x@host/x",
 ]
