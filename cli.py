@@ -95,6 +95,7 @@ def calibrate(
     ] = None,
     every: Annotated[int, typer.Option(min=1, help="Take each Nth image or frame: neighbours are too alike.")] = 1,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Images or frames to take; a camera needs it.")] = None,
+    skip_first: Annotated[int, typer.Option(min=0, help="Leave out N frames after each connect to a camera.")] = 0,
     device: DeviceOption = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or int8: what will inspect.")] = "auto",
     roi: RoiOption = None,
@@ -114,7 +115,7 @@ def calibrate(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     bundle, path, places = choose_bundle(source, name)
-    images = good_images(places, every, max_frames, say)
+    images = good_images(places, every, max_frames, say, skip_first)
     defective = list_images(defects, say) if defects else []
     region = Roi.parse(roi) if roi else None
     predictor = Predictor(bundle, device, precision, calibrated=False, roi=region)

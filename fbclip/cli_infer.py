@@ -16,6 +16,7 @@ OF_STREAMS = (
     "resolution",
     "fps",
     "every",
+    "skip_first",
     "give_up",
     "duration",
     "vote",
@@ -56,6 +57,7 @@ WatchOption = Annotated[bool, option(STREAMS, "SOURCE is a folder: inspect image
 ResolutionOption = Annotated[str | None, option(STREAMS, "WIDTHxHEIGHT to ask the camera for.")]
 FpsOption = Annotated[float | None, option(STREAMS, "Frames per second to ask the camera for.")]
 EveryOption = Annotated[int, option(STREAMS, "Inspect every Nth frame.", min=1)]
+SkipFirstOption = Annotated[int, option(STREAMS, "Leave out N frames after each connect to a camera.", min=0)]
 GiveUpOption = Annotated[
     float | None, option(STREAMS, "Exit with code 1 after so many seconds without a frame. Default: keep trying.")
 ]
@@ -97,6 +99,7 @@ def infer(
     resolution: ResolutionOption = None,
     fps: FpsOption = None,
     every: EveryOption = 1,
+    skip_first: SkipFirstOption = 0,
     give_up: GiveUpOption = None,
     duration: Annotated[float | None, option(STREAMS, "End after so many seconds.", min=0)] = None,
     vote: VoteOption = "1/1",
@@ -136,7 +139,7 @@ def infer(
     if stream:
         setup = Stream(
             stream,
-            CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch),
+            CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch, skip_first=skip_first),
             SinkOptions(show, video, json=json, csv=csv, mqtt=mqtt, webhook=webhook, metrics_port=metrics_port),
             Vote.parse(vote),
             events,

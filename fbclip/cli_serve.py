@@ -20,6 +20,7 @@ from fbclip.cli_infer import (
     MqttOption,
     PrecisionOption,
     ResolutionOption,
+    SkipFirstOption,
     ThresholdOption,
     VoteOption,
     WatchOption,
@@ -33,6 +34,7 @@ OF_STREAMS = (
     "resolution",
     "fps",
     "every",
+    "skip_first",
     "give_up",
     "vote",
     "events",
@@ -72,6 +74,7 @@ def serve(
     resolution: ResolutionOption = None,
     fps: FpsOption = None,
     every: EveryOption = 1,
+    skip_first: SkipFirstOption = 0,
     give_up: GiveUpOption = None,
     vote: VoteOption = "1/1",
     events: EventsOption = None,
@@ -111,7 +114,7 @@ def serve(
     )
     setup = stream and Stream(
         stream,
-        CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch),
+        CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch, skip_first=skip_first),
         SinkOptions(json=json, csv=csv, mqtt=mqtt, webhook=webhook),
         Vote.parse(vote),
         events,

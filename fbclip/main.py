@@ -22,7 +22,7 @@ def main() -> None:
     listening = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # the shell may have it ignored
     if listening:
         signal.signal(signal.SIGINT, _interrupt)
-    ending: BaseException = SystemExit(0)
+    ended_by: BaseException = SystemExit(0)
     try:
         from fbclip.cli import app
         from fbclip.terminal import spell_what_is_missing
@@ -30,13 +30,16 @@ def main() -> None:
         spell_what_is_missing()
         app()
     except BaseException as error:
-        ending = error
+        ended_by = error
     if listening:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more ends it at once, and what is left needs no unwinding
-    code = _explain(ending)
+    code = _explain(ended_by)
     if (lost := _flush()) and not code:
         code = _explain(lost)
-    sys.exit(code)
+    from fbclip.stopping import ending
+
+    with ending():
+        sys.exit(code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,12 +1,18 @@
-"""Ctrl-C and SIGTERM as a note, so that work in progress is finished and saved before a command ends."""
+"""How a command ends: Ctrl-C and SIGTERM as a note, so that work in progress is finished and saved; threads that hang."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+from weakref import WeakSet
+
+may_hang: WeakSet[threading.Thread] = WeakSet()  # daemon threads in calls into drivers, which need not return
 
 
 class StopRequest:
@@ -34,3 +40,23 @@ class StopRequest:
         if self.announce and not self.signal:
             print(f"{signal.Signals(number).name}: {self.announce}", file=sys.stderr)
         self.signal = number
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Around a command: where a thread of `may_hang` does, the process ends at once when the command has, with its exit code.
+
+    Such a thread would come back from C++ to an interpreter that is being taken apart, which ends the process by abort.
+    """
+    try:
+        yield
+    finally:
+        if any(thread.is_alive() for thread in may_hang):
+            error = sys.exc_info()[1]
+            code = error.code if isinstance(error, SystemExit) else 1 if error else 0
+            with suppress(OSError, ValueError):  # nobody reads them any more
+                if error and not isinstance(error, SystemExit):
+                    sys.excepthook(type(error), error, error.__traceback__)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1 if code else 0)

@@ -153,7 +153,9 @@ def _write_into(calibration: Calibration, defects: Collection[float], bundle: Bu
     calibration.save(bundle)
 
 
-def good_images(places: list[str], every: int, most: int | None, say: Say) -> Iterable[Path | NDArray[np.uint8]]:
+def good_images(
+    places: list[str], every: int, most: int | None, say: Say, skip_first: int = 0
+) -> Iterable[Path | NDArray[np.uint8]]:
     """The images of good parts: paths where there are pictures only, otherwise frames uint8 (H, W, 3) RGB.
 
     Args:
@@ -161,16 +163,18 @@ def good_images(places: list[str], every: int, most: int | None, say: Say) -> It
         every: take each Nth.
         most: how many to take; None is all.
         say: told of what can't be read and of cameras that come and go.
+        skip_first: frames to leave out after each connect to a camera or stream.
 
     Raises:
-        UsageError: one that is none of these; a camera or stream, which never ends, without `most`.
+        UsageError: one that is none of these; a camera or stream, which never ends, without `most`; `skip_first` of
+            what is none.
     """
-    if all(Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES for place in places):
+    if all("://" not in place and (Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES) for place in places):
         images = list_images(places, say)[::every][:most]
         if len(images) > MOST_IMAGES:
             raise UsageError(f"a calibration takes at most {MOST_IMAGES:,} images; got {len(images):,}: pass --every N")
         return images
-    sources = [open_source(place, CaptureOptions(every=every)) for place in places]
+    sources = [open_source(place, CaptureOptions(every=every, skip_first=skip_first)) for place in places]
     if most is None and (endless := [source.name for source in sources if source.live]):
         raise UsageError(f"{endless[0]} never ends: pass --max-frames N")
     return islice(_frames(sources, say), min(most or MOST_IMAGES, MOST_IMAGES))

@@ -14,6 +14,7 @@ from fbclip.errors import FBClipError, UsageError
 from fbclip.runtime.devices import FAULTS, Device, Fault
 from fbclip.runtime.live import Frame, Notice
 from fbclip.runtime.probes import reason
+from fbclip.stopping import may_hang
 
 RETRY_S = (0.1, 1.0)  # back-off, from and to: a camera that is back must give a result within 2 s
 CLOSE_S = 1.0  # to let threads end
@@ -32,6 +33,8 @@ class CaptureOptions:
         give_up: seconds without a frame (or without the watched folder) after which a live source fails; None is never.
         watch: the source is a folder that images are dropped into.
         stall: seconds without a frame after which a live source counts as stalled; at least three of its frames.
+        skip_first: frames that are left out after each connect to a live source: until a camera has found its exposure
+            and a decoder its key frame, they are green, grey or dark.
 
     Raises:
         UsageError: a value out of range.
@@ -43,6 +46,7 @@ class CaptureOptions:
     give_up: float | None = None
     watch: bool = False
     stall: float = 5.0
+    skip_first: int = 0
 
     def __post_init__(self) -> None:
         if self.resolution and min(self.resolution) < 1:
@@ -51,6 +55,8 @@ class CaptureOptions:
             raise UsageError(f"--fps is above 0, up to 1000 frames per second; got {self.fps:g}")
         if self.every < 1:
             raise UsageError(f"--every is 1 (every frame) or more; got {self.every}")
+        if self.skip_first < 0:
+            raise UsageError(f"--skip-first is a number of frames, 0 or more; got {self.skip_first}")
         if self.give_up is not None and not self.give_up > 0:
             raise UsageError(f"--give-up is seconds, above 0; got {self.give_up:g}")
 
@@ -111,7 +117,7 @@ class _Link:
         self.fault: Fault | None = None  # why it ended
         self.began = time.monotonic()
         self.first = self.last = 0.0  # when frames came; 0 is never
-        self.frames = self.garbage = 0
+        self.skipped = self.frames = self.garbage = 0  # skipped: of `skip_first`, which count as no frames
 
 
 class LiveSource(Source):
@@ -226,14 +232,16 @@ class LiveSource(Source):
             link = self._link = _Link()
         if len(self._readers) >= STUCK:
             return Fault("stalled", f"{STUCK} connections hang, waiting for one to end")
-        self._readers.append(Thread(target=self._read, args=(link,), name=f"read {self.name}", daemon=True))
-        self._readers[-1].start()
+        reader = Thread(target=self._read, args=(link,), name=f"read {self.name}", daemon=True)
+        may_hang.add(reader)
+        self._readers.append(reader)
+        reader.start()
         while True:
             with self._lock:
                 while not self._news:
                     if self._closed.is_set() or link.fault:
                         return None if self._closed.is_set() else link.fault
-                    patience = link.last + self._stall if link.frames else link.began + 2 * self._stall
+                    patience = link.last + self._stall if link.last else link.began + 2 * self._stall
                     deadline = patience if link.frames else min(patience, self._give_up_at())
                     left = deadline - time.monotonic()
                     if left <= 0:
@@ -266,6 +274,13 @@ class LiveSource(Source):
 
     def _hand_over(self, link: _Link, device: Device) -> None:
         captured, wall = time.monotonic(), time.time()
+        if link.skipped < self.options.skip_first:
+            with self._lock:
+                if not link.abandoned:
+                    self._index += 1
+                    link.skipped += 1
+                    link.last = captured
+            return
         image = fault = None
         if link.frames % self.options.every == 0:  # the first of each connection among them: no waiting after an outage
             try:
@@ -302,6 +317,7 @@ class LiveSource(Source):
     def _greet(self, size: tuple[int, int]) -> None:
         asked = self.options.resolution
         but = f" (asked for {_by(asked)})" if asked not in (None, size) else ""
+        but += f" (after {self.options.skip_first} frames left out)" if self.options.skip_first else ""
         if self._size is None:
             self._report(f"live at {_by(size)}{but}")
         else:

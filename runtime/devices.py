@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import os
 import re
 import socket
+import ssl
 import time
 import urllib.request
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.error import HTTPError, URLError
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urljoin
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.errors import UsageError
+from fbclip.errors import ImageError, UsageError
+from fbclip.reading import decode_image
+from fbclip.runtime import addresses
+from fbclip.runtime.addresses import Address
 from fbclip.runtime.machine import GSTREAMER, Machine
+from fbclip.runtime.mjpeg import MAX_PIXELS, Picture, Pictures, oversize
 from fbclip.runtime.probes import opencv, reason
 
 FAULTS = ("missing", "refused", "cut", "stalled", "garbage")
 CONNECT_S = 1.0  # for TCP: a camera behind a cable that comes back must be seen within 2 s, SYN retries double
 PART_LIMIT = 1 << 25  # bytes of a picture in a stream
+SNIFFED = 4096  # bytes of an answer that tell what it is
+# An answer that holds JPEG pictures, whatever its type says: one begins, or the head of a part, or a head that names them.
+PICTURES = re.compile(
+    rb"[\t\r\n -~]*?(?:\xff\xd8\xff|^--[ -~]*\r?\n(?:content-|\r?\n?\xff\xd8)|^content-type[ \t]*:[ \t]*(?:multipart|image)/)",
+    re.IGNORECASE | re.MULTILINE,
+)
 USB2_BYTES = 40e6  # per second, what USB 2 carries of raw video
 PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443}
 
@@ -35,6 +47,13 @@ class Fault(Exception):
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)
         self.cause = cause
+
+
+class Response(Protocol):
+    """What a server sends, as HTTPResponse or a socket's file have it."""
+
+    def read1(self, size: int, /) -> bytes: ...
+    def close(self) -> None: ...
 
 
 class Device(Protocol):
@@ -61,6 +80,9 @@ class VideoDevice:
             raise Fault("cut", "it stopped giving frames")
 
     def retrieve(self) -> NDArray[np.uint8]:
+        width, height = (self._capture.get(side) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        if too_large := oversize(int(width), int(height)):
+            raise Fault("garbage", too_large)
         there, frame_bgr = self._capture.retrieve()
         if not there or frame_bgr is None:
             raise Fault("garbage", "a frame that can't be decoded")
@@ -71,79 +93,71 @@ class VideoDevice:
 
 
 class MjpegStream:
-    """JPEG pictures, one after the other, in one HTTP response (multipart/x-mixed-replace).
+    """JPEG pictures, one after the other, in what an HTTP server sends; see `mjpeg.Pictures`.
 
     Not FFmpeg's: it would paint what is missing of a damaged picture, which looks like a defect, and scale every
     picture to the size of the first.
 
     Args:
         response: open, its headers read.
-        boundary: what separates the parts, as the Content-Type has it.
         patience: seconds that a picture may take.
+        begun: what was read of the body already.
     """
 
-    def __init__(self, response: http.client.HTTPResponse, boundary: str, patience: float) -> None:
+    def __init__(self, response: Response, patience: float, begun: bytes = b"") -> None:
         self._response = response
-        self._boundary = b"--" + boundary.lstrip("-").encode()  # some servers count the dashes in, some don't
         self._patience = patience
-        self._received = bytearray()
-        self._part = b""
+        self._pictures = Pictures()
+        self._pictures.feed(begun)
+        self._picture = Picture(b"")
 
     def grab(self) -> None:
         deadline = time.monotonic() + self._patience
-        while not self._take():
-            if len(self._received) > PART_LIMIT:
+        while not (picture := self._pictures.take()):
+            if self._pictures.waiting > PART_LIMIT:
                 raise Fault("cut", f"{PART_LIMIT >> 20} MiB without the end of a picture")
-            try:
-                received = self._response.read1(1 << 16)
-            except TimeoutError as error:
-                raise Fault("stalled", "nothing arrives") from error
-            except (OSError, http.client.HTTPException) as error:
-                raise Fault("cut", f"the connection broke ({reason(error)})") from error
+            received = _receive(self._response)
             if not received:
                 raise Fault("cut", "the server ended the stream")
             if time.monotonic() > deadline:
-                raise Fault("stalled", "what arrives never makes a picture")
-            self._received += received
-
-    def _take(self) -> bool:
-        """Move the first whole part out of what was received: it ends where its length says, or at the next boundary."""
-        received, boundary = self._received, self._boundary
-        start = received.find(boundary)
-        if start > len(b"\r\n--") and self._part:  # a picture or two of which even the boundary is damaged
-            self._part = bytes(received[:start])
-            del received[:start]
-            return True
-        if start < 0:
-            return False
-        following = received.find(boundary, start + len(boundary))
-        body = received.find(b"\r\n\r\n", start, following if following > 0 else len(received)) + 4
-        if body < 4:
-            body, length = start, None
-        else:
-            length = re.search(rb"content-length:\s*(\d{1,9})\r", received[start:body], re.IGNORECASE)
-        end = body + int(length[1]) if length else -1
-        if end > len(received) or end < 0 or 0 < following < end:
-            end = following
-        if end < 0:
-            return False
-        self._part = bytes(received[body:end])
-        del received[:end]
-        return True
+                raise Fault("stalled", self._pictures.missing)
+            self._pictures.feed(received)
+        self._picture = picture
 
     def retrieve(self) -> NDArray[np.uint8]:
+        data, fault = self._picture.data, self._picture.fault
+        if fault:
+            raise Fault("garbage", fault)
+        if not self._picture.is_jpeg:
+            try:
+                return decode_image(data, MAX_PIXELS)
+            except ImageError as error:
+                raise Fault("garbage", f"a part that is no picture ({error})") from error
         try:
-            frame_bgr = cv2.imdecode(
-                np.frombuffer(self._part, np.uint8), cv2.IMREAD_COLOR
-            )  # Pillow takes four times as long
+            frame_bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)  # Pillow takes four times as long
         except cv2.error:
             frame_bgr = None
         if frame_bgr is None:
-            raise Fault("garbage", f"a picture that can't be decoded ({len(self._part)} bytes)")
+            raise Fault("garbage", f"a picture that can't be decoded ({len(data)} bytes)")
         return _to_rgb(frame_bgr)
 
     def close(self) -> None:
         self._response.close()
+
+
+def _receive(response: Response) -> bytes:
+    """What arrives next, b"" at the end. Fault: "cut" or "stalled"."""
+    try:
+        return response.read1(1 << 16)
+    except TimeoutError as error:
+        raise Fault("stalled", "nothing arrives") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise Fault("cut", f"the connection broke ({_cause(error)})") from error
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong with a connection; of what is no fault of the system only its kind, for its text may hold the address."""
+    return reason(error) if isinstance(error, OSError) else type(error).__name__
 
 
 def _to_rgb(frame_bgr: cv2.typing.MatLike) -> NDArray[np.uint8]:
@@ -222,18 +236,23 @@ def connect_csi(sensor: int, resolution: tuple[int, int] | None, fps: float | No
     return VideoDevice(capture)
 
 
+def stream_address(text: str) -> Address:
+    """The parts of a stream's address; UsageError where it is none."""
+    return addresses.parse(text, "a stream is rtsp://HOST/PATH or http://HOST/PATH", PORTS)
+
+
 def connect_stream(url: str, patience: float) -> Device:
     """Open an RTSP or HTTP stream; `patience` is the seconds that a frame may take. Fault: "refused"."""
-    parts = urlsplit(url)
-    if parts.scheme.startswith("http"):
-        stream = _open_mjpeg(url, patience)
+    address = stream_address(url)
+    if address.scheme.startswith("http"):
+        stream = _open_mjpeg(address, patience)
         if stream:
             return stream
     else:
         try:
-            socket.create_connection((parts.hostname, parts.port or PORTS[parts.scheme]), CONNECT_S).close()
+            socket.create_connection((address.host, address.port), CONNECT_S).close()
         except OSError as error:
-            raise Fault("refused", f"no connection ({reason(error)})") from error
+            raise Fault("refused", f"no connection ({_cause(error)})") from error
     return open_ffmpeg(url, patience)
 
 
@@ -250,32 +269,72 @@ def open_ffmpeg(url: str, patience: float) -> VideoDevice:
     return VideoDevice(capture)
 
 
-def _open_mjpeg(url: str, patience: float) -> MjpegStream | None:
+def _open_mjpeg(address: Address, patience: float) -> MjpegStream | None:
     """The pictures that an HTTP server sends; None where it sends another kind of video."""
-    bare, user, password = _credentials(url)
     passwords = urllib.request.HTTPPasswordMgrWithDefaultRealm()
-    passwords.add_password(None, bare, user, password)
+    passwords.add_password(None, urljoin(address.bare, "/"), address.user, address.password)
     opener = urllib.request.build_opener(
         urllib.request.HTTPBasicAuthHandler(passwords),
         urllib.request.HTTPDigestAuthHandler(passwords),
         _HttpHandler(),
         _HttpsHandler(),
     )
+    response: Response
     try:
-        response = opener.open(bare, timeout=patience)
+        response = opened = opener.open(address.bare, timeout=patience)
     except HTTPError as error:
         error.close()
-        raise Fault("refused", f"the server answers {error.code} {error.reason}") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: an answer to 401 that is no Digest
+        raise Fault("refused", f"the server answers {addresses.status(error.code)}") from error
+    except http.client.RemoteDisconnected as error:
+        raise Fault("refused", "the server closes the connection without an answer") from error
+    except http.client.HTTPException:  # another head than HTTP's, or none
+        kind, response = "", _ask_plainly(address, patience)
+    except (OSError, ValueError) as error:  # ValueError: an answer to 401 that is no Digest
         cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, Exception) else error
-        raise Fault("refused", f"no connection ({reason(cause)})") from error
-    kind, boundary = response.headers.get_content_type(), response.headers.get_boundary()
-    if kind == "multipart/x-mixed-replace" and boundary:
-        return MjpegStream(response, boundary, patience)
+        raise Fault("refused", f"no connection ({_cause(cause)})") from error
+    else:
+        kind = opened.headers.get_content_type() if "Content-Type" in opened.headers else ""
+        if kind.startswith("image/") and 0 < (opened.length or 0) < PART_LIMIT:
+            response.close()
+            raise Fault("refused", f"the server sends one picture ({kind}), which is no stream: ask it for MJPEG")
+        opened.length = None  # of a stream it is wrong
+    try:
+        is_mjpeg, begun = kind.startswith("multipart/") or "jpeg" in kind, b""
+        while not is_mjpeg and len(begun) < SNIFFED and (more := _receive(response)):
+            begun += more
+            if answer := re.match(rb"ICY ([45]\d\d)", begun):
+                raise Fault("refused", f"the server answers {addresses.status(int(answer[1]))}")
+            is_mjpeg = bool(PICTURES.match(begun))
+    except Fault:
+        response.close()
+        raise
+    if is_mjpeg:
+        return MjpegStream(response, patience, begun)
     response.close()
-    if kind.startswith(("text/", "image/", "multipart/")):
+    if kind.startswith(("text/", "image/")):
         raise Fault("refused", f"the server sends {kind}, which is no stream: ask it for MJPEG")
     return None
+
+
+def _ask_plainly(address: Address, patience: float) -> Response:
+    """The whole answer of a server that sends "ICY 200 OK" or nothing where HTTP has its status. Fault: "refused"."""
+    target = address.bare.partition("://")[2].partition("/")[2]
+    request = [f"GET /{target} HTTP/1.0", f"Host: {address.host}", "Connection: close"]
+    if address.user:
+        login = base64.b64encode(f"{address.user}:{address.password}".encode()).decode()
+        request.append(f"Authorization: Basic {login}")
+    try:
+        connection = socket.create_connection((address.host, address.port), CONNECT_S)
+        try:
+            if address.scheme == "https":
+                connection = ssl.create_default_context().wrap_socket(connection, server_hostname=address.host)
+            connection.settimeout(patience)
+            connection.sendall("\r\n".join([*request, "", ""]).encode())
+            return connection.makefile("rb")
+        finally:
+            connection.close()  # once that is closed
+    except OSError as error:
+        raise Fault("refused", f"no connection ({_cause(error)})") from error
 
 
 class _Impatient:
@@ -306,31 +365,3 @@ class _HttpHandler(urllib.request.HTTPHandler):
 class _HttpsHandler(urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_Https, request)
-
-
-def _credentials(url: str) -> tuple[str, str, str]:
-    """A URL without its user and password, and these."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=host)), unquote(parts.username or ""), unquote(parts.password or "")
-
-
-def check_url(url: str) -> str:
-    """The URL; UsageError where it is none of a stream."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError as error:  # its text may hold half a password
-        form = "rtsp://USER:PASSWORD@HOST:PORT/PATH"
-        raise UsageError(
-            f"a stream's address is {form}, with / and : of a password as %2F and %3A; this one is not"
-        ) from error
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise UsageError(f"a stream is rtsp://HOST/PATH or http://HOST/PATH; got {public_name(url)}")
-    return url
-
-
-def public_name(url: str) -> str:
-    """A URL as results and logs may show it: without user, password and query."""
-    bare = urlsplit(_credentials(url)[0])
-    return urlunsplit(bare._replace(query="", fragment=""))

@@ -11,6 +11,7 @@ from pathlib import Path
 from fbclip.errors import UsageError, printable
 from fbclip.folders import images_below, what_was_left_out
 from fbclip.reading import SUFFIXES
+from fbclip.runtime.addresses import shown
 
 
 def list_images(sources: list[str], tell: Callable[[str], None] = lambda line: None) -> list[Path]:
@@ -49,7 +50,8 @@ def list_images(sources: list[str], tell: Callable[[str], None] = lambda line: N
             kinds = ", ".join(sorted(s[1:] for s in SUFFIXES))
             more = f"; {line}" if (line := what_was_left_out(left_out)) else ""
             raise UsageError(
-                f"SOURCE is an image, a folder with images ({kinds}) or a glob; '{printable(source)}' matches none{more}"
+                f"SOURCE is an image, a folder with images ({kinds}) or a glob; '{printable(shown(source))}' matches "
+                f"none{more}"
             )
         found += images
     if line := what_was_left_out(left_out):

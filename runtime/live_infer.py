@@ -18,17 +18,17 @@ from rich.live import Live
 from rich.text import Text
 
 from fbclip.errors import FBClipError, ImageError, Interrupted, UsageError
+from fbclip.runtime.addresses import shown
 from fbclip.runtime.decisions import Decider, Drift, Vote
 from fbclip.runtime.events import EventRecorder
 from fbclip.runtime.live import Notice, Result, Sink
 from fbclip.runtime.pipeline import Limits, LiveSummary, Pipeline
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sinks import SinkOptions, make_sinks
-from fbclip.runtime.sources import CaptureOptions, Source, open_source
+from fbclip.runtime.sources import CaptureOptions, Source, is_video, open_source, opens_as_video
 from fbclip.stopping import StopRequest
 from fbclip.terminal import printable, say
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm", ".wmv"})
 RECORDS = ("json", "csv", "mqtt", "events")  # sinks of which nothing may be missing; the others show what is now
 REFRESH_S = 0.25
 LOG_S = 60.0  # between lines where there is no terminal
@@ -49,18 +49,26 @@ def find_stream(sources: list[str], camera: str | None, watch: bool) -> str | No
         UsageError: more than one stream, or images beside it.
     """
     given = sources if camera is None else [*sources, camera]
-    if not (watch or camera is not None or any(map(is_stream, given))):
+    if not (watch or camera is not None or any(is_stream(text, alone=len(given) == 1) for text in given)):
         return None
     if len(given) != 1:
-        what = f"got {', '.join(given)}" if given else "got none"
+        what = f"got {', '.join(map(shown, given))}" if given else "got none"
         raise UsageError(f"a camera, stream, video or watched folder is inspected alone; {what}")
     return given[0]
 
 
-def is_stream(text: str) -> bool:
-    """Whether a SOURCE is a camera, an address or a video, and not images."""
-    named = "://" in text or text.startswith("/dev/") or re.fullmatch(r"\d{1,3}", text)
-    return bool(named) or (Path(text).suffix.lower() in VIDEO_SUFFIXES and Path(text).is_file())
+def is_stream(text: str, alone: bool) -> bool:
+    """Whether a SOURCE is a camera, an address or a video, and not images.
+
+    Args:
+        alone: it is the only one: a file that is no image is to be a video, and beside others only if it is one.
+    """
+    if "://" in text or text.startswith("/dev/") or re.fullmatch(r"\d{1,3}", text):
+        return True
+    path = Path(text)
+    if not path.exists():
+        return shown(text) != text  # an address without its //
+    return path.is_file() and is_video(path) and (alone or opens_as_video(path))
 
 
 def parse_resolution(text: str | None) -> tuple[int, int] | None:
@@ -236,4 +244,6 @@ def print_summary(summary: LiveSummary, console: Console) -> None:
     )
     for name, sink in summary.status["sinks"].items():
         if sink["dropped"]:
-            say(console, f"{name} lost {sink['dropped']} results and notices: {sink['error'] or sink['lost_to']}")
+            say(console, f"{name} lost {sink['dropped']} results and notices: {sink['dropped_because']}")
+        elif sink["error"]:
+            say(console, f"{name} failed: {sink['error']}")

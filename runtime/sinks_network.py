@@ -7,13 +7,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPException
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import unquote
 
 from fbclip.errors import UsageError
+from fbclip.runtime import addresses
+from fbclip.runtime.delivery import Lost, Queued
 from fbclip.runtime.live import Notice, Result
 from fbclip.runtime.sinks import to_json
 
@@ -25,6 +28,12 @@ if TYPE_CHECKING:
 
 QUEUED = 1000  # messages that wait for the broker
 GRACE_S = 5.0  # without a broker before the sink counts as failing: a restart of the broker is no fault
+ROOM_S = 5.0  # that one message waits for an answer of the broker, where as many wait as may
+RETRY_S = (
+    1,
+    2,
+)  # between two tries to connect, at first and later: a broker that is back gets what waits before more does
+CONNECT_S = 2.0  # for TCP: the next try waits for that
 FLUSH_S = 3.0  # for the broker to acknowledge what is left at the end
 KEEPALIVE_S = 20  # the broker publishes the last will after 1.5 times as long a silence
 TIMEOUT_S = 5.0  # of a webhook
@@ -33,10 +42,11 @@ SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class Mqtt:
-    """Results and notices as JSON to PREFIX/results and PREFIX/notices with QoS 1: each arrives, rarely twice.
+    """Results and notices as JSON to PREFIX/results and PREFIX/notices with QoS 1: each arrives, in order, rarely twice.
 
     PREFIX/status, retained, is "online", or "offline": at the end, or as last will once this process is gone. The
-    connection is made in the background and again whenever it is cut; up to 1000 messages wait meanwhile.
+    connection is made in the background and again whenever it is cut; up to 1000 messages wait meanwhile, and what comes
+    then is lost.
 
     Args:
         url: mqtt://user:password@host:port/prefix, mqtts:// for TLS with the system's certificates (SSL_CERT_FILE names
@@ -53,27 +63,28 @@ class Mqtt:
         from paho.mqtt.client import Client
         from paho.mqtt.enums import CallbackAPIVersion
 
-        parts, port = _split(url, "--mqtt", {"mqtt": 1883, "mqtts": 8883})
-        prefix = unquote(parts.path.strip("/")) or "fbclip"
-        if "#" in url or set("#+") & set(prefix):
-            raise UsageError(f"an MQTT prefix has no # or +, which are wildcards; got {url.rpartition('@')[2]}")
+        address = addresses.parse(url, "--mqtt is mqtt://HOST:PORT/PREFIX", {"mqtt": 1883, "mqtts": 8883})
+        prefix = unquote(address.path.strip("/")) or "fbclip"
+        if "#" in url or set("#+") & set(prefix) or not prefix.isprintable():
+            raise UsageError("--mqtt is mqtt://HOST:PORT/PREFIX, where the prefix has no # or +, which are wildcards")
         self._prefix = prefix
-        self._broker = f"{parts.hostname}:{port}"
+        self._broker = f"{address.host}:{address.port}"
         self._away_since: float | None = time.monotonic()
         self._reason = "no answer yet"
-        self._last: MQTTMessageInfo | None = None
+        self._waiting: deque[MQTTMessageInfo] = deque()  # what the broker has not acknowledged, the oldest first
         self._client: Client = Client(CallbackAPIVersion.VERSION2)
-        if parts.username:
-            self._client.username_pw_set(unquote(parts.username), unquote(parts.password or ""))
-        if parts.scheme == "mqtts":
+        if address.user:
+            self._client.username_pw_set(address.user, address.password)
+        if address.scheme == "mqtts":
             self._client.tls_set()
         self._client.max_queued_messages_set(QUEUED)
-        self._client.reconnect_delay_set(1, 8)
+        self._client.reconnect_delay_set(*RETRY_S)
+        self._client.connect_timeout = CONNECT_S
         self._client.will_set(f"{prefix}/status", "offline", qos=1, retain=True)
         self._client.on_connect = self._on_connect
         self._client.on_connect_fail = self._on_connect_fail
         self._client.on_disconnect = self._on_disconnect
-        self._client.connect_async(str(parts.hostname), port, KEEPALIVE_S)
+        self._client.connect_async(address.host, address.port, KEEPALIVE_S)
         self._client.loop_start()
 
     def write(self, result: Result) -> None:
@@ -83,26 +94,45 @@ class Mqtt:
         self._publish("notices", notice)
 
     def close(self) -> None:
-        """Wait 3 s at most for what is under way; OSError if the broker didn't acknowledge it all."""
-        if self._last:
-            self._last.wait_for_publish(FLUSH_S)
+        """Wait 3 s at most for what is under way; Lost if the broker didn't acknowledge it all."""
+        deadline = time.monotonic() + FLUSH_S
+        while self._count() and (left := deadline - time.monotonic()) > 0:
+            self._waiting[0].wait_for_publish(left)
+        why = self._trouble(0) or f"the MQTT broker {self._broker} did not acknowledge them"
         self._status("offline")
         self._client.disconnect()
         self._client.loop_stop()
-        if self._last and not self._last.is_published():
-            raise OSError(f"the MQTT broker {self._broker} has not acknowledged the last messages")
+        if left_over := self._count():
+            raise Lost(left_over, why)
 
     def _publish(self, topic: str, record: Result | Notice) -> None:
+        """Queued where it waits for a broker that is away, Lost where too many do."""
         from paho.mqtt.enums import MQTTErrorCode
 
-        away_since = self._away_since
-        if away_since is not None and (seconds := time.monotonic() - away_since) > GRACE_S:
-            raise OSError(f"no connection to the MQTT broker {self._broker} for {seconds:.0f} s: {self._reason}")
+        if self._count() >= QUEUED and self._away_since is None:
+            self._waiting[0].wait_for_publish(ROOM_S)  # it is there: a file waits for it, a camera drops frames
+        trouble = self._trouble(GRACE_S)
         message = self._client.publish(f"{self._prefix}/{topic}", to_json(record), qos=1)
         if message.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
-            raise OSError(f"the MQTT broker {self._broker} is too slow: {QUEUED} messages wait")
+            trouble = trouble or f"the MQTT broker {self._broker} does not answer"
+            raise Lost(1, f"{trouble}; {QUEUED} messages wait for it, which is all that may")
         message.rc = MQTTErrorCode.MQTT_ERR_SUCCESS  # without a connection, too, it is on its way
-        self._last = message
+        self._waiting.append(message)
+        if trouble:
+            raise Queued(trouble)
+
+    def _count(self) -> int:
+        """Messages that the broker has not acknowledged; it does so in their order."""
+        while self._waiting and self._waiting[0].is_published():
+            self._waiting.popleft()
+        return len(self._waiting)
+
+    def _trouble(self, grace: float) -> str | None:
+        """Why the broker has been away for more than `grace` seconds, if it has."""
+        away_since = self._away_since
+        if away_since is None or (seconds := time.monotonic() - away_since) <= grace:
+            return None
+        return f"no connection to the MQTT broker {self._broker} for {seconds:.0f} s: {self._reason}"
 
     def _status(self, status: str) -> None:
         # not QoS 1, which had to wait its turn behind a full queue; if it gets lost, so does the connection
@@ -153,11 +183,11 @@ class Webhook:
     name = "webhook"
 
     def __init__(self, url: str) -> None:
-        parts, _ = _split(url, "--webhook", {"http": 80, "https": 443})
-        if parts.username:
+        address = addresses.parse(url, "--webhook is https://HOST/PATH", {"http": 80, "https": 443})
+        if address.user:
             raise UsageError("--webhook takes no user and password: put a token into the path or query")
-        self._url = url
-        self._host = parts.hostname
+        self._url = address.bare
+        self._host = address.host
         self._open = urllib.request.build_opener(_NoRedirect).open
         self._latest: dict[str, Any] = {}
 
@@ -179,8 +209,10 @@ class Webhook:
             self._open(request, timeout=TIMEOUT_S).close()
         except urllib.error.HTTPError as error:
             with error:
-                raise OSError(f"the webhook at {self._host} answered {error.code} {error.reason}") from error
-        except (OSError, HTTPException) as error:
+                raise OSError(f"the webhook at {self._host} answered {addresses.status(error.code)}") from error
+        except (HTTPException, ValueError) as error:  # whose text may hold the address, or a proxy's
+            raise OSError(f"no answer of the webhook at {self._host} as HTTP has it: {type(error).__name__}") from error
+        except OSError as error:
             raise OSError(f"no answer of the webhook at {self._host}: {getattr(error, 'reason', error)}") from error
 
 
@@ -279,16 +311,3 @@ class _SourceTotals:
 def _require(module: str, option: str, extra: str) -> None:
     if find_spec(module) is None:
         raise UsageError(f"{option} needs a package that is not installed: pip install 'fbclip[{extra}]'")
-
-
-def _split(url: str, option: str, ports: Mapping[str, int]) -> tuple[SplitResult, int]:
-    """The parts of an address and its port, a default of its scheme; never shown, it may hold a password."""
-    rule = f"{option} takes an address like {next(iter(ports))}://host:port/path"
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:  # its message would show a part of the password
-        raise UsageError(f"{rule}; this port or host is none (in a password / is %2F, # is %23, : is %3A)") from None
-    if parts.scheme not in ports or not parts.hostname:
-        raise UsageError(f"{rule}, where the scheme is {' or '.join(ports)}; got {parts.scheme or 'none'}")
-    return parts, port or ports[parts.scheme]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fbclip.errors import ImageError, UsageError
 from fbclip.reading import SUFFIXES, is_image, note_of_pages, read_image
 from fbclip.runtime import devices
+from fbclip.runtime.addresses import shown
 from fbclip.runtime.capture import CaptureOptions, LiveSource, Source
 from fbclip.runtime.devices import Device, Fault
 from fbclip.runtime.images import list_images
@@ -27,6 +28,7 @@ from fbclip.runtime.watch import arrivals
 __all__ = ["CaptureOptions", "FileSource", "Source", "open_source"]
 
 KINDS = "a camera (0, /dev/video0, csi://0), a stream (rtsp://, http://), a video, or images (file, folder, glob)"
+MOTION_JPEG = frozenset({".mjpeg", ".mjpg"})  # videos that begin as an image does
 Retrieve = Callable[[], NDArray[np.uint8]]
 Connect = Callable[[], Device]
 
@@ -98,7 +100,7 @@ class WatchSource(FileSource):
 
 def _pictures(path: Path, tell: Callable[[str, str], None]) -> Iterator[tuple[str, Retrieve]]:
     """Name of each picture in a file, one or a video's, and what reads it, raising ImageError or Fault."""
-    if path.suffix.lower() in SUFFIXES or not os.path.isfile(path) or is_image(path):  # noqa: PTH113 (never raises)
+    if not os.path.isfile(path) or not is_video(path):  # noqa: PTH113 (never raises)
         yield str(path), partial(_first_page, path, tell)
         return
     try:
@@ -123,6 +125,22 @@ def _first_page(path: Path, tell: Callable[[str, str], None]) -> NDArray[np.uint
     return image
 
 
+def is_video(path: Path) -> bool:
+    """Whether a file is tried as a video: it is no image, by its name or its content."""
+    suffix = path.suffix.lower()
+    return suffix in MOTION_JPEG or not (suffix in SUFFIXES or is_image(path))
+
+
+def opens_as_video(path: Path) -> bool:
+    """Whether a file is a video that FFmpeg can read."""
+    devices.prepare_opencv()
+    try:
+        devices.open_ffmpeg(str(path), patience=0).close()
+    except Fault:
+        return False
+    return True
+
+
 def _refuse(path: Path) -> NDArray[np.uint8]:
     raise ImageError(f"{path} is neither an image that Pillow nor a video that FFmpeg can read")
 
@@ -144,17 +162,21 @@ def open_source(text: str, options: CaptureOptions | None = None) -> Source:
     if not options.watch and (camera := _camera(text, options)):
         return camera
     stream = "://" in text and not options.watch
-    name = devices.public_name(devices.check_url(text)) if stream else text
+    name = devices.stream_address(text).name if stream else text
     if options.resolution or options.fps:
         raise UsageError(f"--resolution and --fps are asked of cameras; {name} has its own: leave them out")
     if stream:
         return LiveSource(name, partial(devices.connect_stream, text, options.stall), options)
+    if options.skip_first:
+        raise UsageError(
+            f"--skip-first is for cameras and streams, which are connected to; {name} is none: leave it out"
+        )
     if options.watch:
         if not text or not os.path.isdir(text):  # noqa: PTH112 (never raises)
-            raise UsageError(f"--watch takes the folder that images are dropped into; make {text or 'it'} first")
+            raise UsageError(f"--watch takes the folder that images are dropped into; make {shown(text) or 'it'} first")
         return WatchSource(Path(text), options)
-    if text and not os.path.lexists(text) and not glob.has_magic(text):
-        raise UsageError(f"SOURCE is {KINDS}; there is no {text}")
+    if text and not os.path.lexists(text) and (not glob.has_magic(text) or shown(text) != text):
+        raise UsageError(f"SOURCE is {KINDS}; there is no {shown(text)}")
     notes: list[str] = []
     return FileSource(text, list_images([text], notes.append), options, notes)
 

@@ -11,7 +11,7 @@ import socket
 import socketserver
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -84,6 +84,19 @@ class _Mjpeg(BaseHTTPRequestHandler):
         pass
 
 
+class _Raw(socketserver.BaseRequestHandler):
+    """Sends `head` and then each picture as `part` makes it, whatever HTTP says."""
+
+    server: Any
+
+    def handle(self) -> None:
+        with suppress(OSError):
+            self.request.recv(1 << 16)
+            self.request.sendall(self.server.head)
+            for picture in self.server.camera.pictures():
+                self.request.sendall(self.server.part(picture))
+
+
 class _Rtsp(socketserver.StreamRequestHandler):
     """Plays JPEG over RTP (RFC 2435), interleaved in the RTSP connection (RFC 2326, 10.12)."""
 
@@ -142,6 +155,8 @@ def _parts(picture: bytes) -> tuple[bytes, int, int, bytes]:
 
 class _Server(ThreadingHTTPServer):
     camera: Camera
+    head = b""
+    part: Callable[[bytes], bytes]
     block_on_close = False
 
     def handle_error(self, *where: object) -> None:
@@ -168,6 +183,22 @@ def filming(camera: Camera, protocol: str) -> Iterator[int]:
     """Serve a camera as "http" or "rtsp", at /video; yields the port."""
     try:
         with serving(_Mjpeg if protocol == "http" else _Rtsp, camera) as port:
+            yield port
+    finally:
+        camera.stopped.set()
+
+
+@contextmanager
+def answering(head: bytes, part: Callable[[bytes], bytes], camera: Camera | None = None) -> Iterator[int]:
+    """Serve a camera's pictures behind any head and in any parts; yields the port."""
+
+    class Answer(_Raw):
+        def setup(self) -> None:
+            self.server.head, self.server.part = head, part
+
+    camera = camera or Camera()
+    try:
+        with serving(Answer, camera) as port:
             yield port
     finally:
         camera.stopped.set()

@@ -1,4 +1,4 @@
-"""The MQTT sink against a real mosquitto (Debian's package of that name)."""
+"""The MQTT sink against a real mosquitto (Debian's package of that name), and against a broker that remembers all it gets."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,8 @@ from stream_faults import bound
 from waiting import PATIENCE_S, eventually
 
 from fbclip.runtime import sinks_network
+from fbclip.runtime.delivery import Delivery, Lost, Queued
+from fbclip.runtime.live import Notice
 from fbclip.runtime.sinks import SinkOptions, make_sinks
 from fbclip.runtime.sinks_network import Mqtt
 
@@ -32,6 +37,188 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broker on a busy machine may take its time."""
     monkeypatch.setattr(sinks_network, "GRACE_S", PATIENCE_S)
     monkeypatch.setattr(sinks_network, "FLUSH_S", PATIENCE_S)
+    monkeypatch.setattr(sinks_network, "CONNECT_S", PATIENCE_S)
+    monkeypatch.setattr(sinks_network, "RETRY_S", (0.05, 0.1))
+
+
+class Ledger:
+    """A broker that writes down the results it gets, in their order; it may be away, and may leave without an answer."""
+
+    def __init__(self) -> None:
+        self.reserved = bound()  # keeps the port from others while there is no broker
+        self.port: int = self.reserved.getsockname()[1]
+        self.indices: list[int] = []
+        self.answers = True
+        self.listener: socket.socket | None = None
+        self.clients: list[socket.socket] = []
+
+    def start(self) -> None:
+        self.listener = bound(self.port)
+        self.listener.listen()
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def stop(self) -> None:
+        ends, self.clients = [*self.clients, *filter(None, [self.listener])], []
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                self.clients.append(client)
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with suppress(OSError), client.makefile("rb") as stream:
+            while kind := stream.read(1):
+                length = shift = 0
+                while (byte := stream.read(1)[0]) & 0x80:
+                    length, shift = length | (byte & 0x7F) << shift, shift + 7
+                body = stream.read(length | byte << shift)
+                if kind[0] >> 4 == 1:  # CONNECT
+                    client.sendall(b"\x20\x02\0\0")
+                elif kind[0] >> 4 == 3 and kind[0] & 6:  # PUBLISH with QoS 1
+                    end = 2 + int.from_bytes(body[:2], "big")
+                    record = json.loads(body[end + 2 :])
+                    if self.answers:
+                        if record["kind"] == "result":
+                            self.indices.append(record["index"])
+                        client.sendall(b"\x40\x02" + body[end : end + 2])
+                elif kind[0] >> 4 == 12:  # PINGREQ
+                    client.sendall(b"\xd0\0")
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://127.0.0.1:{self.port}/line"
+
+
+@pytest.fixture
+def ledger() -> Iterator[Ledger]:
+    ledger = Ledger()
+    ledger.start()
+    yield ledger
+    ledger.stop()
+    ledger.reserved.close()
+
+
+def in_order(indices: list[int]) -> list[int]:
+    """Without those that came a second time."""
+    return list(dict.fromkeys(indices))
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_broker_that_is_away_gets_all_that_waited(
+    ledger: Ledger, lossless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it is away: here it counts as failing at once."""
+    monkeypatch.setattr(sinks_network, "GRACE_S", 0)
+    told: list[Notice] = []
+    sink = Mqtt(ledger.url)
+    queue = Delivery(sink, 8, lossless, lambda _, notice: told.append(notice))
+
+    def put(first: int, last: int) -> None:
+        for index in range(first, last):
+            queue.put(result(index))
+            if not lossless:  # a camera is not faster than that
+                eventually(lambda: queue.state()["waiting"] == 0)
+
+    eventually(lambda: sink._away_since is None)
+    put(0, 10)
+    eventually(lambda: len(ledger.indices) == 10)
+    ledger.stop()
+    eventually(lambda: sink._away_since is not None)
+    put(10, 300)
+    eventually(lambda: queue.state()["delivered"] == 300)
+    state = queue.state()
+    assert (state["state"], state["dropped"]) == ("failing", 0)
+    assert f"no connection to the MQTT broker 127.0.0.1:{ledger.port} for" in state["error"]
+    assert [notice.state for notice in told] == ["failing"]
+    ledger.start()
+    eventually(lambda: sink._away_since is None)
+    put(300, 310)
+    eventually(lambda: 309 in ledger.indices)
+    assert in_order(ledger.indices) == list(range(310))
+    assert [notice.state for notice in told] == ["failing", "working"]
+    queue.close()
+    queue.join(PATIENCE_S)
+    assert queue.state()["dropped"] == 0
+
+
+def test_a_broker_that_comes_back_in_the_end_gets_it_all(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks_network, "GRACE_S", 0)
+    ledger.stop()
+    queue = Delivery(Mqtt(ledger.url), 8, True, lambda *_: None)
+    for index in range(20):
+        queue.put(result(index))
+    eventually(lambda: queue.state()["delivered"] == 20)
+    assert queue.state()["state"] == "failing"
+    queue.close()
+    ledger.start()
+    queue.join(PATIENCE_S)
+    assert in_order(ledger.indices) == list(range(20))
+    state = queue.state()
+    assert (state["state"], state["error"], state["dropped"]) == ("working", None, 0)
+
+
+def test_what_is_left_in_the_end_is_told(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks_network, "FLUSH_S", 0)
+    ledger.stop()
+    queue = Delivery(Mqtt(ledger.url), 8, True, lambda *_: None)
+    for index in range(20):
+        queue.put(result(index))
+    queue.put(notice())
+    queue.drain(time.monotonic() + PATIENCE_S)
+    queue.wait_drained()
+    queue.close()
+    queue.join(PATIENCE_S)
+    state = queue.state()
+    assert (state["state"], state["dropped"]) == ("failing", 21)
+    assert state["dropped_because"] == state["error"]
+    assert f"no connection to the MQTT broker 127.0.0.1:{ledger.port}" in state["error"]
+
+
+def test_only_what_comes_when_a_thousand_wait_is_lost_and_counted(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sinks_network.QUEUED == 1000
+    monkeypatch.setattr(sinks_network, "QUEUED", 30)
+    monkeypatch.setattr(sinks_network, "GRACE_S", 0)
+    ledger.stop()
+    sink = Mqtt(ledger.url)
+    queue = Delivery(sink, 8, True, lambda *_: None)
+    for index in range(40):
+        queue.put(result(index))
+        eventually(lambda index=index: queue.state()["delivered"] + queue.state()["dropped"] == index + 1)
+    state = queue.state()
+    assert (state["delivered"], state["dropped"]) == (30, 10)
+    assert "no connection to the MQTT broker" in state["dropped_because"]
+    assert state["dropped_because"].endswith("; 30 messages wait for it, which is all that may")
+    ledger.start()
+    eventually(lambda: len(in_order(ledger.indices)) == 30)
+    eventually(lambda: sink._client.is_connected())
+    queue.put(result(40))
+    queue.drain(time.monotonic() + PATIENCE_S)
+    queue.wait_drained()
+    queue.close()
+    queue.join(PATIENCE_S)
+    assert in_order(ledger.indices) == [*range(30), 40]
+    state = queue.state()
+    assert (state["state"], state["dropped"]) == ("working", 10)
+    assert "no connection" in state["dropped_because"]  # and not that it was too slow, though it works again
+
+
+def test_a_broker_that_is_there_and_slow_is_waited_for(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks_network, "QUEUED", 3)
+    monkeypatch.setattr(sinks_network, "ROOM_S", PATIENCE_S)
+    sink = Mqtt(ledger.url)
+    eventually(lambda: sink._away_since is None)
+    for index in range(100):
+        sink.write(result(index))
+    sink.close()
+    assert in_order(ledger.indices) == list(range(100))
 
 
 def program(name: str) -> str:
@@ -113,8 +300,8 @@ class Listener:
     def next(self) -> tuple[str, str, bool]:
         return self.messages.get(timeout=PATIENCE_S)
 
-    def until(self, topic: str, payload: str) -> None:
-        while self.next()[:2] != (topic, payload):
+    def until_result(self, index: int) -> None:
+        while (message := self.next())[0] != "results" or json.loads(message[1])["index"] != index:
             pass
 
     def close(self) -> None:
@@ -182,14 +369,13 @@ def test_an_absent_broker_is_an_error_until_it_comes(broker: Broker, monkeypatch
     monkeypatch.setattr(sinks_network, "GRACE_S", 0)
     before = set(threading.enumerate())
     sink = Mqtt(broker.url)
-    with pytest.raises(OSError, match=f"no connection to the MQTT broker 127.0.0.1:{broker.port} for"):
+    with pytest.raises(Queued, match=f"no connection to the MQTT broker 127.0.0.1:{broker.port} for"):
         sink.write(result(0))
     broker.start()
     listener = Listener(broker)
-    listener.until("status", "online")
+    eventually(lambda: sink._away_since is None)
     sink.write(result(1))
-    topic, payload, _ = listener.next()
-    assert (topic, json.loads(payload)["index"]) == ("results", 1)
+    listener.until_result(1)
     listener.close()
     sink.close()
     assert set(threading.enumerate()) <= before
@@ -200,6 +386,7 @@ def test_a_broker_that_hangs_fills_the_queue_and_does_not_hold_up_the_end(
 ) -> None:
     monkeypatch.setattr(sinks_network, "QUEUED", 30)
     monkeypatch.setattr(sinks_network, "FLUSH_S", 0.1)
+    monkeypatch.setattr(sinks_network, "ROOM_S", 0.1)
     before = set(threading.enumerate())
     sink = Mqtt(broker.url)
     assert listener.next() == ("status", "online", False)
@@ -209,15 +396,16 @@ def test_a_broker_that_hangs_fills_the_queue_and_does_not_hold_up_the_end(
     for index in range(30):
         sink.write(result(index))
     for _ in range(2):
-        with pytest.raises(OSError, match="too slow: 30 messages wait"):
+        with pytest.raises(Lost, match="does not answer; 30 messages wait for it"):
             sink.write(result(30))
-    with pytest.raises(OSError, match="has not acknowledged"):
+    with pytest.raises(Lost, match="did not acknowledge them") as caught:
         sink.close()
+    assert caught.value.count == 30
     assert set(threading.enumerate()) <= before
 
 
-def refused(sink: Mqtt, reason: str) -> None:
-    """Write until the background connection knows why it fails."""
+def refused(sink: Mqtt, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write until the background connection knows why it fails; close, which tells it, too."""
 
     def is_known() -> bool:
         with pytest.raises(OSError) as caught:
@@ -225,6 +413,9 @@ def refused(sink: Mqtt, reason: str) -> None:
         return reason in str(caught.value)
 
     eventually(is_known)
+    with monkeypatch.context() as patch, pytest.raises(Lost, match=reason):
+        patch.setattr(sinks_network, "FLUSH_S", 0)
+        sink.close()
 
 
 def test_password(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,8 +425,7 @@ def test_password(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     broker.settings = ["allow_anonymous false", f"password_file {passwords}"]
     broker.start()
     wrong = Mqtt(f"mqtt://cam:wrong@127.0.0.1:{broker.port}")
-    refused(wrong, "Not authorized")
-    wrong.close()
+    refused(wrong, "Not authorized", monkeypatch)
     right = Mqtt(f"mqtt://cam:s%2Fecret@127.0.0.1:{broker.port}")
     monkeypatch.setattr(sinks_network, "GRACE_S", PATIENCE_S)
     right.write(result())
@@ -252,8 +442,7 @@ def test_tls_only_with_a_certificate_that_is_trusted(broker: Broker, monkeypatch
     broker.start()
     url = f"mqtts://127.0.0.1:{broker.port}"
     untrusted = Mqtt(url)
-    refused(untrusted, "certificate verify failed")
-    untrusted.close()
+    refused(untrusted, "certificate verify failed", monkeypatch)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     monkeypatch.setattr(sinks_network, "GRACE_S", PATIENCE_S)
     trusted = Mqtt(url)

@@ -5,6 +5,7 @@ import json
 import os
 import select
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from delivered import drawn_verdict, has_outlines, let_off, notice, result
 from disks import largest_file, read_only, tiny_disk
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
-from stream_faults import bound
+from stream_faults import bound, serving
 from waiting import PATIENCE_S, eventually
 
 from fbclip.errors import FBClipError, UsageError
@@ -400,8 +401,8 @@ def test_video_leaves_room_on_the_disk(tmp_path: Path) -> None:
         (SinkOptions(webhook="ftp://host/"), "http or https; got ftp"),
         (SinkOptions(webhook="https://user:secret@host/"), "no user and password"),
         (SinkOptions(mqtt="broker:1883"), "mqtt or mqtts"),
-        (SinkOptions(mqtt="mqtt://u:secret@host:99999"), "this port or host is none"),
-        (SinkOptions(mqtt="mqtt://u:secret#@host"), "this port or host is none"),
+        (SinkOptions(mqtt="mqtt://u:secret@host:99999"), "no valid host or port"),
+        (SinkOptions(mqtt="mqtt://u:secret#@host"), "no valid host or port: in a user or password write /"),
         (SinkOptions(mqtt="mqtt://host/a/#"), "no # or"),
         (SinkOptions(metrics_port=-1), "can't serve metrics"),
     ],
@@ -503,7 +504,7 @@ def test_webhook_gets_notices_and_the_result_of_an_alarm(receiver: Receiver) -> 
     hook.write(raised := result(1, 0.75, alarm=True))
     alarm = notice("alarm", "on", wall=raised.frame.wall)
     receiver.answers = [503, 302, 0]
-    for message in ("answered 503 Service Unavailable", "answered 302 Found", "no answer .*: garbage"):
+    for message in ("answered 503 Service Unavailable", "answered 302 Found", "no answer .* as HTTP has it"):
         with pytest.raises(OSError, match=message) as caught:
             hook.notify(alarm)
         assert "secret" not in str(caught.value)
@@ -515,6 +516,22 @@ def test_webhook_gets_notices_and_the_result_of_an_alarm(receiver: Receiver) -> 
     assert receiver.taken[0] == {**alarm.to_dict(), "result": raised.to_dict()}
     told = [(message["kind"], message["state"], "result" in message) for message in receiver.taken]
     assert told == [("alarm", "on", True), ("source", "lost", False), ("alarm", "off", False)]
+
+
+@pytest.mark.parametrize("answer", ["HTTP/1.0 404 No {}\r\n\r\n", "{}\r\n\r\n", "HTTP/1.0 x{}\r\n\r\n"])
+def test_no_token_comes_back_with_a_servers_words(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some servers repeat what they were asked."""
+    monkeypatch.setenv("no_proxy", "*")
+
+    class Echo(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(answer.format(self.rfile.readline().decode()[:-2]).encode())
+
+    with serving(Echo) as port:
+        hook = Webhook(f"http://127.0.0.1:{port}/hook/secret 1?token=secret#secret")
+        with pytest.raises(OSError, match=r"the webhook at 127\.0\.0\.1") as caught:
+            hook.notify(notice())
+        assert "secret" not in str(caught.value)
 
 
 def test_webhook_without_server_is_an_error_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
