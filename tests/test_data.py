@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import tracemalloc
+import unicodedata
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -228,6 +229,301 @@ def test_what_is_not_understood_is_said(tmp_path, make, layout, message) -> None
     make(tmp_path / "x")
     with pytest.raises(UsageError, match=message):
         open_dataset(tmp_path / "x", layout)
+
+
+# --- names, files and masks as people have them ---
+
+
+def mask_names(root: Path) -> dict[str, list[str]]:
+    """Each defective image and its masks, by their last two parts."""
+    return {
+        "/".join(item.image.parts[-2:]): ["/".join(mask.parts[-2:]) for mask in item.masks]
+        for item in open_dataset(root).items
+        if item.label
+    }
+
+
+def strays(root: Path) -> list[str]:
+    dataset = open_dataset(root)
+    return sorted(dataset.relative(mask) for mask in dataset.strays)
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["{}.png", "{}_mask.png", "{}-mask.png", "mask_{}.png", "{}_seg.png", "{}_gt.gif", "{}_label.pgm", "{}.png.png"],
+)
+def test_names_of_masks(tmp_path: Path, form: str) -> None:
+    put(tmp_path, *(f"part/test/{kind}/{n}.png" for kind in ("good", "bad") for n in (0, 1, "seg_1", "a.b")))
+    put(tmp_path, *(f"part/ground_truth/bad/{form.format(n)}" for n in (0, 1, "seg_1", "a.b")))
+    wanted = {f"bad/{n}.png": [f"bad/{form.format(n)}"] for n in (0, 1, "seg_1", "a.b")}
+    assert mask_names(tmp_path) == wanted
+    assert strays(tmp_path) == []
+    put(tmp_path, "part/ground_truth/bad/2_mask.png", "part/ground_truth/other/0_mask.png")
+    assert mask_names(tmp_path) == wanted
+    assert strays(tmp_path) == ["part/ground_truth/bad/2_mask.png", "part/ground_truth/other/0_mask.png"]
+
+
+def test_several_masks_of_an_image(tmp_path: Path) -> None:
+    """Numbered, or in a folder of the image's name, as MVTec LOCO has them: what any of them marks counts."""
+    put(tmp_path, "bag/test/good/0.png", "bag/test/logical/0.png", "bag/test/logical/1.png")
+    for name, left in (("0_mask_1.png", 0), ("0_mask_2.png", 40), ("1/000.png", 0), ("1/001.png", 40)):
+        mask = np.zeros((40, 60), np.uint8)
+        mask[:, left : left + 20] = 255
+        file = tmp_path / "bag/ground_truth/logical" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save(file, mask)
+    assert mask_names(tmp_path) == {
+        "logical/0.png": ["logical/0_mask_1.png", "logical/0_mask_2.png"],
+        "logical/1.png": ["1/000.png", "1/001.png"],
+    }
+    dataset = open_dataset(tmp_path)
+    marked = [sample.mask for sample in Samples(tuple(item for item in dataset.items if item.label), 60)]  # type: ignore[attr-defined]
+    for mask in marked:
+        assert mask is not None and mask[:, :19].all() and not mask[:, 21:39].any() and mask[:, 41:].all()
+    report = inspect(dataset)
+    assert (report.findings, report.masks, report.trainable) == ({}, 2, "yes")
+    before = report.fingerprint
+    (tmp_path / "bag/ground_truth/logical/1/001.png").unlink()
+    assert open_dataset(tmp_path).fingerprint() != before
+
+
+def test_masks_without_folders_go_with_the_one_image_of_their_name(tmp_path: Path) -> None:
+    put(tmp_path, "good/0.png", "good/5.png", "defective/scratch/1.png", "defective/dent/2.png", "defective/dent/3.png")
+    put(tmp_path, "defective/scratch/3.png", "masks/1.png", "masks/2_mask.png", "masks/3.png", "masks/5.png")
+    assert mask_names(tmp_path) == {
+        "dent/2.png": ["masks/2_mask.png"],
+        "dent/3.png": [],
+        "scratch/1.png": ["masks/1.png"],
+        "scratch/3.png": [],
+    }
+    assert strays(tmp_path) == ["masks/3.png"]  # of two images; 5 belongs to a good one
+
+
+@pytest.mark.parametrize(
+    ("kind", "truth"),
+    [("Bad", "bad"), ("bad", "bad "), ("Stück", unicodedata.normalize("NFD", "stück"))],
+)
+def test_kinds_are_compared_as_people_do(tmp_path: Path, kind: str, truth: str) -> None:
+    put(tmp_path, "part/test/normal/0.png", f"part/test/{kind}/1.png", f"part/ground_truth/{truth}/1_mask.png")
+    (item,) = (item for item in open_dataset(tmp_path).items if item.label)
+    assert (item.defect, len(item.masks)) == (kind, 1)  # and test/normal is good
+
+
+def test_letters_of_a_mac(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Stück") for form in ("NFC", "NFD"))
+    put(tmp_path, "part/test/good/0.png", f"part/test/bad/{composed}.png")
+    put(tmp_path, f"part/ground_truth/bad/{decomposed}_mask.png")
+    assert mask_names(tmp_path) == {f"bad/{composed}.png": [f"bad/{decomposed}_mask.png"]}
+    text(tmp_path / "t.csv", f"image,label\npart/test/bad/{decomposed}.png,1\n")
+    assert open_dataset(tmp_path / "t.csv").items[0].image.is_file()
+
+
+def test_letters_of_either_case_are_told_apart_where_both_are_there(tmp_path: Path) -> None:
+    put(tmp_path, "part/test/good/0.png", *(f"part/test/bad/{n}.png" for n in "Aa"))
+    put(tmp_path, *(f"part/ground_truth/bad/{n}_mask.png" for n in "Aa"))
+    assert mask_names(tmp_path) == {f"bad/{n}.png": [f"bad/{n}_mask.png"] for n in "Aa"}
+
+
+def test_names_that_are_no_utf_8(fbclip: Run, tmp_path: Path) -> None:
+    mvtec(tmp_path / "set")
+    folder = tmp_path / "set/bottle/test/good"
+    (folder / "000.png").rename(folder / "Ri\udcdf.png")  # Latin-1's ß, as old cameras write
+    shutil.copy(folder / "Ri\udcdf.png", tmp_path / "set/bottle/test/crack/same\udcdf.png")
+    done = fbclip("data", "set", code=2)
+    assert r"bottle/test/good/Ri\udcdf.png is bottle/test/crack/same\udcdf.png" in done.stdout
+    assert len(open_dataset(tmp_path / "set").fingerprint()) == 64
+
+
+def test_names_are_shown_as_they_are(fbclip: Run, tmp_path: Path) -> None:
+    mvtec(tmp_path / "set", "teil[links]")
+    mvtec(tmp_path / "set", "teil[rechts]")
+    put(tmp_path / "set", "teil[links]/test/crack/a:smile:b[x].png")
+    lines = fbclip("data", "set", code=2).stdout.splitlines()
+    assert {line.split()[0] for line in lines[2:4]} == {"teil[links]", "teil[rechts]"}
+    assert "  teil[links]/test/crack/a:smile:b[x].png" in lines
+
+
+def test_what_is_hidden_or_linked_or_of_another_suffix(fbclip: Run, tmp_path: Path) -> None:
+    mvtec(tmp_path / "nas")
+    root = tmp_path / "set/bottle"
+    put(root, "test/good/0.png", "test/good/.ipynb_checkpoints/0-checkpoint.png", "ground_truth/crack/.thumbs/x.png")
+    put(
+        root,
+        "test/crack/.ipynb_checkpoints/1-checkpoint.png",
+        "ground_truth/crack/001_mask.png",
+        "__MACOSX/test/x/1.png",
+    )
+    (root / "test/crack/linked").symlink_to(tmp_path / "nas/bottle/test/crack")
+    (root / "ground_truth/crack/linked").symlink_to(tmp_path / "nas/bottle/ground_truth/crack")
+    (root / "test/crack/2.jp2").write_bytes(b"x")
+    (root / "test/crack/readme.txt").write_bytes(b"x")
+    done = fbclip("data", "set", code=2)
+    assert done.stdout.splitlines()[2].split() == ["bottle", "0", "0", "1", "1"]
+    assert "1 file with another suffix than images have was left out: .jp2" in done.stdout
+    assert "masks belong to no image by their names: 1" in done.stdout  # 001 without a folder
+    (root / "ground_truth/crack/001_mask.png").unlink()
+    fbclip("data", "set")
+    (root / "test/good/gone.png").symlink_to("/nowhere/gone.png")
+    assert "gone.png is a link to /nowhere/gone.png" in fbclip("data", "set", code=2).stdout
+
+
+def test_a_class_of_one_kind_keeps_nobody_from_being_recognised(fbclip: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        mvtec(tmp_path / "set", name)
+    put(tmp_path / "set", "c/test/scratch/0.png", "d/test/good/0.png")
+    assert open_dataset(tmp_path / "set").classes == ("a", "b", "c", "d")
+    lines = fbclip("data", "set", "--layout", "mvtec", code=2).stdout.splitlines()
+    assert "defective images have no mask: 1" in lines
+    unfit = "c (no good images in the test split); d (no defective images in the test split)"
+    assert f"image-level evaluation: yes, but not for {unfit}" in lines
+    put(tmp_path / "set", "c/ground_truth/scratch/0_mask.png")
+    lines = fbclip("data", "set").stdout.splitlines()
+    assert "pixel-level evaluation: yes, but not for d (no defective image has a mask)" in lines
+
+
+def test_classes_that_are_of_one_kind_each(tmp_path: Path) -> None:
+    put(tmp_path, "a/test/good/0.png", "b/test/crack/1.png", "b/ground_truth/crack/1.png")
+    report = inspect(open_dataset(tmp_path))
+    assert report.image_level == ("no: a (no defective images in the test split); b (no good images in the test split)")
+
+
+def test_deep_pictures_and_pages_are_reported(tmp_path: Path) -> None:
+    mvtec(tmp_path)
+    good = tmp_path / "bottle/test/good"
+    save(good / "mono12.png", np.full((40, 60), 3000, np.uint16))
+    pages = [Image.new("L", (60, 40), level) for level in (50, 60, 70)]
+    pages[0].save(good / "pages.tif", save_all=True, append_images=pages[1:])
+    report = inspect(open_dataset(tmp_path))
+    assert "nowhere above 4095" in report.findings["unreadable"][0]
+    assert report.findings["more_pages"] == ["bottle/test/good/pages.tif: 2 more"]
+    (good / "mono12.png").unlink()
+    assert not inspect(open_dataset(tmp_path)).wrong
+
+
+# --- tables as people have them ---
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "image;label\r\nx/a.png;good\r\nx/b.png;1\r\n".encode("utf-8-sig"),
+        "image\tlabel\nx/a.png\tOK\nx/b.png\tNOK\n".encode("utf-16"),
+        b"sep=;\r\nImage ; LABEL\r\nx/a.png;0.0\r\nx/b.png;1.0\r\n",
+        b"image,label\rx\\a.png,pass\rx\\b.png,fail\r",
+        b"image,label,note\n\nx/a.png,io,gr\xfcn\n,,\nx/b.png,nio,\n,,\n",
+        b'label,image\nnormal,"x/a.png"\nTrue,x/B.PNG\n\n',
+    ],
+)
+def test_tables_of_other_programs(tmp_path: Path, content: bytes) -> None:
+    put(tmp_path, "x/a.png", "x/b.png")
+    (tmp_path / "t.csv").write_bytes(content)
+    for path in (tmp_path, tmp_path / "t.csv"):
+        dataset = open_dataset(path)
+        assert [(item.image.name, item.label) for item in dataset.items] == [("a.png", 0), ("b.png", 1)]
+        assert all(item.image.is_file() for item in dataset.items)
+        assumed = "t.csv is not in UTF-8: it was read as Windows-1252"
+        assert dataset.notes == ((assumed,) if b"gr\xfcn" in content else ())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"image,label\n\nx.png,0\n\ny.png,perhaps\n", r"a label is one of .*; line 5 of .*t.csv has 'perhaps'"),
+        (b"image,label\n,0\n", "an image is a file's path; line 2 of"),
+        (b"bild;klasse\r\nx.png;gut\r\n", "the columns of t.csv are bild, klasse"),
+        (b"", "the columns of t.csv are none"),
+        (b"image,label\0\n", "it holds zero bytes"),
+        (b"image,label\n" + b"x" * 200_000 + b",0\n", "is no CSV: field larger"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    for layout in (None, "csv"):
+        with pytest.raises(UsageError, match=message) as caught:
+            open_dataset(tmp_path / "t.csv", layout)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_is_listed_twice(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "b.png")
+    text(tmp_path / "t.csv", "image,label\na.png,0\nb.png,1\n./a.png,0\n")
+    report = inspect(open_dataset(tmp_path))
+    assert report.findings == {"listed_twice": ["a.png"]}
+    assert report.wrong
+
+
+def test_files_of_other_programs_beside_a_tree(fbclip: Run, tmp_path: Path) -> None:
+    mvtec(tmp_path / "set")
+    (tmp_path / "set/labels.csv").write_bytes("Bemerkung;grün\n".encode("cp1252"))
+    (tmp_path / "set/zero.csv").write_bytes(b"\0\1")
+    text(tmp_path / "set/meta.json", '{"cameras": {"left": [1, 2]}}')
+    dataset = open_dataset(tmp_path / "set")
+    assert (dataset.layout, len(dataset.items)) == ("mvtec", 3)
+    text(tmp_path / "set/meta.json", '{"cut": ')
+    assert "left aside: " in fbclip("data", "set").stdout  # and names it
+    text(tmp_path / "set/meta.json", '{"test": {"bottle": [{"img_path": "x.png"}]}}')  # ours, with a mistake
+    with pytest.raises(UsageError, match="has img_path and anomaly"):
+        open_dataset(tmp_path / "set")
+
+
+def record(**values: object) -> str:
+    return json.dumps({"img_path": "x.png", "anomaly": 0, **values})
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (record(img_path=None), "has a text as img_path"),
+        (record(img_path=float("nan")), "has a text as img_path"),
+        (record(img_path=["x.png"]), r"img_path is a text; an entry of test/a of .*meta.json has '\['x.png'\]'"),
+        (record(img_path="x\0.png"), "a name is text that a file can have"),
+        (record(img_path="\ud800.png"), "a name is text that a file can have"),
+        (record(mask_path=5), "mask_path is a text"),
+        (record(anomaly=float("nan")), "a label is one of"),
+        (record(anomaly=[]), "a label is one of"),
+        ("[]", "has img_path and anomaly"),
+        ("[" * 100_000, "nested too deep|is no JSON"),
+        ("9" * 5000, "has img_path and anomaly|is no JSON"),
+    ],
+)
+def test_what_is_wrong_with_an_index_is_said(tmp_path: Path, record: str, message: str) -> None:
+    text(tmp_path / "meta.json", f'{{"test": {{"a": [{record}]}}}}')
+    with pytest.raises(UsageError, match=message) as caught:
+        open_dataset(tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+def test_an_index_as_pandas_writes_it(tmp_path: Path) -> None:
+    put(tmp_path, "x.png", "y.png", "masks/y.png")
+    nothing = record(mask_path=float("nan"), specie_name=None, anomaly=0.0)
+    defect = record(img_path="y.png", mask_path=r"masks\y.png", specie_name=float("nan"), anomaly=True)
+    text(tmp_path / "meta.json", f'\ufeff{{"test": {{"a": [{nothing}, {defect}]}}}}')
+    good, bad = open_dataset(tmp_path).items
+    assert (good.label, good.mask, good.defect) == (0, None, "good")
+    assert (bad.label, bad.mask, bad.defect) == (1, tmp_path / "masks/y.png", "defect")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"meta": {}, "train": [], "test": []}, "has a text as prefix"),
+        ({"meta": [], "train": [], "test": []}, "has meta, train and test"),
+        ({"meta": {"prefix": "x", "normal_class": "OK"}, "train": {}, "test": []}, "is a list of images"),
+        ({"meta": {"prefix": "x", "normal_class": "OK"}, "train": [5], "test": []}, "has image_path and anomaly_class"),
+        ({"meta": {"prefix": "x", "normal_class": "OK"}, "train": [{}], "test": []}, "has a text as image_path"),
+    ],
+)
+def test_what_is_wrong_with_real_iad_is_said(tmp_path: Path, content: object, message: str) -> None:
+    text(tmp_path / "realiad_jsons/x.json", json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        open_dataset(tmp_path)
+
+
+def test_an_index_may_leave_its_folder(tmp_path: Path) -> None:
+    put(tmp_path, "images/a.png", "b.png")
+    text(tmp_path / "set/t.csv", f"image,label\n../images/a.png,0\n{tmp_path}/b.png,1\n/dev/zero,1\n.,0\n")
+    report = inspect(open_dataset(tmp_path / "set"))
+    assert [line.split(":")[0] for line in report.findings["unreadable"]] == ["zero", "."]
 
 
 # --- masks ---

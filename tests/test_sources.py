@@ -447,6 +447,26 @@ def test_nothing_readable(tmp_path: Path, name: str, video: Path) -> None:
         list(open_source(str(tmp_path / name)))
 
 
+def test_what_is_left_out_or_not_inspected_is_told(tmp_path: Path) -> None:
+    write_images(tmp_path, 2)
+    pages = [Image.new("RGB", (8, 6), (level, 0, 0)) for level in (1, 2, 3)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    (tmp_path / "x.jp2").write_bytes(b"x")
+    (tmp_path / "gone.png").symlink_to("/nowhere/gone.png")
+    with open_source(str(tmp_path)) as source:
+        notices = Notices(source)
+        assert len(list(source)) == 3
+        notices.wait("live", "1 file with another suffix than images have was left out: .jp2")
+        notices.wait("live", "pages.tif: 2 more pages are not inspected")
+        notices.wait("live", "gone.png is a link to /nowhere/gone.png")
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_no_source_is_not_this_folder(watch: bool) -> None:
+    with pytest.raises(UsageError, match=r"empty one|make it first"):
+        open_source("", CaptureOptions(watch=watch))
+
+
 # A watched folder
 
 
@@ -471,9 +491,15 @@ class Steps:
 
 def watched(folder: Path, *steps: Callable[[], object]) -> tuple[list[str], list[str]]:
     """Names that `arrivals` gives while the steps happen, and the states that it tells."""
-    states: list[str] = []
-    found = arrivals(folder, Steps(*steps), lambda state, message: states.append(state))  # type: ignore[arg-type]
-    return [path.name for path in found], states
+    names, told = watched_and_told(folder, *steps)
+    return names, [state for state, _ in told]
+
+
+def watched_and_told(folder: Path, *steps: Callable[[], object]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The same with the messages."""
+    told: list[tuple[str, str]] = []
+    found = arrivals(folder, Steps(*steps), lambda *notice: told.append(notice))  # type: ignore[arg-type]
+    return [path.name for path in found], told
 
 
 def nothing() -> None:
@@ -540,6 +566,79 @@ def test_watch_survives_the_folder_going(tmp_path: Path) -> None:
     gone = arrivals(tmp_path / "gone", Steps(nothing), lambda *_: None, give_up=1e-9)  # type: ignore[arg-type]
     with pytest.raises(FBClipError, match="--give-up"):
         list(gone)
+
+
+def aged(path: Path) -> None:
+    os.utime(path, (1e9, 1e9), follow_symlinks=False)
+
+
+def test_watch_survives_any_entry(tmp_path: Path) -> None:
+    """Links in a circle or to nowhere, pipes, folders within folders without end: none keeps a picture from being taken."""
+    put = tmp_path / "in"
+    put.mkdir()
+    (put / "loop.png").symlink_to(put / "loop.png")
+    (put / "gone.png").symlink_to("/nowhere/x.png")
+    os.mkfifo(put / "pipe.png")
+    (put / "folder.png").mkdir()
+    here = os.open(put, os.O_RDONLY)
+    for _ in range(1100):
+        os.mkdir("a", dir_fd=here)
+        here, above = os.open("a", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+    for name in ("loop.png", "gone.png", "pipe.png"):
+        aged(put / name)
+
+    def arrive() -> None:
+        (put / "a/b.png").write_bytes(b"x")
+        aged(put / "a/b.png")
+
+    try:
+        names, told = watched_and_told(put, nothing, arrive, nothing, nothing)
+    finally:
+        subprocess.run(["rm", "-rf", put], check=True)  # pytest can't
+    assert names == ["b.png"]
+    assert {state for state, _ in told} == {"live"}
+    alone = [message for _, message in told if message.startswith("left alone")]
+    assert alone == [f"left alone: {put}/{name}, which can't be read" for name in ("gone.png", "loop.png", "pipe.png")]
+
+
+def test_watch_leaves_alone_what_is_hidden_and_tells_once_of_other_suffixes(tmp_path: Path) -> None:
+    for name in (".a.png", ".thumbs/b.png", "@eaDir/c.png", "d.png", "e.jp2", "f.jp2", "notes.txt", "new.heic"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"x")
+        if name != "new.heic":  # perhaps on its way to another name
+            aged(file)
+    names, told = watched_and_told(tmp_path, nothing, nothing)
+    assert names == ["d.png"]
+    assert [message for _, message in told][1:] == ["left alone: files with the suffix .jp2"]
+
+
+def test_watch_follows_links_to_folders_once(tmp_path: Path) -> None:
+    (tmp_path / "nas").mkdir()
+    (tmp_path / "in").mkdir()
+    for link in ("one", "two"):
+        (tmp_path / "in" / link).symlink_to(tmp_path / "nas")
+    (tmp_path / "in/up").symlink_to(tmp_path / "in")
+
+    def deliver() -> None:
+        (tmp_path / "nas/a.png").write_bytes(b"x")
+        aged(tmp_path / "nas/a.png")
+
+    found = arrivals(tmp_path / "in", Steps(nothing, deliver, nothing), lambda *_: None)  # type: ignore[arg-type]
+    assert list(found) == [tmp_path / "in/one/a.png"]
+
+
+def test_watch_takes_a_link_when_it_leads_to_an_image(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").symlink_to(tmp_path / "later.png")
+
+    def come() -> None:
+        (tmp_path / "later.png").write_bytes(b"x")
+        aged(tmp_path / "later.png")
+
+    assert watched(tmp_path / "in", nothing, come, nothing) == (["a.png"], ["live"])
 
 
 def test_watch_as_a_source(tmp_path: Path) -> None:

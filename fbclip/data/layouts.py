@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fbclip.data import trees
+from fbclip.data import indexes, trees
 from fbclip.data.dataset import Dataset, Item
 from fbclip.errors import UsageError, printable
 from fbclip.folders import is_hidden, what_was_left_out
@@ -89,14 +89,14 @@ DAGM = " ".join(f"Class{n}" for n in range(1, 11))
 # The most specific first: the first row that reads something and recognises it wins. Several rows of one name are
 # several trees of one data set.
 LAYOUTS = (
-    Layout("meta", "", "meta.json", trees.meta_index),
-    Layout("visa", "VisA", "CLASS/Data/, split_csv/1cls.csv", trees.visa_index),
-    Layout("real-iad", "Real-IAD", "realiad_jsons/CLASS.json, realiad_1024/CLASS/", trees.real_iad_index),
+    Layout("meta", "", "meta.json", indexes.meta_index),
+    Layout("visa", "VisA", "CLASS/Data/, split_csv/1cls.csv", indexes.visa_index),
+    Layout("real-iad", "Real-IAD", "realiad_jsons/CLASS.json, realiad_1024/CLASS/", indexes.real_iad_index),
     Layout("dagm", "DAGM 2007", "ClassN/Train/Label, ClassN/Test/Label", trees.dagm_tree),
     Layout("kolektorsdd", "KolektorSDD", "kosNN/PartN.jpg, kosNN/PartN_label.bmp", trees.kolektor_tree),
     Layout("isic", "ISIC 2016", "ISBI2016_ISIC_Part1_Test_Data/, ..._Test_GroundTruth/", isic),
     Layout("tn3k", "TN3K", "test-image/, test-mask/", tn3k),
-    Layout("headct", "HeadCT", "labels.csv, head_ct/", trees.headct_index),
+    Layout("headct", "HeadCT", "labels.csv, head_ct/", indexes.headct_index),
     Layout("clinicdb", "CVC-ClinicDB", "Original/, Ground Truth/", clinicdb),
     Layout("clinicdb", "CVC-ClinicDB", MASKED_TREE, colon, named("clinic|cvc-?612")),
     Layout("colondb", "CVC-ColonDB", MASKED_TREE, colon, named("colon")),
@@ -118,7 +118,7 @@ LAYOUTS = (
     Layout("mvtec", "", MVTEC_TREE, trees.mvtec_tree),
     Layout("images-masks", "", MASKED_TREE, trees.image_mask_tree([("images", "masks", "test")])),
     Layout("folder", "", "good/, defective/, perhaps masks/", trees.folder_pair),
-    Layout("csv", "", "a CSV with columns image, label, perhaps mask and class", trees.csv_index),
+    Layout("csv", "", "a CSV with columns image, label, perhaps mask and class", indexes.csv_index),
 )
 NAMES = tuple(dict.fromkeys(layout.name for layout in LAYOUTS))
 
@@ -143,7 +143,7 @@ def open_dataset(path: Path, layout: str | None = None) -> Dataset:
     if layout is not None and layout not in NAMES:
         raise UsageError(f"--layout is one of {', '.join(NAMES)}; got {layout!r}")
     rows = [row for row in LAYOUTS if layout in (None, row.name)]
-    unknown: dict[str, trees.NotOurs] = {}
+    unknown: dict[str, indexes.NotOurs] = {}
     try:
         if not path.exists():
             raise UsageError(f"a data set is a folder or an index file; there is none at {printable(path)}")
@@ -169,14 +169,14 @@ def open_dataset(path: Path, layout: str | None = None) -> Dataset:
 def _columns(path: Path) -> str:
     """What a table that is no index has instead of the columns of one."""
     tables = [path] if path.suffix.lower() == ".csv" else sorted(path.glob("*.csv")) if path.is_dir() else []
-    found = {table: trees.read_table(table, {"image", "label"}).columns for table in tables[:3]}
+    found = {table: indexes.read_table(table, {"image", "label"}).columns for table in tables[:3]}
     return "".join(
         f"; the columns of {printable(table.name)} are {printable(', '.join(sorted(columns)))[:200] or 'none'}"
         for table, columns in found.items()
     )
 
 
-def _recognised(root: Path, rows: list[Layout], unknown: dict[str, trees.NotOurs], sure: bool) -> Dataset | None:
+def _recognised(root: Path, rows: list[Layout], unknown: dict[str, indexes.NotOurs], sure: bool) -> Dataset | None:
     """The first row that recognises the root; where the layout is sure, at least the last that reads anything."""
     read: dict[trees.Reader, trees.Found] = {}  # rows share readers, and large trees take time to list
     fallback = None
@@ -184,7 +184,7 @@ def _recognised(root: Path, rows: list[Layout], unknown: dict[str, trees.NotOurs
         if row.read not in read:
             try:
                 read[row.read] = row.read(root)
-            except trees.NotOurs as error:
+            except indexes.NotOurs as error:
                 unknown.setdefault(str(error), error)
                 read[row.read] = trees.Found()
         found = read[row.read]
