@@ -241,7 +241,7 @@ class Pipeline:
 
     def _look(self, frame: Frame, batch: NDArray[np.uint8]) -> str | None:
         """Why a frame shows nothing, if so; told where the source begins to, and where it ends."""
-        frozen = self.source.live and self._repetition.is_frozen(frame.image, batch, frame.captured)
+        frozen = self.source.live and self._repetition.is_frozen(frame.image, frame.captured)
         self._blindness = find_blindness(batch) or ("frozen" if frozen else None)
         was_blind = self._camera["state"] == "blind"
         if self._blindness and not was_blind:

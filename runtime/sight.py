@@ -27,8 +27,7 @@ def find_blindness(batch: NDArray[np.uint8]) -> str | None:
         batch: the frame as `Predictor.prepare` gives it, uint8 (1, H, W, 3).
     """
     image = batch[0]
-    step = max(1, min(image.shape[:2]) // SAMPLED)
-    if cv2.meanStdDev(np.ascontiguousarray(image[::step, ::step]))[1].max() >= FLAT:
+    if cv2.meanStdDev(np.ascontiguousarray(_glance(image)))[1].max() >= FLAT:
         return None
     mean, deviation = cv2.meanStdDev(image)  # of all pixels: a small defect on a smooth surface is something
     if mean.max() < DARK and deviation.max() < FLAT:
@@ -37,22 +36,27 @@ def find_blindness(batch: NDArray[np.uint8]) -> str | None:
     return "uniform" if all(high - low <= 1 for low, high in ranges) else None
 
 
+def _glance(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Some pixels of an image (H, W, 3), spread over it: a view."""
+    step = max(1, min(image.shape[:2]) // SAMPLED)
+    return image[::step, ::step]
+
+
 class Repetition:
     """Whether a camera goes on giving one frame."""
 
     def __init__(self) -> None:
-        self._image = self._batch = np.empty(0, np.uint8)  # of the first of those that are the same
+        self._image = np.empty((0, 0, 3), np.uint8)  # the first of those that are the same
         self._since = 0.0
 
-    def is_frozen(self, image: NDArray[np.uint8], batch: NDArray[np.uint8], captured: float) -> bool:
+    def is_frozen(self, image: NDArray[np.uint8], captured: float) -> bool:
         """Take the next frame; whether all of the last `FROZEN_S` seconds are the same.
 
         Args:
             image: uint8 (H, W, 3).
-            batch: the same as `Predictor.prepare` gives it.
             captured: seconds of a clock.
         """
-        # the small form first: frames that differ nearly always differ there
-        if not (np.array_equal(batch, self._batch) and np.array_equal(image, self._image)):
-            self._image, self._batch, self._since = image, batch, captured
+        # frames that differ nearly always differ at first glance
+        if not (np.array_equal(_glance(image), _glance(self._image)) and np.array_equal(image, self._image)):
+            self._image, self._since = image, captured
         return captured - self._since >= FROZEN_S

@@ -26,7 +26,7 @@ from waiting import eventually
 
 import fbclip
 from fbclip import Predictor
-from fbclip.errors import FBClipError
+from fbclip.errors import FBClipError, ImageError
 from fbclip.export.parity import Proof, run_reference
 from fbclip.image import resize
 from fbclip.runtime.backends import require_probabilities
@@ -37,6 +37,7 @@ from fbclip.runtime.pipeline import LOST_S, Pipeline
 from fbclip.runtime.predictor import Prediction
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
+from fbclip.runtime.sources import open_source
 
 
 @pytest.fixture
@@ -255,6 +256,27 @@ def test_a_camera_that_repeats_one_picture_is_frozen(dark: Predictor) -> None:
         insist_on_all(frozen)
     calm = Pipeline(Clocked(times[:5], live=False), dark, [], limits=PATIENT).run()  # a file may hold one picture twice
     assert calm.unusable == 0
+
+
+def test_files_that_can_not_be_read_and_results_that_are_lost(dark: Predictor, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(textured(90)).save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"no picture")
+    summary = Pipeline(open_source(str(folder)), dark, [Memory("json"), Memory("page")], limits=PATIENT).run()
+    assert summary.frames == 1
+    with pytest.raises(ImageError, match=r"1 images of .* could not be read") as caught:
+        insist_on_all(summary)
+    assert caught.value.exit_code == 2
+    (folder / "b.png").unlink()
+    summary = Pipeline(open_source(str(folder)), dark, [Memory("json"), Memory("page")], limits=PATIENT).run()
+    insist_on_all(summary)
+    summary.status["sinks"]["page"]["dropped"] = 3  # pictures that nobody saw
+    insist_on_all(summary)
+    summary.status["sinks"]["json"]["dropped"] = 2
+    with pytest.raises(FBClipError, match=r"results are missing in json \(2\)") as lost:
+        insist_on_all(summary)
+    assert lost.value.exit_code == 1
 
 
 def test_metrics_and_the_page_know_a_blind_camera(dark: Predictor, tmp_path: Path) -> None:
