@@ -20,6 +20,7 @@ from delivered import drawn_verdict
 from numpy.typing import NDArray
 from PIL import Image
 from serving import GOOD, SCRATCH, running, until
+from stream_faults import Camera, filming
 from test_pipeline import PATIENT, Background, Frames, Memory
 from tiny import tiny_bundle
 from waiting import eventually
@@ -304,6 +305,21 @@ def test_a_folder_in_which_nothing_arrives(fbclip: Run, tmp_path: Path) -> None:
     assert done.stderr == "fbclip: no image was inspected: none came from in\n"
     camera = fbclip("infer", "http://127.0.0.1:9/", "--duration", 0.5, code=1)
     assert "fbclip: no image was inspected: " in camera.stderr and camera.stderr.count("\n") == 1
+
+
+def test_a_camera_of_which_every_picture_is_of_one_colour(
+    fbclip: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    bundle = tiny_bundle(tmp_path)
+    with filming(Camera(), "http") as port:
+        url = f"http://127.0.0.1:{port}/video"
+        done = fbclip("infer", url, "--bundle", bundle, "--max-frames", 3, "--json", "r.jsonl", code=1)
+    assert done.stderr.startswith("fbclip: no image was inspected: the last frame is of one colour")
+    assert "0 anomalous, 0 alarms, 3 unusable" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [line["verdict"] for line in lines if line["kind"] == "result"] == ["unusable"] * 3
+    assert "blind" in [line["state"] for line in lines if line["kind"] == "source"]
 
 
 def test_a_source_that_is_lost_at_the_end(dark: Predictor) -> None:
