@@ -58,7 +58,7 @@ class Region(BaseModel):
     box: tuple[int, int, int, int] = Field(description="x0, y0, x1, y1 in pixels; x1 and y1 are exclusive.")
     peak: float = Field(description="Highest value of the map in it, 0 to 1.")
     area: int = Field(description="In pixels.")
-    weak: bool = Field(False, description="Below the map's threshold: where an anomalous image is highest.")
+    weak: bool = Field(False, description="Below the map's threshold: where it is highest, for the score reaches its.")
 
 
 class Scored(BaseModel):
