@@ -171,27 +171,27 @@ class Http(H11Protocol):
             self.cycle.disconnected = True  # the application has nothing to say any more
         self.transport.close()
 
-    def _should_upgrade(self) -> bool:
-        """Whether it is a whole WebSocket handshake (RFC 6455, section 4.2.1), of which only what matters is passed on.
+    def _get_upgrade(self) -> bytes | None:
+        """`websocket` for a whole handshake (RFC 6455, section 4.2.1), of which only what matters is passed on.
 
         Everything else is a request like others, which the application refuses in its own words.
         """
         headers = dict(self.headers)
         try:
-            key = b64decode(headers.get(b"sec-websocket-key", b"").strip(), validate=True)
+            key = b64decode(headers.get(b"sec-websocket-key", b""), validate=True)
         except Base64Error:
-            return False
+            return None
         is_whole = (
-            (self.scope["method"], self.scope["http_version"]) == ("GET", "1.1")
-            and headers.get(b"upgrade", b"").strip().lower() == b"websocket"
+            super()._get_upgrade() == b"websocket"
+            and (self.scope["method"], self.scope["http_version"]) == ("GET", "1.1")
             and (len(key), headers.get(b"sec-websocket-version")) == (16, b"13")
             and not headers.keys() & {b"content-length", b"transfer-encoding"}
             and max(map(len, headers.values())) < LONGEST_HEADER
         )
-        if not (is_whole and super()._should_upgrade()):
-            return False
+        if not is_whole:
+            return None
         self.headers = [(name, value) for name, value in headers.items() if name in HANDSHAKE]
-        return True
+        return b"websocket"
 
 
 class WebServer(uvicorn.Server):
@@ -242,7 +242,7 @@ class WebServer(uvicorn.Server):
                 place.transport, _ = await loop.connect_accepted_socket(partial(self._protocol, place), connection)
             except ConnectionError:
                 continue  # it left before it was met
-            except OSError as error:
+            except Exception as error:  # whatever it is, others come
                 log.warning("a connection can't be taken: %s", error)
                 self.connections.cut_one()
                 await asyncio.sleep(PAUSE_S)

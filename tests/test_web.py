@@ -106,7 +106,7 @@ def test_a_verdict_is_of_what_is_before_the_camera_now(page: Page) -> None:
             expect(verdict).to_contain_text("Good")
             server.belt.turn(state)
             expect(verdict).to_contain_text(f"Camera {state}")
-            expect(verdict).to_contain_text(f"The belt is {state}")
+            expect(verdict).to_contain_text(f"No picture to judge: the belt is {state}")
             expect(verdict).not_to_contain_text("Good")
             expect(page.locator("#camera")).to_have_text(f"camera {state}")
             expect(page.locator("#camera")).to_have_attribute("data-state", "bad")

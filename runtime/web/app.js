@@ -120,13 +120,14 @@ function showVerdict() {
 function whyNone() {
   const { connected, heard, source, result, captured } = state;
   const now = performance.now();
+  const isFresh = result && now - captured <= OLD;
   if (!connected || now - heard > STALE) return { mood: "warn", word: "No connection", note: "This page hears nothing from the server." };
-  if (source && source.state !== "live") {
+  if (source && source.state !== "live" && !(isFresh && result.unusable)) { // what is unusable says why itself
     const mood = source.state === "connecting" ? "none" : "warn";
-    return { mood, word: `${sourceWord()} ${source.state}`, note: capital(source.message ?? "") };
+    return { mood, word: `${sourceWord()} ${source.state}`, note: ["No picture to judge", source.message].filter(Boolean).join(": ") };
   }
   if (!source || !result) return { mood: "none", word: "Waiting", note: "No frame yet." };
-  if (now - captured <= OLD) return null;
+  if (isFresh) return null;
   return { mood: "warn", word: `No frame for ${Math.round((now - captured) / 1000)} s`, note: "What is before the camera now is not known." };
 }
 
