@@ -125,8 +125,11 @@ def write_text(text: str, target: str | Path) -> None:
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, room: bool = True) -> None:
     """Make a folder, and a file in it and away again: said before the work, not after it.
+
+    Args:
+        room: whether a full disk is an error too; a camera's line goes on without its files until there is room.
 
     Raises:
         FBClipError, UsageError: see `write_error`.
@@ -134,7 +137,7 @@ def require_writable(folder: Path) -> None:
     with _telling(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(LEAST))
+            file.write(bytes(LEAST if room else 0))
 
 
 def require_file(target: str | Path | None) -> None:

@@ -37,7 +37,6 @@ class Delivery:
     def __init__(self, sink: Sink, room: int, lossless: bool, report: Report) -> None:
         self.sink, self.room, self.lossless, self.report = sink, room, lossless, report
         self.failure: str | None = None
-        self.lost_to: str | None = None  # why results were dropped, the last time
         self.delivered = self.dropped = 0
         self._ages = Percentiles()
         self._changed = threading.Condition()
@@ -57,7 +56,7 @@ class Delivery:
                 self._changed.wait_for(lambda: self._count(kind) < limit or self.failure, STUCK_S)
             if self._count(kind) >= limit:
                 self._waiting.remove(next(waiting for waiting in self._waiting if isinstance(waiting, kind)))
-                self._lose(1)
+                self.dropped += 1
             self._waiting.append(item)
             self._changed.notify_all()
             since = self._busy_since
@@ -89,7 +88,7 @@ class Delivery:
         with self._changed:
             if self._thread.is_alive():
                 self.failure = self.failure or "did not close in time"
-                self._lose(len(self._waiting) + (self._busy_since is not None))
+                self.dropped += len(self._waiting) + (self._busy_since is not None)
                 self._waiting.clear()
 
     def state(self) -> dict[str, Any]:
@@ -99,15 +98,9 @@ class Delivery:
                 "error": self.failure,
                 "delivered": self.delivered,
                 "dropped": self.dropped,
-                "lost_to": self.lost_to,
                 "waiting": len(self._waiting),
                 "age_ms": self._ages.summary(),
             }
-
-    def _lose(self, count: int) -> None:
-        if count:
-            self.dropped += count
-            self.lost_to = self.failure or "it was too slow"
 
     def _count(self, kind: type) -> int:
         return sum(isinstance(item, kind) for item in self._waiting)
@@ -116,7 +109,7 @@ class Delivery:
         while (item := self._next()) is not None:
             self._deliver(item)
         with self._changed:
-            self._lose(len(self._waiting))
+            self.dropped += len(self._waiting)
             self._waiting.clear()
         try:
             self.sink.close()
@@ -147,10 +140,10 @@ class Delivery:
                 self._turn(str(error) or type(error).__name__)
             except Exception as error:
                 self._turn(f"{type(error).__name__}: {error}")
-                self._lose(1)
+                self.dropped += 1
                 return
             if not self._pause(pause):
-                self._lose(1)
+                self.dropped += 1
                 return
             pause = min(2 * pause, last)
         if isinstance(item, Result):

@@ -209,11 +209,16 @@ def print_summary(summary: LiveSummary, console: Console) -> None:
     rate = summary.frames / summary.seconds if summary.seconds else 0.0
     age = summary.status["age_ms"]
     ages = f"; age {age['p50']:.0f} ms, at p99 {age['p99']:.0f}" if age else ""
-    say(
-        console,
+    console.print(
         f"{summary.frames} frames in {summary.seconds:.1f} s ({rate:.1f}/s{ages}): {summary.anomalous} anomalous, "
         f"{summary.alarms} alarms",
+        soft_wrap=True,
+        highlight=False,
     )
     for name, sink in summary.status["sinks"].items():
         if sink["dropped"]:
-            say(console, f"{name} lost {sink['dropped']} results and notices: {sink['error'] or sink['lost_to']}")
+            console.print(
+                f"{name} lost {sink['dropped']} results and notices: {sink['error'] or 'it was too slow'}",
+                soft_wrap=True,
+                markup=False,
+            )
