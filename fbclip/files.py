@@ -126,19 +126,20 @@ def write_text(text: str, target: str | Path) -> None:
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, room: bool = True) -> None:
     """Make a folder, and a file in it and away again: said before the work, not after it.
+
+    Args:
+        room: whether a full disk is an error too; a camera's line goes on without its files until there is room.
 
     Raises:
         FBClipError, UsageError: see `write_error`.
     """
     with _telling(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(LEAST))
+        _try(folder, room)
 
 
-def require_file(target: str | Path | None) -> None:
+def require_file(target: str | Path | None, room: bool = True) -> None:
     """The same of a file to be written later; None and "-", standard output, always can.
 
     Raises:
@@ -149,9 +150,8 @@ def require_file(target: str | Path | None) -> None:
     path = Path(target)
     with _telling(path):
         _refuse_folder(path)
-        special = path.exists() and not path.is_file()
-    if not special:
-        require_writable(Path(os.path.realpath(path)).parent)
+        if path.is_file() or not path.exists():
+            _try(Path(os.path.realpath(path)).parent, room)
 
 
 def new_run(project: Path, name: str, exist_ok: bool = False) -> Path:
@@ -170,7 +170,12 @@ def new_run(project: Path, name: str, exist_ok: bool = False) -> Path:
             raise write_error(error, folder) from error  # something else is called like the project
         except OSError as error:
             raise write_error(error, folder) from error
-        require_writable(folder)
+        try:
+            require_writable(folder)
+        except FBClipError:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+            raise
         return folder
     raise UsageError(f"{project} is full of {name}: choose another name")
 
@@ -273,6 +278,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.unlink(missing_ok=True)
+
+
+def _try(folder: Path, room: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(LEAST if room else 0))
 
 
 def _refuse_folder(path: Path) -> None:

@@ -25,9 +25,9 @@ def main() -> None:
     ended_by: BaseException = SystemExit(0)
     try:
         from fbclip.cli import app
-        from fbclip.terminal import spell_what_is_missing
+        from fbclip.terminal import open_up
 
-        spell_what_is_missing()
+        open_up()
         app()
     except BaseException as error:
         ended_by = error

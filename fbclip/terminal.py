@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,12 +38,15 @@ def cell(text: object, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
-def spell_what_is_missing() -> None:
-    """Let standard output and error take any text, whatever their encoding is: "…" as "...", "ü" as "\\xfc"."""
+def open_up() -> None:
+    """Let standard output and error take any text, whatever their encoding is ("…" as "...", "ü" as "\\xfc"), and wait for
+    a reader who is slow, though programs that share a pipe may have set it otherwise."""
     codecs.register_error(SPELLED, _spell)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where it is closed, or captured
             stream.reconfigure(errors=SPELLED)
+            with suppress(OSError):
+                os.set_blocking(stream.fileno(), True)
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:

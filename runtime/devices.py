@@ -10,6 +10,8 @@ import socket
 import ssl
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -260,13 +262,26 @@ def open_ffmpeg(url: str, patience: float) -> VideoDevice:
     """Open what FFmpeg reads; its calls return after twice `patience`, and when they like if that is 0. Fault: "refused"."""
     wait_ms = int(2000 * patience)
     timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, wait_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, wait_ms]
-    capture = cv2.VideoCapture(url, cv2.CAP_FFMPEG, timeouts)
+    with _in_utf8(url) as name:
+        capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG, timeouts)
     if not capture.isOpened():
         capture.release()
         raise Fault(
             "refused", "the server answers, but sends no video that FFmpeg knows: check path, user and password"
         )
     return VideoDevice(capture)
+
+
+@contextmanager
+def _in_utf8(path: str) -> Iterator[str]:
+    """The same file under a name that OpenCV takes: one that is no UTF-8 would crash it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:  # noqa: PTH123
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        yield path
 
 
 def _open_mjpeg(address: Address, patience: float) -> MjpegStream | None:

@@ -85,7 +85,7 @@ class EventRecorder:
         self._event: _Event | None = None
         self._unsaved: deque[_Event] = deque()
         self._last: Result | None = None
-        require_writable(folder)
+        require_writable(folder, room=False)
         sweep(folder)
 
     def write(self, result: Result) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import stat
 import sys
 from collections.abc import Iterator
@@ -164,7 +163,4 @@ def _size(fd: int) -> int | None:
 
 def _write_all(fd: int, data: bytes) -> None:
     while data:  # once, but where the disk fills up (then the rest raises) or a pipe is narrow
-        try:
-            data = data[os.write(fd, data) :]
-        except BlockingIOError:  # another program has set the pipe so
-            select.select([], [fd], [])
+        data = data[os.write(fd, data) :]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import FBClipError, UsageError
-from fbclip.files import require_writable
+from fbclip.files import require_file
 from fbclip.runtime.infer import CSV_COLUMNS, csv_line, csv_row
 from fbclip.runtime.lines import LineFile, Lines, StandardOutput
 from fbclip.runtime.live import Notice, Result, Sink
@@ -164,9 +164,13 @@ class Video:
             raise UsageError(
                 f"a video is Motion JPEG in .avi, which stays playable when the process is killed; got {path}: pass {path.stem}.avi"
             )
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:  # it would crash
+            raise UsageError(f"OpenCV writes no video to a name that is no UTF-8; got {path}") from error
         if not 0 < fps < 1000:
             raise UsageError(f"a video has more than 0 and less than 1000 frames per second; got {fps}")
-        require_writable(path.parent)
+        require_file(path, room=False)
         self.path, self._fps = path, fps
         self._writer: cv2.VideoWriter | None = None
         self._part, self._size = path, (0, 0)

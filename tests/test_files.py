@@ -197,8 +197,15 @@ def test_places_that_take_nothing_are_told_before_the_work(tmp_path: Path) -> No
     with tiny_disk(tmp_path / "disk", "32k"):
         (tmp_path / "disk" / "ballast").write_bytes(bytes(32 * 1024))
         (tmp_path / "disk" / "empty").touch()
-        with pytest.raises(FBClipError, match="the disk is full"):
-            require_writable(tmp_path / "disk")
+        for require in (
+            lambda: require_writable(tmp_path / "disk"),
+            lambda: require_file(tmp_path / "disk" / "x"),
+            lambda: new_run(tmp_path / "disk", "exp"),
+        ):
+            with pytest.raises(FBClipError, match="the disk is full"):
+                require()
+        require_writable(tmp_path / "disk", room=False)
+        assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["ballast", "empty"]
 
 
 def test_runs_are_numbered(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from waiting import PATIENCE_S, eventually
 
 import fbclip
@@ -30,7 +28,7 @@ from fbclip.errors import FBClipError, ImageError, UsageError
 from fbclip.runtime import delivery, live_infer
 from fbclip.runtime.decisions import Decider, Vote
 from fbclip.runtime.live import Frame, Notice, Result
-from fbclip.runtime.live_infer import find_stream, parse_resolution, print_summary, run, status_text
+from fbclip.runtime.live_infer import find_stream, parse_resolution, run, status_text
 from fbclip.runtime.pipeline import Limits, Pipeline, ahead
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
@@ -234,21 +232,6 @@ def test_a_sink_that_fails_for_ever_stops_nothing() -> None:
         assert other.indices[-1] == 49
         assert summary.status["sinks"]["disk"]["dropped"] >= 50 - 4
         assert eventually(lambda failing=failing: failing.closed) == 1
-
-
-def test_results_that_a_full_disk_cost_are_not_said_to_be_late() -> None:
-    failing, console = Memory("disk", faults=10**9), Console(file=io.StringIO(), width=200)
-
-    def recovered() -> list[int]:
-        if pipeline.status()["sinks"]["disk"]["dropped"]:
-            failing.faults = 0
-        return failing.indices
-
-    limits = Limits(room=4, close_s=PATIENCE_S)
-    pipeline = Pipeline(Frames(frames(20, recovered), live=True), predictor(), [failing], limits=limits)
-    print_summary(pipeline.run(), console)
-    said = console.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
-    assert re.fullmatch(r"disk lost \d+ results and notices: \[Errno 28\] No space left on device", said)
 
 
 def test_a_status_that_nobody_can_read_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,6 +396,7 @@ def test_video_leaves_room_on_the_disk(tmp_path: Path) -> None:
     [
         (SinkOptions(video=Path("x.mp4")), "pass x.avi"),
         (SinkOptions(video=Path("x.avi"), video_fps=0), "more than 0"),
+        (SinkOptions(video=Path("Ri\udcdf.avi")), "a name that is no UTF-8"),
         (SinkOptions(json="/proc/nothing/x.jsonl"), "can't write"),
         (SinkOptions(json="x.jsonl", log_keep=0), "1 file put aside"),
         (SinkOptions(webhook="ftp://host/"), "http or https; got ftp"),

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import typer
@@ -96,6 +97,18 @@ def test_a_watched_folder_with_any_name_loses_no_notice(tmp_path: Path) -> None:
         assert b"lost" not in out
         assert b" alarm on " in out
     assert len((tmp_path / "o.jsonl").read_text().splitlines()) > 2 * len(NAMES)
+
+
+def test_a_video_whose_name_is_no_utf8_is_inspected(tmp_path: Path) -> None:
+    writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 5, (64, 48))
+    for _ in range(3):
+        writer.write(np.full((48, 64, 3), 90, np.uint8))
+    writer.release()
+    (tmp_path / "v.avi").rename(tmp_path / "Ri\udcdf.avi")
+    code, _, err = run(tmp_path, "strict", "infer", "Ri\udcdf.avi", "--json", "o.jsonl")
+    assert (code, err) == (0, b"")
+    records = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [r["source"] for r in records if r["kind"] == "result"] == [f"Ri\udcdf.avi#{n}" for n in range(3)]
 
 
 def test_more_images_than_are_shown_on_a_console_without_an_ellipsis(tmp_path: Path) -> None:
@@ -209,6 +222,19 @@ def test_an_output_that_takes_nothing_is_one_line(fbclip: Run, tmp_path: Path) -
     os.close(reader)
     assert ended("print('x')", stdout=writer) == (1, "")
     os.close(writer)
+
+
+def test_a_pipe_that_is_narrow_and_does_not_wait_gets_all() -> None:
+    """Programs that share a pipe may set it so: a write takes what fits, and the next one none at all."""
+    program = "import os, typer; os.write(1, b'x' * 100_000); typer.echo('y' * 1_000_000)"
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    code = f"from fbclip import cli, main\ndef app(): {program}\ncli.app = app; main.main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=writer)
+    os.close(writer)
+    with os.fdopen(reader) as read:
+        assert read.read() == "x" * 100_000 + "y" * 1_000_000 + "\n"
+    assert process.wait() == 0
 
 
 def test_ctrl_c_at_any_moment_of_the_start(tmp_path: Path) -> None:
