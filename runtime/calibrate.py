@@ -98,7 +98,8 @@ def good_images(
             what is none.
     """
     capture = CaptureOptions(every=every, skip_first=skip_first)
-    if all("://" not in place and (Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES) for place in places):
+    pictures = (Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES for place in places)
+    if not skip_first and not any("://" in place for place in places) and all(pictures):
         return list_images(places)[::every][:most]
     sources = [open_source(place, capture) for place in places]
     if most is None and (endless := [source.name for source in sources if source.live]):
