@@ -169,7 +169,8 @@ def good_images(
         UsageError: one that is none of these; a camera or stream, which never ends, without `most`; `skip_first` of
             what is none.
     """
-    if all("://" not in place and (Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES) for place in places):
+    pictures = (Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES for place in places)
+    if not skip_first and not any("://" in place for place in places) and all(pictures):
         images = list_images(places, say)[::every][:most]
         if len(images) > MOST_IMAGES:
             raise UsageError(f"a calibration takes at most {MOST_IMAGES:,} images; got {len(images):,}: pass --every N")

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.errors import ImageError, UsageError
+from fbclip.errors import UsageError
 from fbclip.reading import decode_image
 from fbclip.runtime import addresses
 from fbclip.runtime.addresses import Address
@@ -133,8 +133,8 @@ class MjpegStream:
         if not self._picture.is_jpeg:
             try:
                 return decode_image(data, MAX_PIXELS)
-            except ImageError as error:
-                raise Fault("garbage", f"a part that is no picture ({error})") from error
+            except Exception as error:  # whatever a decoder makes of it
+                raise Fault("garbage", f"a part that is no picture ({reason(error)})") from error
         try:
             frame_bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)  # Pillow takes four times as long
         except cv2.error:
@@ -304,7 +304,9 @@ def _open_mjpeg(address: Address, patience: float) -> MjpegStream | None:
         raise Fault("refused", "the server closes the connection without an answer") from error
     except http.client.HTTPException:  # another head than HTTP's, or none
         kind, response = "", _ask_plainly(address, patience)
-    except (OSError, ValueError) as error:  # ValueError: an answer to 401 that is no Digest
+    except ValueError as error:
+        raise Fault("refused", "the server asks for a log-in that is neither Basic nor Digest") from error
+    except OSError as error:
         cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, Exception) else error
         raise Fault("refused", f"no connection ({_cause(cause)})") from error
     else:

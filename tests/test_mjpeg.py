@@ -166,6 +166,7 @@ def test_parts_of_another_kind_are_taken_by_the_boundary() -> None:
         ),
         (b"HTTP/1.0 404 No such camera geheim\r\n\r\n", b"", "the server answers 404 Not Found$"),
         (b"HTTP/1.0 799 Odd\r\n\r\n", b"", "the server answers 799$"),
+        (b"HTTP/1.0 401 No\r\nWWW-Authenticate: Negotiate geheim\r\n\r\n", b"", "neither Basic nor Digest"),
         (b"ICY 401 geheim\r\n\r\n", b"", "the server answers 401 Unauthorized$"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", b"", "no video that FFmpeg knows"),
         (b"", b"", "closes the connection without an answer"),

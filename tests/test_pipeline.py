@@ -536,6 +536,7 @@ def test_a_signal_finishes_and_closes_everything(tmp_path: Path, number: signal.
     ("arguments", "message"),
     [
         (["--vote", "2/3"], "--vote"),
+        (["--skip-first", "2"], "--skip-first"),
         (["--events", "e", "--every", "2"], "--every, --events"),
         (["--camera", "0", "--save-map"], "--save-map"),
         (["0", "a.png"], "inspected alone"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import queue
 import re
@@ -21,6 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from conftest import Run
 from PIL import Image
 from stream_faults import SIZE, Camera, Proxy, filming, jpeg, serving
 from waiting import PATIENCE_S as SOON
@@ -28,6 +30,7 @@ from waiting import eventually
 
 from fbclip.errors import FBClipError, UsageError
 from fbclip.runtime import capture, watch
+from fbclip.runtime.calibrate import good_images
 from fbclip.runtime.capture import LiveSource
 from fbclip.runtime.devices import (
     Device,
@@ -250,6 +253,11 @@ def test_no_password_of_a_malformed_address_is_shown(address: str) -> None:
         with pytest.raises(UsageError) as caught:
             make_sinks(SinkOptions(**{sink: address.format("mqtt" if sink == "mqtt" else "http")}))
         assert not re.search("secret|4711|me:", str(caught.value)), caught.value
+
+
+def test_an_address_that_ends_like_an_image_is_none() -> None:
+    with pytest.raises(UsageError, match=r"^http://host/snap\.jpg never ends: pass --max-frames N$"):
+        good_images(["http://me:secret@host/snap.jpg"], 1, None, lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -736,6 +744,18 @@ def test_the_first_frames_of_each_connection_are_left_out(fake: Any) -> None:
         notices.wait("lost", times=connection + 1)
     assert source.counters["dropped"] == source.counters["garbage"] == 0
     assert notices.wait("live").message == "live at 6x4 (after 2 frames left out)"
+
+
+def test_the_commands_leave_out_first_frames(fbclip: Run, mjpeg: Any) -> None:
+    url = mjpeg[2]
+    done = fbclip("infer", url, "--skip-first", 5, "--max-frames", 1, "--json", "-")
+    assert [record["index"] for record in map(json.loads, done.stdout.splitlines()) if record["kind"] == "result"] == [
+        5
+    ]
+    (image,) = good_images([url], 1, 1, lambda line: None, skip_first=5)
+    assert isinstance(image, np.ndarray) and abs(image[..., 0].mean() - 5) < 3
+    for command in (["serve"], ["calibrate", "."]):
+        assert "--skip-first" in fbclip(*command, "--skip-first", 1, code=2).stderr
 
 
 def test_a_camera_of_which_only_first_frames_come_is_given_up(fake: Any) -> None:
