@@ -43,15 +43,6 @@ class Interrupted(FBClipError):
         self.exit_code = 128 + signal_number
 
 
-def printable(text: object) -> str:
-    """A name for people to read, on one line and in any encoding: what can't be printed, like the bytes of a name that
-    is no UTF-8, as backslashes."""
-    name = str(text)
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 class GraphError(FBClipError):
     """An exported graph that a runtime it is meant for would not take."""
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from fbclip.errors import printable
 from fbclip.reading import SUFFIXES
+from fbclip.terminal import printable
 
 MAX_DEPTH = 64  # folders within folders
 OF_SYSTEMS = frozenset({"@eadir", "#recycle", "$recycle.bin", "__macosx", "lost+found", "system volume information"})

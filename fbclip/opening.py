@@ -20,7 +20,8 @@ from typing import IO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from fbclip.errors import FBClipError, ImageError, SizeError, printable
+from fbclip.errors import FBClipError, ImageError, SizeError
+from fbclip.terminal import printable
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of what uploads may be
 FILE_FORMATS = (*FORMATS, "GIF", "PPM")

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fbclip.errors import FBClipError, ImageError, printable
+from fbclip.errors import FBClipError, ImageError
 from fbclip.opening import SUFFIXES, Picture, is_image, more_pages, open_picture
+from fbclip.terminal import printable
 
 __all__ = [
     "SUFFIXES",

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from fbclip.errors import UsageError, printable
+from fbclip.errors import UsageError
 from fbclip.folders import images_below, what_was_left_out
 from fbclip.reading import SUFFIXES
 from fbclip.runtime.addresses import shown
+from fbclip.terminal import printable
 
 
 def list_images(sources: list[str], tell: Callable[[str], None] = lambda line: None) -> list[Path]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from fbclip.errors import FBClipError, printable
+from fbclip.errors import FBClipError
 from fbclip.folders import NO_PICTURES, walk
 from fbclip.reading import SUFFIXES
+from fbclip.terminal import printable
 
 POLL_S = 0.2  # between looks at the folder
 SETTLED_S = 2.0  # a file last written before that was moved in, or was there: it is whole

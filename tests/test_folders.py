@@ -13,10 +13,11 @@ import pytest
 from conftest import Run
 from PIL import Image
 
-from fbclip.errors import ImageError, UsageError, printable
+from fbclip.errors import ImageError, UsageError
 from fbclip.folders import MAX_DEPTH, images_below, locate, walk
 from fbclip.reading import read_image
 from fbclip.runtime.images import list_images
+from fbclip.terminal import printable
 
 
 def put(root: Path, *names: str) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 from fbclip.data.dataset import GOOD, Item
 from fbclip.data.trees import Found
-from fbclip.errors import UsageError, printable
+from fbclip.errors import UsageError
 from fbclip.folders import locate
+from fbclip.terminal import printable
 
 LABELS = {
     **dict.fromkeys(("0", "good", "normal", "ok", "io", "i.o.", "pass", "passed", "no", "false"), 0),

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from fbclip.data import indexes, trees
 from fbclip.data.dataset import Dataset, Item
-from fbclip.errors import UsageError, printable
+from fbclip.errors import UsageError
 from fbclip.folders import is_hidden, what_was_left_out
+from fbclip.terminal import printable
 
 Recognise = Callable[[Path, list[Item]], bool]
 
