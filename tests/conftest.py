@@ -10,6 +10,7 @@ from pathlib import Path
 
 import golden
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 
@@ -63,11 +64,19 @@ def golden_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_bundle(golden_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recorded configuration by one export in every precision, with a float16 engine of the first release."""
+    """The recorded configuration by one export in every precision, with a float16 engine of the first release.
+
+    Tests that run in several processes share it: the first that wants it makes it.
+    """
     command = [Path(sys.executable).with_name("fbclip"), *export_arguments(golden_files), "--fp16", "--int8-static"]
     environment = {**os.environ, **standin_environment(RELEASES[0]), "HF_HUB_OFFLINE": "1"}
-    bundle = tmp_path_factory.mktemp("exported") / "b.fbclip"
-    subprocess.run([*map(str, command), "--engine", "--out", bundle], env=environment, check=True, capture_output=True)
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
+    bundle = place / "golden.fbclip"
+    with FileLock(place / "golden.lock"):
+        if not bundle.exists():
+            whole = [*map(str, command), "--engine", "--out", bundle]
+            subprocess.run(whole, env=environment, check=True, capture_output=True)
     return bundle
 
 
