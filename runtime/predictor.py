@@ -334,7 +334,7 @@ def find_evidence(
     regions = find_regions(counted, line, min_area)
     if regions or not reached:
         return regions, None
-    if (highest := counted.max()) >= line:
+    if (highest := counted.max()) >= np.float32(line):
         return (), "min_area"
     if highest < anomaly_map.max():  # the score sees what the mask leaves out
         return (), "roi"

@@ -22,9 +22,12 @@ SIZE = (64, 48)
 
 
 def jpeg(number: int, size: tuple[int, int] = SIZE) -> bytes:
-    """A picture that tells its number by its colour: red is the number, blue the rest to 255."""
+    """A picture that tells its number by its colour: red is the number, blue the rest to 255. A stripe at the right has
+    some green too: a picture of one colour shows nothing."""
     buffer = io.BytesIO()
-    Image.new("RGB", size, (number % 200, 0, 255 - number % 200)).save(buffer, "JPEG", quality=90, subsampling=2)
+    picture = Image.new("RGB", size, (number % 200, 0, 255 - number % 200))
+    picture.paste((number % 200, 40, 255 - number % 200), (size[0] - size[0] // 8, 0, *size))
+    picture.save(buffer, "JPEG", quality=90, subsampling=2)
     return buffer.getvalue()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import math
 import shutil
@@ -310,9 +311,16 @@ def test_a_folder_in_which_nothing_arrives(fbclip: Run, tmp_path: Path) -> None:
 def test_a_camera_of_which_every_picture_is_of_one_colour(
     fbclip: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Overexposed(Camera):
+        def pictures(self) -> Iterator[bytes]:
+            buffer = io.BytesIO()
+            Image.new("RGB", (64, 48), (255, 255, 255)).save(buffer, "JPEG")
+            while not self.stopped.wait(self.interval):
+                yield buffer.getvalue()
+
     monkeypatch.setenv("no_proxy", "*")
     bundle = tiny_bundle(tmp_path)
-    with filming(Camera(), "http") as port:
+    with filming(Overexposed(), "http") as port:
         url = f"http://127.0.0.1:{port}/video"
         done = fbclip("infer", url, "--bundle", bundle, "--max-frames", 3, "--json", "r.jsonl", code=1)
     assert done.stderr.startswith("fbclip: no image was inspected: the last frame is of one colour")

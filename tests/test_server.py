@@ -40,6 +40,7 @@ from fbclip.errors import UsageError
 from fbclip.runtime.guard import Access
 from fbclip.runtime.monitor import Monitor
 from fbclip.runtime.serve import listen
+from fbclip.runtime.server import Event
 from fbclip.runtime.uploads import InTurn, Limits
 
 
@@ -405,3 +406,16 @@ def test_events_that_are_torn_are_not_shown(tmp_path: Path) -> None:
         (tmp_path / f"event-{number}" / "event.json").write_text(text, "latin-1")
     assert Monitor(tmp_path).alarms == []
     assert Monitor(tmp_path / "not there yet").alarms == []
+
+
+def test_events_of_earlier_versions_are_shown(tmp_path: Path) -> None:
+    """They know nothing of weak regions and verdicts."""
+    region = {"box": [1, 2, 3, 4], "peak": 0.9, "area": 4}
+    frame = {"index": 3, "source": "camera#3", "time": 1.0, "score": 0.9, "threshold": 0.5, "is_anomalous": True}
+    frame |= {"regions": [region], "alarm": True, "stages_ms": {}}
+    (tmp_path / "event").mkdir()
+    (tmp_path / "event" / "event.json").write_text(json.dumps({"alarms": [3], "frames": [frame]}))
+    (tmp_path / "event" / "overlay.jpg").write_bytes(b"")
+    (alarm,) = Monitor(tmp_path).alarms
+    shown = Event.model_validate(alarm.to_dict())
+    assert (shown.verdict, shown.regions[0].weak, shown.overruled) == ("defect", False, None)
