@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -81,7 +82,7 @@ def choose_bundle(sources: list[str], name: str | None = None) -> tuple[Bundle, 
             can't be written to.
     """
     first = Path(sources[0])
-    named = first.suffix == SUFFIX or (first / "manifest.json").is_file()
+    named = first.suffix == SUFFIX or os.path.isfile(first / "manifest.json")  # noqa: PTH113 - an address may be long
     good = sources[1:] if named else sources
     if not good:
         raise UsageError(f"after the bundle come images of good parts; got none: fbclip calibrate {first} GOOD...")
@@ -162,7 +163,7 @@ def good_images(places: list[str], every: int, most: int | None, say: Say) -> It
     Raises:
         UsageError: one that is none of these; a camera or stream, which never ends, without `most`.
     """
-    if all(Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES for place in places):
+    if all(os.path.isdir(place) or Path(place).suffix.lower() in SUFFIXES for place in places):  # noqa: PTH112
         images = list_images(places)[::every][:most]
         if len(images) > MOST_IMAGES:
             raise UsageError(f"a calibration takes at most {MOST_IMAGES:,} images; got {len(images):,}: pass --every N")
