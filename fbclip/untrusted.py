@@ -287,6 +287,8 @@ def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int
 
 
 def _varint(content: mmap.mmap, start: int, end: int) -> tuple[int, int]:
+    if start < end and content[start] < 128:  # nearly always
+        return content[start], start + 1
     value = 0
     for place in range(start, min(end, start + 10)):
         byte = content[place]

@@ -104,7 +104,11 @@ class OnnxRuntimeBackend:
         self.unwanted = UNWANTED_FUSIONS if device == "cpu" else []
         try:
             self.session = ort.InferenceSession(
-                graph, options, providers=provider_options(device, cache), disabled_optimizers=self.unwanted
+                graph,
+                options,
+                providers=provider_options(device, cache),
+                disabled_optimizers=self.unwanted,
+                enable_fallback=0,  # to another provider, told on standard output, when this one fails
             )
         except Exception as error:  # its classes are those of C++, and their only base is this one
             raise BundleError(f"ONNX Runtime can't load {graph} on {device}: {one_line(error)}") from error

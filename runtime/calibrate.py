@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -84,7 +85,7 @@ def choose_bundle(sources: list[str], name: str | None = None) -> tuple[Bundle, 
             can't be written to.
     """
     first = Path(sources[0])
-    named = first.suffix == SUFFIX or (first / "manifest.json").is_file()
+    named = first.suffix == SUFFIX or os.path.isfile(first / "manifest.json")  # noqa: PTH113 - an address may be long
     good = sources[1:] if named else sources
     if not good:
         raise UsageError(f"after the bundle come images of good parts; got none: fbclip calibrate {first} GOOD...")
@@ -169,7 +170,7 @@ def good_images(
         UsageError: one that is none of these; a camera or stream, which never ends, without `most`; `skip_first` of
             what is none.
     """
-    pictures = (Path(place).is_dir() or Path(place).suffix.lower() in SUFFIXES for place in places)
+    pictures = (os.path.isdir(place) or Path(place).suffix.lower() in SUFFIXES for place in places)  # noqa: PTH112
     if not skip_first and not any("://" in place for place in places) and all(pictures):
         images = list_images(places, say)[::every][:most]
         if len(images) > MOST_IMAGES:

@@ -331,6 +331,17 @@ def test_graphs_that_are_none(folder: Path, content: bytes, message: str) -> Non
     assert "\n" not in str(error.value)
 
 
+def test_nothing_but_the_line_is_said(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime would tell on standard output that it tries again."""
+    content = bytearray(graph_with(lambda model: None))
+    at = content.rindex(b"Softmax")
+    content[at] = 0xCE  # no UTF-8
+    (folder / CPU_GRAPH).unlink()
+    rewrite(folder, lambda values: values["files"].pop(CPU_GRAPH), model__onnx=bytes(content))
+    assert "can't load" in refusal(folder)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_manifest_of_another_size_than_the_graph(folder: Path) -> None:
     rewrite(folder, put(image_size=96))
     assert "takes images of (192, 192), the manifest says (96, 96)" in refusal(folder)
