@@ -172,7 +172,7 @@ def cache_key(model: FBCLIP, data: SampleSet, precision: str) -> str:
     for parameter in model.visual.tower.parameters():
         seen.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     if isinstance(data, Samples):
-        files = [path for item in data.items for path in (item.image, item.mask) if path]
+        files = [path for item in data.items for path in (item.image, *item.masks)]
         described: Any = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     else:
         described = [type(data).__name__, vars(data)]
