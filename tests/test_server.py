@@ -403,5 +403,31 @@ def test_events_that_are_torn_are_not_shown(tmp_path: Path) -> None:
     for number, text in enumerate(["{", "[]", '{"alarms": []}', json.dumps(whole), "\xff"]):
         (tmp_path / f"event-{number}").mkdir()
         (tmp_path / f"event-{number}" / "event.json").write_text(text, "latin-1")
-    assert Monitor(tmp_path).alarms == []
+    record = {
+        "source": "belt",
+        "index": 3,
+        "time": 1.0,
+        "score": 0.9,
+        "threshold": 0.6,
+        "is_anomalous": True,
+        "alarm": True,
+        "regions": [{"box": [1, 2, 3, 4], "peak": 0.9, "area": 4}],
+        "stages_ms": {"model": 30.0},
+    }
+    written = [
+        {"score": "x"},
+        {"score": float("nan")},
+        {"index": 0.5},
+        {"source": 5},
+        {"regions": [{"box": [1]}]},
+        {"stages_ms": []},
+    ]
+    for number, changes in enumerate([*written, {}]):
+        event = tmp_path / f"event-{100 + number}"
+        event.mkdir()
+        (event / "event.json").write_text(
+            json.dumps({"alarms": [3], "frames": [{**record, **changes}]}).replace('"index": 0.5', '"index": 3.0')
+        )
+        (event / "overlay.jpg").write_bytes(GOOD.read_bytes())
+    assert [alarm.result["score"] for alarm in Monitor(tmp_path).alarms] == [0.9]
     assert Monitor(tmp_path / "not there yet").alarms == []
