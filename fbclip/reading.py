@@ -15,7 +15,7 @@ from fbclip.errors import ImageError, SizeError
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of what SUFFIXES are
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-UPLOAD_SIDE = 16_384  # pixels: longer ones are line scans, which come as files
+MAX_SIDE = 65_535  # pixels of an upload, the most that JPEG knows
 CLASS_LEVELS = 5  # grey levels of a mask drawn in flat greys, black included; soft edges make more
 
 
@@ -30,16 +30,16 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     return _read(path, to_rgb)
 
 
-def decode_image(data: bytes, max_pixels: int, max_side: int = UPLOAD_SIDE) -> NDArray[np.uint8]:
+def decode_image(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """What `read_image` makes of a file's content, for content of unknown origin; uint8 (H, W, 3) RGB.
 
     Of Pillow's decoders only those of `FORMATS` see it, and the size in its header decides before any pixel.
 
     Raises:
         ImageError: as `read_image`.
-        SizeError: more pixels, or a longer side, than allowed.
+        SizeError: more pixels than allowed, or a side of more than `MAX_SIDE`.
     """
-    return _read(BytesIO(data), to_rgb, max_pixels, max_side)
+    return _read(BytesIO(data), to_rgb, max_pixels)
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
@@ -85,10 +85,7 @@ def _to_mask(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _read(
-    source: Path | BytesIO,
-    convert: Callable[[Image.Image], NDArray[np.uint8]],
-    max_pixels: int | None = None,
-    max_side: int | None = None,
+    source: Path | BytesIO, convert: Callable[[Image.Image], NDArray[np.uint8]], max_pixels: int | None = None
 ) -> NDArray[np.uint8]:
     name, formats = (source, None) if isinstance(source, Path) else ("the image", FORMATS)
     try:
@@ -97,9 +94,9 @@ def _read(
             with Image.open(source, formats=formats) as file:
                 if max_pixels is not None and file.width * file.height > max_pixels:
                     raise SizeError(f"at most {max_pixels:,} pixels are taken; {name} has {file.width} × {file.height}")
-                if max_side is not None and max(file.size) > max_side:
+                if max_pixels is not None and max(file.size) > MAX_SIDE:
                     raise SizeError(
-                        f"sides of at most {max_side:,} pixels are taken; {name} has {file.width} × {file.height}"
+                        f"sides of at most {MAX_SIDE:,} pixels are taken; {name} has {file.width} × {file.height}"
                     )
                 ImageOps.exif_transpose(file, in_place=True)  # a copy would forget its format
                 return convert(file)
