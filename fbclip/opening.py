@@ -83,23 +83,23 @@ class Tag(NamedTuple):
     value: int
 
 
-def open_picture(source: Path | bytes, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SIDE) -> Picture:
+def open_picture(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Picture:
     """Decode a file, or the content of one that was sent.
 
     Raises:
         ImageError: missing, empty, damaged, of another kind, or too costly. Whatever goes wrong is this picture's
             fault: no other exception comes of it.
-        SizeError: more pixels than allowed, or a longer side; known before any is decoded.
+        SizeError: more pixels than allowed, or a side of more than `MAX_SIDE`; known before any is decoded.
     """
     name = printable(source) if isinstance(source, Path) else "the image"
     try:
         if isinstance(source, bytes):
-            return _decode(BytesIO(source), name, len(source), FORMATS, max_pixels, max_side)
+            return _decode(BytesIO(source), name, len(source), FORMATS, max_pixels)
         size = _file_size(source, name)
         rare = RARE_FORMATS.get(source.suffix.lower())
         with source.open("rb") as file:
             formats = (*FILE_FORMATS, rare) if rare else FILE_FORMATS
-            return _decode(file, name, size, formats, max_pixels, max_side)
+            return _decode(file, name, size, formats, max_pixels)
     except FBClipError:
         raise
     except (UnidentifiedImageError, KeyError) as error:  # KeyError: this Pillow has no decoder of that kind
@@ -154,12 +154,12 @@ def _file_size(path: Path, name: str) -> int:
     return status.st_size
 
 
-def _decode(file: IO[bytes], name: str, size: int, formats: tuple[str, ...], max_pixels: int, max_side: int) -> Picture:
+def _decode(file: IO[bytes], name: str, size: int, formats: tuple[str, ...], max_pixels: int) -> Picture:
     def check(width: int, height: int) -> None:
         if width * height > max_pixels:
             raise SizeError(f"at most {max_pixels:,} pixels are taken; {name} has {width} × {height}")
-        if max(width, height) > max_side:
-            raise SizeError(f"sides of at most {max_side:,} pixels are taken; {name} has {width} × {height}")
+        if max(width, height) > MAX_SIDE:
+            raise SizeError(f"sides of at most {MAX_SIDE:,} pixels are taken; {name} has {width} × {height}")
         if not width or not height:
             raise ImageError(f"{name} has no pixels: its size is {width} × {height}")
         if size > MAX_BYTES_BESIDE + MAX_PIXEL_BYTES * width * height:

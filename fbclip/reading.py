@@ -26,7 +26,6 @@ __all__ = [
     "union_of_masks",
 ]
 
-UPLOAD_SIDE = 16_384  # pixels: longer ones are line scans, which come as files
 CLASS_LEVELS = 5  # grey levels of a mask drawn in flat greys, black included; soft edges make more
 STRIP = 1 << 21  # pixels that are converted at once: a picture of 1920 x 1080, and little memory beside a larger one
 
@@ -55,16 +54,16 @@ def note_of_pages(path: Path) -> str:
     return f"{printable(path)}: {more} more page{'s are' if more > 1 else ' is'} not inspected" if more > 0 else ""
 
 
-def decode_image(data: bytes, max_pixels: int, max_side: int = UPLOAD_SIDE) -> NDArray[np.uint8]:
+def decode_image(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """What `read_image` makes of a file's content, for content of unknown origin; uint8 (H, W, 3) RGB.
 
     Of Pillow's decoders only those of `FORMATS` see it, and the size in its header decides before any pixel.
 
     Raises:
         ImageError: as `read_image`.
-        SizeError: more pixels, or a longer side, than allowed.
+        SizeError: more pixels than allowed, or a side of more than 65,535.
     """
-    return _rgb(open_picture(bytes(data), max_pixels, max_side), "the image")
+    return _rgb(open_picture(bytes(data), max_pixels), "the image")
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,7 +92,8 @@ class Monitor:
         self._alarms: deque[tuple[int, Alarm]] = deque(maxlen=EVENTS)
         self._raised = 0
         for result, jpeg in _recorded(events) if events else ():
-            self._remember(result, jpeg)
+            if _is_whole(result):
+                self._remember(result, jpeg)
         self._latest: Result | None = None
         self._drawn: tuple[Result, bytes] | None = None
 
@@ -177,6 +179,23 @@ def _recorded(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
             )
         except (OSError, ValueError, LookupError, TypeError, StopIteration):
             continue  # the recorder makes room, a person cleans up: what is gone or torn is not shown
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Whether what a file says of a frame can be shown: somebody may have written in it."""
+    try:
+        numbers = [*(record[name] for name in ("index", "time", "score", "threshold")), *record["stages_ms"].values()]
+        numbers += [value for region in record["regions"] for value in (*region["box"], region["peak"], region["area"])]
+        flags = (record["is_anomalous"], record["alarm"])
+        return (
+            all(type(number) in (int, float) and isfinite(number) for number in numbers)
+            and type(record["index"]) is int
+            and all(len(region["box"]) == 4 for region in record["regions"])
+            and isinstance(record["source"], str)
+            and all(isinstance(flag, bool) for flag in flags)
+        )
+    except (AttributeError, LookupError, TypeError):
+        return False
 
 
 def _after(kept: deque[tuple[int, T]], position: int) -> list[T]:

@@ -67,7 +67,7 @@ def test_a_prediction_is_the_predictors(server: Server) -> None:
     assert plain["overlay_png"] is None and plain["map_png"] is None
 
 
-@pytest.mark.parametrize("size_hw", [(1, 1), (1, 16_384), (16_384, 1), (3, 700), (2000, 1500)])
+@pytest.mark.parametrize("size_hw", [(1, 1), (1, 60_000), (60_000, 1), (3, 700), (2000, 1500)])
 def test_images_of_any_shape(server: Server, size_hw: tuple[int, int]) -> None:
     status, found = server.predict(png(*size_hw), "?overlay=1&map=1")
     assert status == 200
@@ -90,8 +90,8 @@ def chunks(total: int) -> Iterator[bytes]:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image/eps", 422, "no image"),
         (SCRATCH.read_bytes(), "multipart/form-data; boundary=x", 415, "multipart/form-data"),
         (png(1001, 1000), "image/png", 413, "1,000,000 pixels"),
-        (png(1, 16_385), "image/png", 413, "16,384 pixels"),
-        (png(16_385, 1), "image/png", 413, "16,384 pixels"),
+        (png(1, 65_536), "image/png", 413, "65,535 pixels"),
+        (png(65_536, 1), "image/png", 413, "65,535 pixels"),
         (bytes(400_001), "image/png", 413, "400,000 bytes"),
         (chunks(800_000), "image/png", 413, "400,000 bytes"),
     ],
@@ -404,7 +404,33 @@ def test_events_that_are_torn_are_not_shown(tmp_path: Path) -> None:
     for number, text in enumerate(["{", "[]", '{"alarms": []}', json.dumps(whole), "\xff"]):
         (tmp_path / f"event-{number}").mkdir()
         (tmp_path / f"event-{number}" / "event.json").write_text(text, "latin-1")
-    assert Monitor(tmp_path).alarms == []
+    record = {
+        "source": "belt",
+        "index": 3,
+        "time": 1.0,
+        "score": 0.9,
+        "threshold": 0.6,
+        "is_anomalous": True,
+        "alarm": True,
+        "regions": [{"box": [1, 2, 3, 4], "peak": 0.9, "area": 4}],
+        "stages_ms": {"model": 30.0},
+    }
+    written = [
+        {"score": "x"},
+        {"score": float("nan")},
+        {"index": 0.5},
+        {"source": 5},
+        {"regions": [{"box": [1]}]},
+        {"stages_ms": []},
+    ]
+    for number, changes in enumerate([*written, {}]):
+        event = tmp_path / f"event-{100 + number}"
+        event.mkdir()
+        (event / "event.json").write_text(
+            json.dumps({"alarms": [3], "frames": [{**record, **changes}]}).replace('"index": 0.5', '"index": 3.0')
+        )
+        (event / "overlay.jpg").write_bytes(GOOD.read_bytes())
+    assert [alarm.result["score"] for alarm in Monitor(tmp_path).alarms] == [0.9]
     assert Monitor(tmp_path / "not there yet").alarms == []
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import SCRATCH, TOKEN, Server, command, news, png, running
+from serving import GOOD, SCRATCH, TOKEN, Server, command, news, png, running
 from waiting import PATIENCE_S, eventually
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -427,6 +427,9 @@ def test_a_model_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_ends_at_once_among_viewers_that_sleep(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with command(tmp_path, "--watch", "in", token=TOKEN, log="log") as server, ExitStack() as stack:
+        (tmp_path / "0.jpg").write_bytes(GOOD.read_bytes())
+        (tmp_path / "0.jpg").rename(tmp_path / "in" / "0.jpg")
+        eventually(lambda: server.json("/v1/status", **OWNER)["pipeline"]["frames"] == 1)
         viewers = [stack.enter_context(call(server.port)) for _ in range(4)]
         for viewer in viewers:
             viewer.sendall(request("GET /v1/live", *WEBSOCKET, KEY))
