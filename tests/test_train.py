@@ -189,23 +189,24 @@ def test_the_best_checkpoint_by_held_out_images_is_kept(tmp_path: Path, capsys: 
     assert mean["pixel_ap"] == pytest.approx(best["validation_pixel_ap"])
 
 
-def test_a_judged_run_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("killed_after", "save_every"), [(7, 3), (9, 5)])
+def test_a_judged_run_goes_on_as_if_never_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_after: int, save_every: int
+) -> None:
+    """An epoch has 4 steps, so that the last step saved is before or after the one that was judged last."""
     make_own(tmp_path / "own", {"bolt": (10, 10)})
     whole = judged(tmp_path / "whole", tmp_path / "own")
 
-    def train_until(steps: int, **more: Any) -> None:
-        step = Trainer.step
+    step = Trainer.step
 
-        def counted(self: Trainer, number: int, *rest: Any) -> Any:
-            if number > steps:
-                raise RuntimeError("as if the power went")
-            return step(self, number, *rest)
+    def counted(self: Trainer, number: int, *rest: Any) -> Any:
+        if number > killed_after:
+            raise RuntimeError("as if the power went")
+        return step(self, number, *rest)
 
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power"):
-            patch.setattr(Trainer, "step", counted)
-            judged(tmp_path / "cut", tmp_path / "own", **more)
-
-    train_until(7, save_every=3)  # an epoch has 4 steps: the best is of step 4, the last of step 6
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power"):
+        patch.setattr(Trainer, "step", counted)
+        judged(tmp_path / "cut", tmp_path / "own", save_every=save_every)
     parts = split(open_dataset(tmp_path / "own", "mvtec"), 0.3)
     trained, held_out = (Samples(items, 32) for items in (parts.trained, parts.held_out))
     origin = {"name": "whole", "data": parts.to_dict(), "seen": parts.seen.to_dict()}

@@ -94,7 +94,7 @@ class Parts:
 
     Attributes:
         trained, held_out: the images of each.
-        unused: good images of the train split, which no part takes.
+        unused: images of the train split, which no part takes.
         seen: what a model will have seen that is trained on one and judged by the other.
         fingerprint: of the test split, as evaluations stamp it.
         too_few: why nothing is held out though something should be; empty otherwise.
@@ -126,7 +126,7 @@ class Parts:
         if known := before.count(self.seen.chosen_by)[0]:
             lines.append(f"{known} held-out images were trained on before: the figures on them are too good")
         if self.unused:
-            lines.append(f"{self.unused} good images of the train split are not used: training takes the test split")
+            lines.append(f"{self.unused} images of the train split are not used: training takes the test split")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def split(data: Dataset, share: float) -> Parts:
         too_few = f"{share:.0%} of {good} good and {defective} defective are too few to judge by"
         trained, held_out = items, ()
     seen = Seen.of(*([digests[i.image] for i in part if digests[i.image] != "missing"] for part in (trained, held_out)))
-    unused = sum(not item.label for item in data.select("train").items)
+    unused = len(data.select("train").items)
     fingerprint = data.select("test").fingerprint(digests)
     return Parts(data.name, trained, held_out, unused, seen, fingerprint, too_few)
 
