@@ -8,6 +8,7 @@ Everything is drawn from the seed: a failure prints the number of its case, and 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -131,10 +132,10 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
             del holder[key]
         elif isinstance(holder[key], (int, float)) and rng.random() < 0.4:
             holder[key] = rng.choice(
-                (holder[key] * 2, -holder[key], holder[key] + 1, holder[key] * 1e9, str(holder[key]))
+                (holder[key] * 2, -holder[key], holder[key] + 1, holder[key] * 10**9, str(holder[key]))
             )
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
         if not content:
             break
     text = json.dumps(content)
