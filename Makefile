@@ -3,14 +3,22 @@ DEMO := .venv-demo
 DEV := .venv
 FBCLIP ?= fbclip
 BUNDLE ?= runs/bench-gpu.fbclip
+FUZZ_SEED ?= 0
 
-.PHONY: demo test test-gpu bench bench-gpu lint nano clean
+.PHONY: demo test fuzz test-gpu bench bench-gpu lint nano clean
 
 demo: $(DEMO)/.installed ## install the torch-free runtime and find the defects in the sample images
 	$(DEMO)/bin/fbclip infer
 
+# One process a core: many tests wait for servers, clocks and child processes.
 test: $(DEV)/.installed ## everything that runs without a GPU
-	$(DEV)/bin/python -m pytest
+	$(DEV)/bin/python -m pytest -n auto --dist loadfile
+
+fuzz: $(DEV)/.installed ## 300,000 mutated pictures and 10,000 of all else; FUZZ_SEED= draws others (see docs/robustness.md)
+	$(DEV)/bin/python tests/fuzz.py pictures --count 300000 --seed $(FUZZ_SEED)
+	for kind in tables manifests streams bodies; do \
+		$(DEV)/bin/python tests/fuzz.py $$kind --count 10000 --seed $(FUZZ_SEED) || exit 1; \
+	done
 
 test-gpu: $(DEV)/.installed ## the tests of engines and of the TensorRT backend on this machine's GPU (see docs/tensorrt.md)
 	$(DEV)/bin/python -m pytest -m gpu -rs
