@@ -119,7 +119,7 @@ class OnnxRuntimeBackend:
                 f"check the driver and CUDA's libraries, or pass --device cpu"
             )
         self.device, self.graph = device, graph
-        # Threads take turns: side by side they are no faster, as each run has all cores, and each would hold a run's
+        # Threads take turns: side by side they are hardly faster, as each run has all cores, and each would hold a run's
         # memory of its own.
         self._turn = Lock()
         self._binding = self.session.io_binding()
