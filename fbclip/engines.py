@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fbclip.errors import BundleError
-from fbclip.untrusted import Like, Line, Range, Sha256, build, one_line, one_of, read_json
+from fbclip.untrusted import Like, Line, Range, build, one_line, one_of, read_json
 
 MOST_SIDECAR = 2**16  # bytes; usual are 400
 
 Precision = Annotated[str, one_of("fp32", "fp16", "int8")]
 Version = Annotated[str, Like(r"\d{1,6}(\.\w{1,20}){0,5}", "a version, like 10.3.0")]
+Hash = Annotated[str, Like("[0-9a-f]{0,64}", "a SHA-256 in hexadecimal")]  # part of one fits nothing
 Batch = Annotated[int, Range(1, 100_000)]
 
 AMPERE = (8, 0)  # the oldest compute capability that hardware-compatible plans run on
@@ -82,8 +83,8 @@ class Engine:
     platform: Platform
     precision: Precision
     options: EngineOptions
-    graph_sha256: Sha256
-    plan_sha256: Sha256
+    graph_sha256: Hash
+    plan_sha256: Hash
 
     def to_json(self) -> str:
         values = asdict(self)
