@@ -28,7 +28,7 @@ from fbclip.stopping import StopRequest
 from fbclip.token_cache import TokenCache
 from fbclip.training_report import StepLog, Throughput, draw_epoch, samples_to_show
 from fbclip.training_step import Recipe, Trainer
-from fbclip.validation import Validation
+from fbclip.validation import NONE_YET, Validation, best_before
 
 LINE_EVERY_S = 60.0  # without a bar, within a long epoch
 
@@ -100,7 +100,8 @@ def train(
             if held_out is not None:
                 judges = _source(held_out, "validation", trainer, execution, stop, bar)
                 at_once = math.ceil(recipe.batch_size / accelerator.num_processes / execution.accumulate)
-                validation = Validation(held_out, judges, at_once, execution.workers, trainer.best if resume else None)
+                best = best_before(log.rows, trainer.best, done) if log and done else NONE_YET
+                validation = Validation(held_out, judges, at_once, execution.workers, best)
             parts = trainer.parts_of_batches(done, execution.accumulate)
             with closing(load(source, parts, execution.workers, pin=accelerator.device.type == "cuda")) as stream:
                 return _steps(trainer, stream, validation, execution, done, log, stop, bar)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,12 @@ class Figures:
 
     def row(self) -> dict[str, float]:
         """For `metrics.jsonl`, without what is undefined."""
-        values = {"image_auroc": self.image_auroc, "pixel_auroc": self.pixel_auroc, "pixel_ap": self.pixel_ap}
+        values = {
+            "image_auroc": self.image_auroc,
+            "pixel_auroc": self.pixel_auroc,
+            "pixel_ap": self.pixel_ap,
+            "merit": self.merit,
+        }
         return {f"validation_{name}": value for name, value in values.items() if value is not None}
 
 
@@ -64,16 +69,13 @@ class Validation:
         source: the same samples, or their tokens.
         batch_size: images per forward pass.
         workers: processes that load images.
-        best: the checkpoint whose figures have to be passed, where a run goes on.
+        best: the merit that has to be passed, where a run goes on.
     """
 
     def __init__(
-        self, data: Samples, source: Dataset[Entry], batch_size: int, workers: int, best: Path | None = None
+        self, data: Samples, source: Dataset[Entry], batch_size: int, workers: int, best: float = NONE_YET
     ) -> None:
-        self.data, self.source, self.batch_size, self.workers = data, source, batch_size, workers
-        self.best = NONE_YET
-        if best is not None and best.is_file():
-            self.best = float(checkpoint.read_header(best)["provenance"].get("merit", NONE_YET))
+        self.data, self.source, self.batch_size, self.workers, self.best = data, source, batch_size, workers, best
 
     def judge(self, trainer: Trainer) -> tuple[Figures, list[str]]:
         """Figures of the model as it is, the same on all processes' shares; and what could not be read here."""
@@ -88,8 +90,8 @@ class Validation:
         merit = figures.merit
         if better := merit is None or merit > self.best:
             self.best = self.best if merit is None else merit
-            found: dict[str, Any] = {"validation": figures.row(), "merit": self.best}
-            trainer.save_best(step, found | ({} if figures.threshold is None else {"threshold": figures.threshold}))
+            threshold = {} if figures.threshold is None else {"threshold": figures.threshold}
+            trainer.save_best(step, {**figures.row(), **threshold})
         return better
 
     @torch.no_grad()
@@ -129,6 +131,16 @@ class Validation:
             _mean([m.ap for m in pixels]),
             best_threshold(labels, scores),
         )
+
+
+def best_before(rows: Iterable[Mapping[str, float]], best: Path, done: int) -> float:
+    """The best merit up to a step: of these lines of `metrics.jsonl`, and of the best checkpoint if it is no later."""
+    known = [row["validation_merit"] for row in rows if "validation_merit" in row]
+    if best.is_file():
+        said = checkpoint.read_header(best)["provenance"]
+        if said["step"] <= done and "validation_merit" in said:
+            known.append(said["validation_merit"])
+    return max(known, default=NONE_YET)
 
 
 def best_threshold(labels: NDArray[np.integer[Any]], scores: NDArray[np.floating[Any]]) -> float | None:

@@ -168,6 +168,7 @@ def test_the_best_checkpoint_by_held_out_images_is_kept(tmp_path: Path, capsys: 
     rows = judged(tmp_path / "run", tmp_path / "own", epochs=4)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     merits = [(row["validation_image_auroc"] + row["validation_pixel_ap"]) / 2 for row in rows]
+    assert [row["validation_merit"] for row in rows] == pytest.approx(merits)
     assert [row["best"] for row in rows] == [m > max([-1, *merits[:i]]) for i, m in enumerate(merits)]
     best = rows[merits.index(max(merits))]
     header = checkpoint.read_header(tmp_path / "run/checkpoint.safetensors")["provenance"]
