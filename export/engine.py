@@ -64,8 +64,9 @@ def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console
     graph = bundle.graph(precision)
     _check_writable(bundle)
     with _open_gpu() as gpu:
-        plan_path = bundle.engines / f"{gpu.platform.engine_name(precision)}.plan"
-        timing_cache = bundle.engines / gpu.platform.timing_cache_name()
+        name = gpu.platform.engine_name(precision)
+        plan_path, _ = (bundle.inside(f"engines/{name}{suffix}") for suffix in (".plan", ".json"))
+        timing_cache = bundle.inside(f"engines/{gpu.platform.timing_cache_name()}")
         plan, timings = _build(gpu, graph, options, timing_cache, plan_path.name, console)
         plan_sha256 = hashlib.sha256(plan).hexdigest()
         engine = Engine(gpu.platform, precision, options, bundle.graph_sha256(precision), plan_sha256)
