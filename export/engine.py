@@ -67,8 +67,9 @@ def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console
     except UsageError as error:
         raise UsageError(f"an engine goes into its bundle: copy the bundle first; {error}") from error
     with _open_gpu() as gpu:
-        plan_path = bundle.engines / f"{gpu.platform.engine_name(precision)}.plan"
-        timing_cache = bundle.engines / gpu.platform.timing_cache_name()
+        name = gpu.platform.engine_name(precision)
+        plan_path, _ = (bundle.inside(f"engines/{name}{suffix}") for suffix in (".plan", ".json"))
+        timing_cache = bundle.inside(f"engines/{gpu.platform.timing_cache_name()}")
         plan, timings = _build(gpu, graph, options, timing_cache, plan_path.name, console)
         plan_sha256 = hashlib.sha256(plan).hexdigest()
         engine = Engine(gpu.platform, precision, options, bundle.graph_sha256(precision), plan_sha256)

@@ -261,7 +261,7 @@ class Bundle:
         Raises:
             BundleError: a link leads out of the bundle.
         """
-        return _inside(self.path, self.path / "calibration.json")
+        return self.inside("calibration.json")
 
     @property
     def engines(self) -> Path:
@@ -270,7 +270,15 @@ class Bundle:
         Raises:
             BundleError: a link leads out of the bundle.
         """
-        return _inside(self.path, self.path / "engines")
+        return self.inside("engines")
+
+    def inside(self, name: str) -> Path:
+        """The path of a file or folder in the bundle that the manifest doesn't list, to be read or written.
+
+        Raises:
+            BundleError: a link leads out of the bundle.
+        """
+        return _inside(self.path, self.path / name)
 
     def engine(self, precision: str, here: Platform, batch: int = 1) -> tuple[Path, Engine]:
         """A TensorRT plan that runs here and its sidecar; the plan is not opened, only its hash is checked.
@@ -287,7 +295,9 @@ class Bundle:
         graph_sha256 = self.graph_sha256(precision)
         rebuild = f"fbclip export --engine --bundle {self.path} --precision {precision}"
         sidecars = sorted(self.engines.glob("*.json"), key=lambda s: (s.stem != here.engine_name(precision), s.name))
-        found = [(sidecar.with_suffix(".plan"), Engine.load(_inside(self.path, sidecar))) for sidecar in sidecars]
+        found = [
+            (sidecar.with_suffix(".plan"), Engine.load(self.inside(f"engines/{sidecar.name}"))) for sidecar in sidecars
+        ]
         others = sorted({engine.precision for _, engine in found} - {precision})
         candidates = [(plan, engine) for plan, engine in found if engine.precision == precision]
         if not candidates:

@@ -251,7 +251,7 @@ def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", 
         from fbclip.runtime.tensorrt import TensorRTBackend
 
         return TensorRTBackend(bundle, precision, batch), precision
-    cache = bundle.engines / f"ort-{bundle.graph_sha256(precision)[:16]}" if device == "ort-tensorrt" else None
+    cache = bundle.inside(f"engines/ort-{bundle.graph_sha256(precision)[:16]}") if device == "ort-tensorrt" else None
     graph = bundle.cpu_graph() if (device, precision) == ("cpu", "fp32") else bundle.graph(precision)
     backend = OnnxRuntimeBackend(graph, bundle.text, device, cache)
     if backend.input_size != (wanted := bundle.manifest.input_size):

@@ -41,6 +41,8 @@ GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in th
 HOPELESS = 0.5  # share of the defects from which a model that misses them can't inspect the part
 ALIKE = 1 / 3  # autocorrelation from which images count less than half
 
+WRITTEN = ("calibration.json", "calibration.png")
+
 Say = Callable[[str], None]
 
 
@@ -108,8 +110,9 @@ def _require_same(bundle: Bundle, path: Path) -> None:
             f"{path} is here and isn't {_described(bundle)}: fbclip calibrate {path} GOOD... to mean it, or pass --name "
             f"for a copy of another name"
         )
-    if there.calibration.is_dir():
-        raise BundleError(f"{there.calibration} is a folder: remove it")
+    for name in WRITTEN:
+        if os.path.lexists(place := there.inside(name)) and not place.is_file():
+            raise BundleError(f"{place} is no file: remove it")
 
 
 def _described(bundle: Bundle) -> str:
@@ -150,7 +153,7 @@ def write(calibration: Calibration, defects: Collection[float], bundle: Bundle, 
 
 
 def _write_into(calibration: Calibration, defects: Collection[float], bundle: Bundle) -> None:
-    write_histogram(calibration, list(defects), bundle.path / "calibration.png")
+    write_histogram(calibration, list(defects), bundle.inside("calibration.png"))
     calibration.save(bundle)
 
 

@@ -568,6 +568,18 @@ def test_the_one_who_is_slower_calibrates_the_copy_of_the_other(
     assert [left.name for left in tmp_path.iterdir()] == ["fbclip-nano.fbclip"]
 
 
+@pytest.mark.parametrize("name", ["calibration.json", "calibration.png"])
+def test_a_calibration_is_not_written_through_links(tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(Bundle.load().path, tmp_path / "part.fbclip"))
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="stay inside it"):
+        choose_bundle([str(folder), "good"])
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(BundleError, match="is no file: remove it"):
+        choose_bundle([str(folder), "good"])
+
+
 def test_where_nothing_can_be_written_is_found_out_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/proc/self")
     with pytest.raises(UsageError, match="can't write"):

@@ -389,6 +389,18 @@ def test_engines_stay_in_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
         bundle.engine("fp32", ORIN)
 
 
+@pytest.mark.parametrize("suffix", [".plan", ".json", ".timing"])
+def test_engines_are_not_written_through_links(standin: str, bundle: Bundle, tmp_path: Path, suffix: str) -> None:
+    build(bundle)
+    (written,) = bundle.engines.glob(f"*{suffix}")
+    elsewhere = written.rename(tmp_path / "elsewhere")
+    before = elsewhere.read_bytes()
+    written.symlink_to(elsewhere)
+    with pytest.raises(BundleError, match="stay inside it"):
+        build(bundle)
+    assert elsewhere.read_bytes() == before
+
+
 def test_a_bundle_that_can_not_be_written_to(bundle: Bundle) -> None:
     bundle.engines.write_text("a file, where a folder should be")
     with pytest.raises(UsageError, match="copy the bundle first"):
