@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import SCRATCH, TOKEN, Server, command, news, png, running
+from serving import GOOD, SCRATCH, TOKEN, Server, command, news, png, running
 from waiting import PATIENCE_S, eventually
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
