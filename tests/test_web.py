@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -89,19 +90,21 @@ def test_the_page_shows_the_belt(server: Server, page: Page) -> None:
     expect(page.locator("#notices")).to_contain_text("the belt is lost")
 
 
-def test_a_verdict_is_of_what_is_before_the_camera_now(page: Page) -> None:
+def test_a_verdict_is_of_what_is_before_the_camera_now(page: Page, tmp_path: Path) -> None:
+    Image.open(GOOD).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.png")
+    parts = cycle([GOOD, tmp_path / "other.png"])  # one picture all the time would be a frozen camera
     with running() as server:
         page.goto(server.url)
         verdict, picture = page.locator("#verdict"), page.locator("#picture")
         expect(verdict).to_contain_text("No frame yet")
-        server.belt.parts.put(GOOD)
+        server.belt.parts.put(next(parts))
         expect(verdict).to_contain_text("Good")
         expect(picture).to_have_css("filter", "none")
         expect(verdict).to_contain_text(re.compile("No frame for [0-9]+ s"))  # the camera says that it is live
         expect(verdict).not_to_contain_text("Good")
         expect(picture).to_have_css("filter", "grayscale(1) blur(8px)")  # its bar says good
         for state in ("lost", "black", "frozen", "some state of later"):
-            server.belt.parts.put(GOOD)
+            server.belt.parts.put(next(parts))
             server.belt.turn("live")
             expect(verdict).to_contain_text("Good")
             server.belt.turn(state)
@@ -112,7 +115,7 @@ def test_a_verdict_is_of_what_is_before_the_camera_now(page: Page) -> None:
             expect(page.locator("#camera")).to_have_attribute("data-state", "bad")
             expect(page.locator("#notices li").first).to_have_attribute("data-state", "bad")
             expect(page.locator("#announcer")).to_have_text(f"the belt is {state}")
-        server.belt.parts.put(GOOD)
+        server.belt.parts.put(next(parts))
         server.belt.turn("live")
         expect(verdict).to_contain_text("Good")
         server.belt.parts.put(None)
