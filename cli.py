@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -108,12 +109,10 @@ def calibrate(
     from fbclip.runtime.images import list_images
     from fbclip.runtime.predictor import Predictor
     from fbclip.runtime.roi import Roi
+    from fbclip.terminal import say as print_line
 
     console = make_console()
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
+    say = partial(print_line, console)
     bundle, path, places = choose_bundle(source, name)
     images = good_images(places, every, max_frames, say, skip_first)
     defective = list_images(defects, say) if defects else []

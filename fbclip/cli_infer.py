@@ -156,8 +156,9 @@ def infer(
         try:
             infer(predictor, images, outputs, summary, console)
         finally:  # also of what was done before a disk was full
-            report(summary, outputs, console)
-        if summary.skipped:
+            if summary.results or summary.skipped:
+                report(summary, outputs, console)
+        if summary.skipped or summary.unusable:  # not all that was asked for could be inspected
             raise typer.Exit(2)
 
 

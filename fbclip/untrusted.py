@@ -104,7 +104,7 @@ def parse_json(text: str | bytes) -> Any:
             parse_float=_finite,
             parse_int=_whole,
         )
-        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate can be printed nowhere
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # a lone surrogate can be printed nowhere
     except RecursionError as error:
         raise ValueError("its brackets are nested too deeply") from error
     return values

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -91,6 +92,9 @@ def choose_bundle(sources: list[str], name: str | None = None) -> tuple[Bundle, 
     good = sources[1:] if named else sources
     if not good:
         raise UsageError(f"after the bundle come images of good parts; got none: fbclip calibrate {first} GOOD...")
+    for place in good:
+        if os.path.isfile(Path(place) / "manifest.json"):  # noqa: PTH113 - its pictures are no good parts
+            raise UsageError(f"{place} is a bundle: name it first, fbclip calibrate {place} GOOD...")
     bundle = Bundle.load(first if named else None)
     path = bundle.path
     if name is not None or not named:
@@ -149,7 +153,11 @@ def write(calibration: Calibration, defects: Collection[float], bundle: Bundle, 
                 say(f"copied {_described(bundle)} to {path}")
                 return
     _require_same(bundle, path)  # it may be of another calibration that was quicker
-    _write_into(calibration, defects, replace(bundle, path=path))
+    there = replace(bundle, path=path)
+    with suppress(BundleError):  # one that is damaged, or of another model, is no loss
+        if old := Calibration.load(there):
+            say(f"replaces the calibration from {old.count} good images, threshold {old.threshold:.4g}")
+    _write_into(calibration, defects, there)
 
 
 def _write_into(calibration: Calibration, defects: Collection[float], bundle: Bundle) -> None:

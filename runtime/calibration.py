@@ -111,8 +111,8 @@ class Calibration:
     def explain(self, bundle: Bundle, precision: str) -> str:
         """One line for a person: what the threshold promises to a bundle that runs in a precision."""
         text = (
-            f"threshold {self.threshold:.4g} is calibrated: at most {100 * self.false_alarm_rate:g} % false alarms, "
-            f"from {self.count} good images"
+            f"threshold {self.threshold:.4g} is calibrated from {self.count} good images: at most "
+            f"{100 * self.false_alarm_rate:.3g} % false alarms on average, {percent(self.interval)} for this one"
         )
         if precision == self.precision:
             return text

@@ -55,6 +55,11 @@ class Summary:
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     launches: str | None = None
 
+    @property
+    def unusable(self) -> int:
+        """Images that could be read and show nothing, see `fbclip.runtime.sight`."""
+        return sum(record["unusable"] is not None for _, record in self.results)
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -200,13 +205,13 @@ def report(summary: Summary, outputs: Outputs, console: Console) -> None:
     if ranked:
         console.print(table)
     if len(ranked) > SHOWN:
-        say(console, f"… and {len(ranked) - SHOWN} more with lower scores")
+        say(console, f"… and {len(ranked) - SHOWN} more with lower scores (all of them: --csv or --json)")
     counts = Counter(record["verdict"] for _, record in ranked)
     unusable = f", {counts['unusable']} unusable" if counts["unusable"] else ""
     skipped = f", {len(summary.skipped)} skipped" if summary.skipped else ""
     say(console, f"{len(ranked)} images: {counts['defect']} with defects, {counts['good']} good{unusable}{skipped}")
     for reason, count in Counter(record["overruled"] for _, record in ranked if record["overruled"]).items():
-        say(console, f"{count} of the good ones have a score that reaches the threshold: {OVERRULED[reason]}", "yellow")
+        say(console, f"good against their score, which reaches the threshold: {count}; {OVERRULED[reason]}", "yellow")
     if summary.launches:
         say(console, f"TensorRT's executions were started by {summary.launches}")
     kinds = [kind for kind, asked in (("pictures", outputs.save), ("maps", outputs.save_map)) if asked]

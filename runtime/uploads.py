@@ -84,7 +84,8 @@ class Uploads:
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not kind.startswith("image/") and kind != "application/octet-stream":
-            raise HTTPException(415, f"the body is the image itself, with Content-Type image/…; got {kind or 'none'}")
+            cure = "curl -H 'Content-Type: image/jpeg' --data-binary @FILE"
+            raise HTTPException(415, f"the body is the image, its Content-Type image/…; got {kind or 'none'}: {cure}")
         return await read_body(request, self.limits.upload_bytes, self.limits.upload_seconds)
 
     async def score(self, data: bytes, with_overlay: bool, with_map: bool) -> dict[str, Any]:

@@ -476,7 +476,7 @@ def test_from_pictures_of_good_parts_to_verdicts(fbclip: Run, tmp_path: Path) ->
     bundle = tmp_path / "fbclip-nano.fbclip"
     assert Image.open(bundle / "calibration.png").size == (1200, 640)
     done = fbclip("infer", *paths, "--bundle", bundle, "--no-save", "--json", "r.jsonl")
-    assert "is calibrated: at most 10 % false alarms, from 12 good images" in done.stdout
+    assert "is calibrated from 12 good images: at most 10 % false alarms on average" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert not any(record["is_anomalous"] or record["regions"] for record in records)  # m - 1 = 0
     assert "copied" not in fbclip("calibrate", bundle, *paths, "--false-alarm-rate", 0.2).stdout

@@ -330,7 +330,7 @@ def test_names_that_are_no_utf_8(fbclip: Run, tmp_path: Path) -> None:
     (folder / "000.png").rename(folder / "Ri\udcdf.png")  # Latin-1's ß, as old cameras write
     shutil.copy(folder / "Ri\udcdf.png", tmp_path / "set/bottle/test/crack/same\udcdf.png")
     done = fbclip("data", "set", code=2)
-    assert r"bottle/test/good/Ri\udcdf.png is bottle/test/crack/same\udcdf.png" in done.stdout
+    assert r"bottle/test/good/Ri\xdf.png is bottle/test/crack/same\xdf.png" in done.stdout
     assert len(open_dataset(tmp_path / "set").fingerprint()) == 64
 
 

@@ -25,6 +25,7 @@ from fbclip import Predictor
 from fbclip.bundle import Bundle
 from fbclip.reading import read_image
 from fbclip.runtime.calibrate import calibrate
+from fbclip.runtime.calibration import WARM
 from fbclip.runtime.images import samples_folder
 from fbclip.runtime.live_infer import status_text
 from fbclip.runtime.pipeline import Pipeline
@@ -159,7 +160,9 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(Bundle.load().path, path)
     good = write_good(path.parent / "good", 9)
     made, _, _ = calibrate(Predictor(path), good, 0.1, [], Console(quiet=True))
-    replace(made, map_threshold=LINE, map_scale=(0.1, 1.2)).save(Bundle.load(path))
+    replace(
+        made, map_threshold=LINE, map_scale=(made.map_scale[0], made.map_scale[0] + (LINE - made.map_scale[0]) / WARM)
+    ).save(Bundle.load(path))
     return path
 
 
@@ -175,7 +178,7 @@ def test_the_command_says_both(fbclip: Run, calibrated: Path, tmp_path: Path) ->
     assert (row["verdict"], row["weak"], row["reason"], row["regions"]) == ("defect", "True", "", "1")
     done = fbclip("infer", SCRATCH, "--min-area", 10**6, "--no-save", "--csv", "s.csv")
     assert "good (min_area)" in done.stdout
-    assert "1 of the good ones have a score that reaches the threshold: all regions are smaller than --min-area" in (
+    assert "good against their score, which reaches the threshold: 1; all regions are smaller than --min-area" in (
         done.stdout
     )
     (row,) = csv.DictReader((tmp_path / "s.csv").open())

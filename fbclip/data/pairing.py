@@ -52,7 +52,7 @@ def pair(
     Args:
         images: defective ones.
         masks: of them, and perhaps of others.
-        others: images without defects. A mask that belongs to one of them is neither paired nor returned as left over.
+        others: images without defects, which may have masks too: black ones.
     """
     ranks: list[defaultdict[str, list[_Meant]]] = [defaultdict(list) for _ in range(5)]
     alone: defaultdict[str, set[Path]] = defaultdict(set)
@@ -89,7 +89,10 @@ def pair(
             pairs[image_file] = free
             taken.add(free[0])
     missing = {name.rpartition("/")[2] for image_file, name in images if image_file not in pairs}
-    for _, name in others:
+    for image_file, name in others:
         if name.rpartition("/")[2] not in missing:
-            taken.update(one.mask for rank in ranks for one in rank.get(name, ()))
+            mine = dict.fromkeys(one.mask for rank in ranks for one in rank.get(name, ()) if one.mask not in taken)
+            if mine:
+                pairs[image_file] = list(mine)
+                taken.update(mine)
     return pairs, [mask for mask, _ in masks if mask not in taken]

@@ -154,7 +154,7 @@ def folder_pair(root: Path) -> Found:
     for folder in _folders(root, lambda f: (f / GOOD).is_dir() and (f / "defective").is_dir()):
         good, bad = found.named(folder / GOOD), found.named(folder / "defective")
         masks = found.pair(bad, found.named(folder / "masks") + found.named(folder / "ground_truth"), good)
-        found.items += [_item(image, 0, {}, folder.name, GOOD, "test") for image, _ in good]
+        found.items += [_item(image, 0, masks, folder.name, GOOD, "test") for image, _ in good]
         for image, _ in bad:
             kind = image.parent.name if image.parent != folder / "defective" else "defect"
             found.items.append(_item(image, 1, masks, folder.name, kind, "test"))
@@ -177,6 +177,6 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _item(image: Path, label: int, masks: dict[Path, list[Path]], class_name: str, defect: str, split: str) -> Item:
-    mine = masks.get(image, []) if label else []
+    mine = masks.get(image, [])
     kind = defect if label else GOOD
     return Item(image, label, mine[0] if mine else None, class_name, kind, split, tuple(mine[1:]))

@@ -323,7 +323,8 @@ async function inspect(file) {
 
 function showScored(name, found) {
   const { name: verdict, mood, word } = verdictOf(found);
-  const regions = count(found.regions.length, "region");
+  const why = { min_area: "smaller than --min-area", roi: "outside the mask" }[found.overruled];
+  const regions = why ?? count(found.regions.length, "region");
   $("scored-picture").src = `data:image/png;base64,${found.overlay_png}`;
   $("scored-picture").alt = `Heat map of ${name}: ${verdict}, ${regions}`;
   const mark = element("span", { class: mood }, found.unusable ? `${word}: ${found.unusable}` : word);
