@@ -52,6 +52,7 @@ TURNS = {  # by EXIF's orientation, as Pillow's ImageOps.exif_transpose has them
 }
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0")  # the last is BigTIFF; Pillow misreads it with MM
 TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 11: 4, 13: 4}  # bytes of a value by its type; else 8
+FILLING = bytes([0xA5, 0x5A, 0x3C, 0x96]) * 16  # holds no mark
 MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # within a JPEG's scans
 
 # Pillow's warnings are of sizes, which are bounded here, and of metadata, which isn't used. Once and for its modules
@@ -196,6 +197,8 @@ def _decode(file: IO[bytes], name: str, size: int, formats: tuple[str, ...], max
         if image.tile and image.tile[0][0] == "bmp_rle" and image.width * image.height + size > MAX_RUN_LENGTHS:
             raise ImageError(f"{name} is a large BMP in run lengths, which take too long: save it without compression")
         image.load()
+        if head.startswith(b"\xff\xd8\xff") and not is_whole(content):
+            raise ImageError(f"{name} can't be read: its data end before its last pixel")
         if image.size != image.im.size:
             raise ImageError(f"{name} is damaged: it isn't of the size that it says")
         if image.format not in ("JPEG", "TIFF"):
@@ -260,6 +263,44 @@ def _check_scans(data: bytes, at: int, name: str) -> None:
             raise ImageError(f"{name} can't be read: it is a progressive JPEG of more than {MAX_SCANS} scans")
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
     raise ImageError(f"{name} can't be read: it has more than {MAX_PARTS:,} segments")
+
+
+def is_whole(jpeg: bytes) -> bool:
+    """Whether the data of a JPEG reach to its last pixel. Decoders paint what is missing, and say nothing.
+
+    What stands between the data of the last pixel and the end mark is not looked at: decoded with and without other
+    bytes put there, only an unfinished picture changes. Sequential ones are compared at an eighth of their size.
+
+    Raises:
+        What Pillow raises of data that are damaged otherwise.
+    """
+    end = _end_of_data(jpeg)
+    return end is None or _glance(jpeg) == _glance(jpeg[:end] + FILLING + jpeg[end:])
+
+
+def _end_of_data(jpeg: bytes) -> int | None:
+    """Where the data of the last scan end; None where there is no end mark, which Pillow refuses."""
+    at, in_scan = 2, False
+    for _ in range(MAX_PARTS):
+        found = MARKER.search(jpeg, at)
+        if not found:
+            return None
+        marker, at = jpeg[found.end() - 1], found.end()
+        if marker == 0xD9 and in_scan:
+            return len(jpeg[: found.start()].rstrip(b"\xff"))  # padding before a mark
+        if marker > 0x01 and marker not in (0xD8, 0xD9):
+            in_scan = in_scan or marker == 0xDA
+            at += int.from_bytes(jpeg[at : at + 2], "big")
+    return None
+
+
+def _glance(jpeg: bytes) -> bytes:
+    """A JPEG's pixels: as few as its decoder gives where one part of the data makes all of a pixel, else all."""
+    with Image.open(BytesIO(jpeg), formats=("JPEG",)) as image:
+        if not image.info.get("progressive"):
+            image.draft(image.mode, (1, 1))
+        image.load()
+        return image.tobytes()
 
 
 def _orientation(exif: bytes) -> int:

@@ -183,9 +183,9 @@ def checked_threshold(threshold: float) -> float:
     Raises:
         UsageError: no probability.
     """
-    if not 0 <= threshold <= 1:
-        raise UsageError(f"--threshold is a probability between 0 and 1; got {threshold:g}")
-    return threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)) or not 0 <= threshold <= 1:
+        raise UsageError(f"--threshold is a probability between 0 and 1; got {threshold!r:.50}")
+    return float(threshold)
 
 
 def conformal_threshold(good: Sequence[float], rate: float) -> float:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import UsageError
+from fbclip.opening import is_whole
 from fbclip.reading import decode_image
 from fbclip.runtime import addresses
 from fbclip.runtime.addresses import Address
@@ -141,6 +142,8 @@ class MjpegStream:
             frame_bgr = None
         if frame_bgr is None:
             raise Fault("garbage", f"a picture that can't be decoded ({len(data)} bytes)")
+        if not _is_whole(data):
+            raise Fault("garbage", "a picture whose data end before its last pixel")
         return _to_rgb(frame_bgr)
 
     def close(self) -> None:
@@ -160,6 +163,13 @@ def _receive(response: Response) -> bytes:
 def _cause(error: Exception) -> str:
     """What went wrong with a connection; of what is no fault of the system only its kind, for its text may hold the address."""
     return reason(error) if isinstance(error, OSError) else type(error).__name__
+
+
+def _is_whole(jpeg: bytes) -> bool:
+    try:
+        return is_whole(jpeg)
+    except Exception:  # Pillow refuses what OpenCV took
+        return False
 
 
 def _to_rgb(frame_bgr: cv2.typing.MatLike) -> NDArray[np.uint8]:

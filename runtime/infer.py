@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fbclip.errors import ImageError
+from fbclip.errors import ImageError, UsageError
 from fbclip.files import replacing
 from fbclip.reading import note_of_pages
 from fbclip.runtime.lines import LineFile, Lines, StandardOutput
@@ -87,6 +87,7 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, summary: 
         for lines in opened.values():
             stack.enter_context(closing(lines))
         names = _names(sources)
+        _spare_sources(sources, names, outputs)
         quiet = not console.is_terminal or len(sources) < 3
         for source in track(sources, "inspecting", console=console, disable=quiet):
             try:
@@ -109,6 +110,19 @@ def infer(predictor: Predictor, sources: list[Path], outputs: Outputs, summary: 
             for kind, lines in opened.items():
                 lines.append(forms[kind])
             summary.results.append((source, record))
+
+
+def _spare_sources(sources: list[Path], names: dict[Path, str], outputs: Outputs) -> None:
+    """Raise UsageError where a picture or map would take the place of a picture that is inspected."""
+    if outputs.folder is None or not any(outputs.folder.iterdir()):
+        return
+    inspected = {os.path.realpath(source) for source in sources}
+    for name in names.values():
+        for target in (outputs.folder / f"{name}.jpg", outputs.folder / f"{name}.npy"):
+            if os.path.realpath(target) in inspected:
+                raise UsageError(
+                    f"results would replace {target}, which is inspected: choose another --project or --name"
+                )
 
 
 def _open(outputs: Outputs) -> dict[str, Lines]:

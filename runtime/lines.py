@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import sys
@@ -13,6 +14,8 @@ from typing import Protocol
 
 from fbclip.errors import UsageError
 from fbclip.files import lock, unlock, write_error
+
+LONGEST_LINE = 1 << 20  # bytes that are looked at of a file that is there
 
 
 class Lines(Protocol):
@@ -53,19 +56,20 @@ class LineFile:
         self._fd: int | None = None
         try:
             with self._alone() as fd:
-                begin, size = self._header, _size(fd)
-                if fresh and size:
+                size = _size(fd)
+                begin = os.pread(fd, LONGEST_LINE, 0) if size else self._header
+                fits = _is_ours(begin, self._header) if fresh and size else begin.startswith(self._header)
+                if fits and fresh and size:
                     os.ftruncate(fd, 0)
-                if fresh or size is None:
+                if fits and (fresh or size is None):
                     _write_all(fd, self._header)
-                elif size:
-                    begin = os.pread(fd, len(self._header), 0)
         except OSError as error:
             self.close()
             raise write_error(error, path) from error
-        if begin != self._header:
+        if not fits:
             self.close()
-            raise UsageError(f"{path} is there and does not begin with {header!r}; choose another file")
+            form = f"does not begin with {header!r}" if header else "holds no JSON lines of results"
+            raise UsageError(f"{path} is there and {form}; choose another file, or remove it")
 
     def append(self, line: str) -> None:
         """Add a line; an error, as `write_error` makes it, leaves the file as it was, and the next call tries anew."""
@@ -153,6 +157,18 @@ class StandardOutput:
 
     def close(self) -> None:
         """Standard output stays open."""
+
+
+def _is_ours(begin: bytes, header: bytes) -> bool:
+    """Whether a file that begins so holds results, which a new run replaces; anything else may be dear to somebody."""
+    first = begin.partition(b"\n")[0]
+    if header:  # columns were added over time, none before the first
+        return first.partition(b",")[0] == header.partition(b",")[0]
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and not {"source", "kind"}.isdisjoint(record)
 
 
 def _size(fd: int) -> int | None:

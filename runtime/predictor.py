@@ -170,6 +170,8 @@ class Predictor:
                 f"calibrate {_where(roi.identity if roi else None)}, or pass a --threshold"
             )
         checked_threshold(self.threshold)
+        if isinstance(min_area, bool) or not isinstance(min_area, (int, np.integer)) or min_area < 0:
+            raise UsageError(f"--min-area is a number of pixels, 0 or more; got {min_area!r:.50}")
         self.roi = roi
         self.min_area = min_area
         self.backend, self.precision = make_backend(self.bundle, device, precision, batch_size)
@@ -264,7 +266,7 @@ class Predictor:
             unusable: why the frame shows nothing to judge, if so.
         """
         start = time.perf_counter()
-        threshold = self.threshold  # may be set anew from another thread
+        threshold = checked_threshold(self.threshold)  # may be set anew, also from another thread
         height, width = frame.shape[:2]
         x0, y0, x1, y1 = self.roi.box if self.roi else (0, 0, width, height)
         part = model_map
@@ -299,6 +301,8 @@ class Predictor:
             return read_image(Path(image))
         if isinstance(image, Image.Image):
             return to_rgb(image)
+        if not isinstance(image, np.ndarray):
+            raise ImageError(f"an image is a path, a Pillow image or an array; got {type(image).__name__}")
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.size == 0:
             raise ImageError(f"a frame is uint8 (H, W, 3) or (H, W); got {image.dtype} {image.shape}")
         if channel_order not in ("rgb", "bgr"):

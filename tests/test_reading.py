@@ -473,3 +473,17 @@ def test_masks_of_one_image_have_one_size(tmp_path: Path) -> None:
     Image.new("L", (9, 9)).save(tmp_path / "c.png")
     with pytest.raises(UsageError, match="masks of one image have one size"):
         reading.union_of_masks([tmp_path / "a.png", tmp_path / "c.png"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 16}])
+def test_a_jpeg_whose_data_end_early_is_refused_although_it_has_its_end_mark(settings: dict[str, Any]) -> None:
+    """Decoders paint what is missing in grey, and such a part may look good."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize((320, 240), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90, **settings)
+    whole = file.getvalue()
+    decode_image(whole, 10**6)
+    for share in (0.4, 0.6, 0.8, 0.95, 0.99):
+        cut = whole[: int(share * len(whole))] + b"\xff\xd9"
+        with pytest.raises(ImageError, match="end before its last pixel"):
+            decode_image(cut, 10**6)

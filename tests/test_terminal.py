@@ -348,3 +348,15 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
     assert (tmp_path / "o.jsonl").read_text() == "one\ntwo\n"
     LineFile(tmp_path / "o.jsonl", "header", fresh=True).close()
     assert (tmp_path / "o.jsonl").read_text() == "header\n"
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv"])
+def test_results_never_take_the_place_of_what_is_inspected(fbclip: Run, tmp_path: Path, option: str) -> None:
+    make_images(tmp_path / "in", 2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    assert "choose another file" in fbclip("infer", "in", option, "in/00.png", "--no-save", code=2).stderr
+    for name in ("00", "01"):
+        (tmp_path / "in" / f"{name}.png").rename(tmp_path / "in" / f"{name}.jpg")
+    done = fbclip("infer", "in", "--project", ".", "--name", "in", "--exist-ok", code=2)
+    assert "results would replace in/00.jpg, which is inspected" in done.stderr
+    assert {f"{path.stem}.png": path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
