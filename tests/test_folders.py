@@ -23,7 +23,7 @@ from fbclip.terminal import printable
 def put(root: Path, *names: str) -> None:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (6, 4), 90).save(root / name)
+        Image.linear_gradient("L").resize((6, 4)).save(root / name)
 
 
 def listed(root: Path) -> list[str]:

@@ -346,8 +346,12 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
     first.append("two")
     first.close()
     assert (tmp_path / "o.jsonl").read_text() == "one\ntwo\n"
-    LineFile(tmp_path / "o.jsonl", "header", fresh=True).close()
-    assert (tmp_path / "o.jsonl").read_text() == "header\n"
+    with pytest.raises(UsageError, match="does not begin with 'header'"):
+        LineFile(tmp_path / "o.jsonl", "header", fresh=True)
+    assert (tmp_path / "o.jsonl").read_text() == "one\ntwo\n"
+    (tmp_path / "o.csv").write_text("source,of,an,older,release\nrow\n")
+    LineFile(tmp_path / "o.csv", "source,score", fresh=True).close()
+    assert (tmp_path / "o.csv").read_text() == "source,score\n"
 
 
 @pytest.mark.parametrize("option", ["--json", "--csv"])
