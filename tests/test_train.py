@@ -284,7 +284,7 @@ def test_a_copy_of_the_embedded_checkpoint_is_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "threshold"),
-    [("../x", 0.5), ("..", 0.5), ("", 0.5), (5, 0.5), ("a", "0.5"), ("a", 2.0), ("a", True), ("a", float("nan"))],
+    [("../x", 0.5), ("..", 0.5), ("", 0.5), (5, 0.5), ("a", "0.5"), ("a", 2.0), ("a", True)],
 )
 def test_a_checkpoint_that_says_nonsense_of_itself(tmp_path: Path, name: object, threshold: object) -> None:
     path = tmp_path / "checkpoint.safetensors"
