@@ -23,7 +23,7 @@ from rich.console import Console
 from scipy.stats import beta, binomtest
 from waiting import PATIENCE_S
 
-from fbclip.bundle import GRAPHS, Bundle
+from fbclip.bundle import EMBEDDED, GRAPHS, Bundle
 from fbclip.errors import BundleError, UsageError
 from fbclip.runtime import calibrate as calibrating
 from fbclip.runtime.calibrate import Scores, calibrate, choose_bundle, report, weight_of_neighbours, write
@@ -594,3 +594,12 @@ def test_frames_of_a_video_and_cameras_that_never_end(fbclip: Run, tmp_path: Pat
     done = fbclip("calibrate", "good.avi", "--every", 2, "--max-frames", 10, "--false-alarm-rate", 0.1)
     assert "10 good images: scores" in done.stdout
     assert "/dev/video97 never ends" in fbclip("calibrate", "/dev/video97", code=2).stderr
+
+
+def test_a_bundle_among_the_good_images_is_refused(tmp_path: Path) -> None:
+    """Its pictures, of an earlier calibration and of its proof, are no good parts."""
+    good = tmp_path / "good"
+    good.mkdir()
+    path = Path(shutil.copytree(EMBEDDED, tmp_path / "part.fbclip"))
+    with pytest.raises(UsageError, match=r"part\.fbclip is a bundle: name it first"):
+        choose_bundle([str(good), str(path)])

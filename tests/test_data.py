@@ -765,3 +765,15 @@ def test_magnetic_tiles(real_images: Path) -> None:
     assert report.layout == "mvtec"
     assert sum(report.counts["magnetic_tile"].values()) == len(dataset.items)
     assert set(report.findings) <= {"mask_empty"}  # four masks of "uneven" are black as published
+
+
+def test_a_mask_of_a_good_image_is_read(tmp_path: Path) -> None:
+    """A black one is nothing, another says that a label or a mask is wrong."""
+    for turns, name in enumerate(("good/0.png", "good/1.png", "defective/2.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.linear_gradient("L").resize((8, 8)).rotate(90 * turns).save(tmp_path / name)
+    (tmp_path / "masks").mkdir()
+    for name, grey in (("0", 255), ("1", 0), ("2", 255)):
+        Image.new("L", (8, 8), grey).save(tmp_path / "masks" / f"{name}_mask.png")
+    findings = inspect(open_dataset(tmp_path)).findings
+    assert list(findings) == ["mask_of_good"] and len(findings["mask_of_good"]) == 1

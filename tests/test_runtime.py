@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import DeviceError, ImageError, UsageError
 from fbclip.reading import read_image
-from fbclip.runtime.predictor import Prediction, find_regions
+from fbclip.runtime.predictor import Prediction, Predictor, find_regions
 
 SAMPLES = Path(fbclip.__file__).parent / "assets" / "samples"
 SCRATCHED = SAMPLES / "brushed-steel-scratch.jpg"
@@ -260,3 +261,23 @@ def test_threads_stay_on_the_cores_that_the_process_is_given() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=True)
     assert done.stdout.strip() == str({frozenset({min(os.sched_getaffinity(0))})})
+
+
+@pytest.mark.parametrize("threshold", [2, True, "0.5", float("nan")])
+def test_a_threshold_that_is_no_probability_makes_nothing_good(threshold: Any) -> None:
+    predict = Predictor()
+    predict.threshold = threshold
+    with pytest.raises(UsageError, match="probability between 0 and 1"):
+        predict(np.zeros((20, 20, 3), np.uint8))
+
+
+@pytest.mark.parametrize("min_area", [-5, 1.5, float("nan"), True])
+def test_a_least_area_is_a_number_of_pixels(min_area: Any) -> None:
+    with pytest.raises(UsageError, match="number of pixels"):
+        Predictor(min_area=min_area)
+
+
+@pytest.mark.parametrize("image", [None, b"part.png", [[1]]])
+def test_what_is_no_image_is_named(image: Any) -> None:
+    with pytest.raises(ImageError, match="is a path, a Pillow image or an array; got "):
+        Predictor()(image)
