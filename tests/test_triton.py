@@ -200,7 +200,7 @@ def test_the_threshold_is_the_calibrations(tmp_path: Path) -> None:
     assert float(parameters["map_threshold"].string_value) == calibration.map_threshold
     readme = (folder / "README.md").read_text()
     assert f"anomalous from {calibration.threshold:g} on" in readme
-    assert "at most 20 % false alarms, from 4 good images" in readme
+    assert "is calibrated from 4 good images: at most 20 % false alarms on average" in readme
     assert "--roi 10,10,90,90: send that part" in readme
     assert f"score < {calibration.threshold!r}" in readme
     assert "0.535" not in readme
