@@ -15,9 +15,9 @@ test: $(DEV)/.installed ## everything that runs without a GPU
 	$(DEV)/bin/python -m pytest -n auto --dist loadfile
 
 fuzz: $(DEV)/.installed ## 300,000 mutated pictures and 10,000 of all else; FUZZ_SEED= draws others (see docs/robustness.md)
-	$(DEV)/bin/python tests/fuzz.py pictures --count 300000 --seed $(FUZZ_SEED)
+	$(DEV)/bin/python tests/helpers/fuzz.py pictures --count 300000 --seed $(FUZZ_SEED)
 	for kind in tables manifests streams bodies; do \
-		$(DEV)/bin/python tests/fuzz.py $$kind --count 10000 --seed $(FUZZ_SEED) || exit 1; \
+		$(DEV)/bin/python tests/helpers/fuzz.py $$kind --count 10000 --seed $(FUZZ_SEED) || exit 1; \
 	done
 
 test-gpu: $(DEV)/.installed ## the tests of engines and of the TensorRT backend on this machine's GPU (see docs/tensorrt.md)

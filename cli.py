@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from fbclip.cli_bench import bench
-from fbclip.cli_common import BundleOption, DeviceOption, RoiOption, make_console
-from fbclip.cli_export import export
-from fbclip.cli_infer import infer
-from fbclip.cli_serve import serve
-from fbclip.cli_train import eval_, train
+from fbclip.commands.bench import bench
+from fbclip.commands.export import export
+from fbclip.commands.infer import infer
+from fbclip.commands.options import BundleOption, DeviceOption, RoiOption, make_console
+from fbclip.commands.serve import serve
+from fbclip.commands.train import eval_, train
 from fbclip.main import main
 
 app = typer.Typer(
@@ -133,7 +133,7 @@ def doctor(
 ) -> None:
     """Say what works on this machine and what is missing, with the cure."""
     from fbclip.files import require_file
-    from fbclip.runtime.doctor import examine, print_report, works, write_report
+    from fbclip.runtime.doctor.examine import examine, print_report, works, write_report
 
     require_file(json)
     console = make_console(stderr=json == "-")

@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 import fbclip
-from fbclip.runtime.live import Frame, Notice, Result, Sink
-from fbclip.runtime.pipeline import Pipeline
-from fbclip.runtime.sinks import SinkOptions, make_sinks
+from fbclip.runtime.live.pipeline import Pipeline
+from fbclip.runtime.live.records import Frame, Notice, Result, Sink
+from fbclip.runtime.live.sinks import SinkOptions, make_sinks
 
 ROUNDS, FRAMES, WARM_UP = 5, 60, 10
 SIZE = (1920, 1080)

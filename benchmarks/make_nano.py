@@ -51,10 +51,10 @@ def held_out(
     checkpoint: Path, seed: int, variety: float = VARIETY
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], float | None]:
     """Scores (N,) and labels (N,) of held-out images, and the pixel AUROC of their maps."""
-    from fbclip import checkpoint as checkpoints
     from fbclip.data.procedural import ProceduralDefects
-    from fbclip.export.backend import TorchBackend
     from fbclip.metrics import PixelMetrics
+    from fbclip.model import checkpoint as checkpoints
+    from fbclip.model.backend import TorchBackend
 
     data, pixels = ProceduralDefects(IMAGE_SIZE, HELD_OUT, seed, variety=variety), PixelMetrics()
     backend = TorchBackend(checkpoints.load(checkpoint, image_size=IMAGE_SIZE))

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.measure import label, regionprops
 
-from fbclip.image import upsampling_matrix
 from fbclip.metrics import PixelMetrics
+from fbclip.resample import upsampling_matrix
 
 SIZE, GRID, THRESHOLDS, LIMIT = 518, 37, 200, 0.3
 Pair = tuple[NDArray[np.uint8], NDArray[np.float32]]

@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from fbclip.images import read_image
 from fbclip.metrics import PixelMetrics, image_metrics
-from fbclip.reading import read_image
 from fbclip.runtime.predictor import Predictor
 
 DATA = Path(os.environ.get("FBCLIP_DATA", "../shared/data"))

@@ -27,15 +27,15 @@ import numpy as np
 from rich.console import Console
 from vit_large import generated_model
 
-from fbclip import checkpoint
 from fbclip.bundle import EMBEDDED, Bundle
-from fbclip.clip import ClipConfig, clip_config
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.parity import Proof
-from fbclip.export.quantize import DYNAMIC, Quantization
-from fbclip.model import FBCLIP, default_config
-from fbclip.runtime.bench import Options, bench, sample_frames
-from fbclip.runtime.bench_report import HEADINGS, NOTHING, remarks, rows, show
+from fbclip.export.precision.int8 import DYNAMIC, Quantization
+from fbclip.model import checkpoint
+from fbclip.model.network import FBCLIP, default_config
+from fbclip.model.towers import ClipConfig, clip_config
+from fbclip.runtime.bench.report import HEADINGS, NOTHING, remarks, rows, show
+from fbclip.runtime.bench.run import Options, bench, sample_frames
 
 RUNS = Path("runs/scenarios")
 RESULTS = Path(__file__).parent / "results"

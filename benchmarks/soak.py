@@ -31,10 +31,9 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from stream_faults import Camera, Proxy, filming
-
 import fbclip
-from fbclip.runtime.events import event_folders
+from fbclip.runtime.live.sinks.events import event_folders
+from helpers.stream_faults import Camera, Proxy, filming
 
 SAMPLES = Path(fbclip.__file__).parent / "assets" / "samples"
 SIZES = ((320, 240), (400, 300))

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fbclip.clip import ClipConfig, build_clip
 from fbclip.data.procedural import ProceduralDefects
-from fbclip.model import FBCLIP, default_config
-from fbclip.train import Execution, train
-from fbclip.training_step import Recipe
+from fbclip.model.network import FBCLIP, default_config
+from fbclip.model.towers import ClipConfig, build_clip
+from fbclip.training.loop import Execution, train
+from fbclip.training.step import Recipe
 
 VIT = {
     "embed_dim": 256,

@@ -32,17 +32,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vit_large import generated_clip, generated_model
 
-from fbclip import checkpoint
 from fbclip.bundle import DYNAMIC, EMBEDDED, Bundle
-from fbclip.clip import VisionTower, clip_config, linear
-from fbclip.export.backend import TorchBackend
-from fbclip.export.cpu import write_cpu_graph
 from fbclip.export.graph import DeployedModel, write_onnx
-from fbclip.export.quantize import Quantizer
+from fbclip.export.precision.int8 import Quantizer
+from fbclip.export.variants import write_cpu_graph
 from fbclip.files import sha256, write_text
-from fbclip.image import resize
-from fbclip.model import FBCLIP, default_config
-from fbclip.reading import read_image
+from fbclip.images import read_image
+from fbclip.model import checkpoint
+from fbclip.model.backend import TorchBackend
+from fbclip.model.network import FBCLIP, default_config
+from fbclip.model.towers import VisionTower, clip_config, linear
+from fbclip.resample import resize
 from fbclip.runtime.backends import Backend, OnnxRuntimeBackend
 
 RESULTS = Path(__file__).parent / "results/tradeoffs.json"

@@ -32,20 +32,19 @@ from numpy.typing import NDArray
 from open_clip import CLIP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import golden
-
-from fbclip import reference
 from fbclip.bundle import DYNAMIC, IMAGE, STATIC, TEXT, Bundle
-from fbclip.clip import ClipConfig, build_clip, clip_config
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.check import check_graph
 from fbclip.export.graph import OPSET
 from fbclip.export.parity import Proof
-from fbclip.export.quantize import Quantizer
-from fbclip.export.stages import compare_stages
-from fbclip.image import upsampling_matrix
-from fbclip.model import FBCLIP, HEAD_WIDTH, HEADS, Config, default_config
+from fbclip.export.precision.int8 import Quantizer
+from fbclip.export.precision.stages import compare_stages
+from fbclip.model import reference
+from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS, Config, default_config
+from fbclip.model.towers import ClipConfig, build_clip, clip_config
+from fbclip.resample import upsampling_matrix
 from fbclip.runtime.backends import UNWANTED_FUSIONS, OnnxRuntimeBackend
+from helpers import golden
 
 PRODUCT = (1370, 1024, 4096)  # of the rate: the first of a block's two largest
 ROUNDS = 5

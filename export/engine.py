@@ -20,7 +20,7 @@ from fbclip.engines import Engine, EngineOptions
 from fbclip.errors import DeviceError, FBClipError, UsageError
 from fbclip.files import replacing, require_writable, write_text
 from fbclip.runtime.backends import resolve_precision
-from fbclip.runtime.gpu import Gpu
+from fbclip.runtime.backends.cuda import Gpu
 from fbclip.terminal import say
 
 MIB = 2**20

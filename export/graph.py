@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.onnx import ONNXProgram
 
 from fbclip.bundle import ANOMALY_MAP, BATCH_AXIS, IMAGE, SCORE, TEXT
-from fbclip.image import bicubic_matrices, upsampling_matrix, width_first
-from fbclip.model import FBCLIP, Visual
+from fbclip.model.network import FBCLIP, Visual
+from fbclip.resample import bicubic_matrices, upsampling_matrix, width_first
 
 OPSET = 18
 MASK, VIEWS, SEPARATION, SCORES = "foreground mask", "views", "separation", "scores"  # stages behind the blocks

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from fbclip.data.dataset import Dataset
 from fbclip.data.layouts import open_dataset
 from fbclip.errors import ImageError, ParityError, UsageError
-from fbclip.export.stages import Stage, first_diverging
-from fbclip.image import bilinear_matrix, resize
+from fbclip.export.precision.stages import Stage, first_diverging
+from fbclip.images import read_image
 from fbclip.metrics import image_metrics
-from fbclip.reading import read_image
+from fbclip.resample import bilinear_matrix, resize
 from fbclip.runtime.backends import Backend, require_probabilities
 from fbclip.runtime.images import list_images
 

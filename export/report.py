@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fbclip.export.parity import Parity, Proof, Reference, thumbnail
-from fbclip.image import resize
+from fbclip.resample import resize
 from fbclip.terminal import say
 
 SHOWN = 4  # images of the picture

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from fbclip.reading import SUFFIXES
+from fbclip.images import SUFFIXES
 from fbclip.terminal import printable
 
 MAX_DEPTH = 64  # folders within folders

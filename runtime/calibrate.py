@@ -21,7 +21,7 @@ from rich.progress import track
 from fbclip.bundle import EMBEDDED, SUFFIX, Bundle, checked_name
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.files import new_folder, require_writable
-from fbclip.reading import SUFFIXES
+from fbclip.images import SUFFIXES
 from fbclip.runtime.calibration import (
     MOST_IMAGES,
     Calibration,
@@ -33,9 +33,9 @@ from fbclip.runtime.calibration import (
 )
 from fbclip.runtime.histogram import write_histogram
 from fbclip.runtime.images import list_images
+from fbclip.runtime.live.sources import CaptureOptions, Source, open_source
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED
-from fbclip.runtime.sources import CaptureOptions, Source, open_source
 
 USUAL_RATE, USUAL_COUNT = 0.01, 99  # of false alarms where none is asked for, and the images that it needs
 GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in the first colour

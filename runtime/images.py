@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fbclip.errors import UsageError
 from fbclip.folders import images_below, what_was_left_out
-from fbclip.reading import SUFFIXES
-from fbclip.runtime.addresses import shown
+from fbclip.images import SUFFIXES
+from fbclip.runtime.live.addresses import shown
 from fbclip.terminal import printable
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from fbclip.bundle import EMBEDDED, Bundle
 from fbclip.errors import ImageError, UsageError
-from fbclip.image import in_order, resize
-from fbclip.reading import read_image, to_rgb
+from fbclip.images import read_image, to_rgb
+from fbclip.resample import in_order, resize
 from fbclip.runtime.backends import make_backend, require_probabilities
 from fbclip.runtime.calibration import Calibration, calibrated_bundles, checked_threshold
 from fbclip.runtime.draw import draw_overlay

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import ImageError, UsageError
-from fbclip.reading import read_mask
+from fbclip.images import read_mask
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import golden
 import pytest
 from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 
-STANDIN = Path(__file__).parent / "standin"
+from helpers import golden
+
+STANDIN = Path(__file__).parent / "helpers" / "standin"
 RELEASES = ("10.3.0", "10.16.1", "11.4.0")  # of TensorRT, whose interfaces are recorded
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -121,7 +122,7 @@ def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The stand-ins of each release in turn, and the real packages on a machine that has them and a GPU."""
     if request.param == "real":
         from fbclip.errors import DeviceError
-        from fbclip.runtime.gpu import Gpu
+        from fbclip.runtime.backends.cuda import Gpu
 
         try:
             Gpu().close()

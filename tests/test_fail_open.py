@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,29 +18,29 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Run
-from delivered import drawn_verdict
 from numpy.typing import NDArray
 from PIL import Image
-from serving import GOOD, SCRATCH, running, until
-from stream_faults import Camera, filming
-from test_pipeline import PATIENT, Background, Frames, Memory
-from tiny import tiny_bundle
-from waiting import eventually
 
 import fbclip
 from fbclip import Predictor
 from fbclip.errors import FBClipError, ImageError
 from fbclip.export.parity import Proof, run_reference
-from fbclip.image import resize
+from fbclip.resample import resize
 from fbclip.runtime.backends import require_probabilities
-from fbclip.runtime.decisions import Decider, Vote
-from fbclip.runtime.live import Frame, Notice
-from fbclip.runtime.live_infer import insist_on_all, status_text
-from fbclip.runtime.pipeline import LOST_S, Pipeline
+from fbclip.runtime.live.alarm import Decider, Vote
+from fbclip.runtime.live.pipeline import LOST_S, Pipeline
+from fbclip.runtime.live.records import Frame, Notice
+from fbclip.runtime.live.run import insist_on_all, status_text
+from fbclip.runtime.live.sources import open_source
 from fbclip.runtime.predictor import Prediction
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
-from fbclip.runtime.sources import open_source
+from helpers.delivered import drawn_verdict
+from helpers.live import PATIENT, Background, Frames, Memory
+from helpers.serving import GOOD, SCRATCH, running, until
+from helpers.stream_faults import Camera, filming
+from helpers.tiny import tiny_bundle
+from helpers.waiting import eventually
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_nothing_is_learned_or_measured_of_it(
 
 
 def test_a_run_ends_and_its_sinks_have_no_result(nan_bundle: Path) -> None:
-    image = np.asarray(fbclip.reading.read_image(SCRATCH))
+    image = np.asarray(fbclip.images.read_image(SCRATCH))
     for live in (False, True):
         sink = Memory()
         with pytest.raises(FBClipError, match="nan for pictures#0"):
@@ -351,10 +352,11 @@ def test_every_json_that_is_written_refuses_nan() -> None:
     """NaN is no JSON: what reads it elsewhere fails, or takes it for something else."""
     package = Path(fbclip.__file__).parent
     found = 0
-    for path in sorted(path for part in (".", "runtime", "export", "data") for path in (package / part).glob("*.py")):
+    files = [Path(folder, name) for folder, _, names in os.walk(package, followlinks=True) for name in names]
+    for path in (file for file in files if file.suffix == ".py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
-                assert "allow_nan=False" in ast.unparse(node), f"{path.name}: {ast.unparse(node)}"
+                assert "allow_nan=False" in ast.unparse(node), f"{path}: {ast.unparse(node)}"
                 found += 1
     assert found > 20
     with pytest.raises(ValueError, match="not JSON compliant"):

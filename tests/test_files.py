@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disks import largest_file, read_only, tiny_disk
 from PIL import Image
 
 from fbclip import files
 from fbclip.errors import FBClipError, UsageError
 from fbclip.files import new_folder, new_run, replacing, require_file, require_writable, sweep, write_error, write_text
+from helpers.disks import largest_file, read_only, tiny_disk
 
 
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:

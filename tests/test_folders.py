@@ -15,7 +15,7 @@ from PIL import Image
 
 from fbclip.errors import ImageError, UsageError
 from fbclip.folders import MAX_DEPTH, images_below, locate, walk
-from fbclip.reading import read_image
+from fbclip.images import read_image
 from fbclip.runtime.images import list_images
 from fbclip.terminal import printable
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import fuzz
 import pytest
+
+from helpers import fuzz
 
 COUNTS = {"pictures": 3000, "tables": 1000, "manifests": 1000, "streams": 400, "bodies": 400}
 

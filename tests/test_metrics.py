@@ -6,7 +6,6 @@ from dataclasses import astuple
 from fractions import Fraction
 from itertools import pairwise
 
-import golden
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +15,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from fbclip.errors import FBClipError
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
+from helpers import golden
 
 TIED = np.array([0, 1e-12, 2**-33, 0.002, 0.25, 0.5, np.nextafter(np.float32(0.5), 1), 1], np.float32)
 fast = settings(deadline=None, max_examples=40)

@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 import typer
 from conftest import Run
-from disks import tiny_disk
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
-from waiting import eventually
 
 from fbclip.cli import app
-from fbclip.cli_common import make_console
+from fbclip.commands.options import make_console
 from fbclip.errors import UsageError
-from fbclip.runtime.infer import _names
-from fbclip.runtime.lines import LineFile
+from fbclip.runtime.live.sinks.lines import LineFile
+from fbclip.runtime.live.stills import _names
 from fbclip.terminal import cell, printable, say
+from helpers.disks import tiny_disk
+from helpers.waiting import eventually
 
 COMMAND = Path(sys.executable).with_name("fbclip")
 CONSOLES = {

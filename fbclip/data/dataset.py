@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fbclip.errors import UsageError
-from fbclip.image import resize
-from fbclip.reading import read_image, union_of_masks
+from fbclip.images import read_image, union_of_masks
+from fbclip.resample import resize
 
 GOOD = "good"
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from rich.text import Text
 from fbclip.data.dataset import Dataset, Item, file_digest, parallel_map
 from fbclip.errors import ImageError
 from fbclip.files import write_text
-from fbclip.reading import more_pages, read_image, union_of_masks
+from fbclip.images import more_pages, read_image, union_of_masks
 from fbclip.terminal import printable
 
 SHAPE_TOLERANCE = 0.02  # relative difference of aspect ratios that rounding to whole pixels explains

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from fbclip.folders import plain
-from fbclip.reading import SUFFIXES
+from fbclip.images import SUFFIXES
 
 Named = tuple[Path, str]  # a file, and its path below its folder without suffix, each part `plain`, with "/" between
 

@@ -16,7 +16,7 @@ from fbclip.data.dataset import GOOD, Item, parallel_map
 from fbclip.data.pairing import Named, named, pair
 from fbclip.errors import ImageError
 from fbclip.folders import images_below, is_hidden, plain
-from fbclip.reading import read_mask
+from fbclip.images import read_mask
 
 GOOD_KINDS = ("good", "ok", "normal")  # folders of the MVTec tree; BTAD says ok
 

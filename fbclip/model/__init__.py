@@ -1,0 +1,1 @@
+"""CLIP, the network on it, and its checkpoints. Needs torch."""

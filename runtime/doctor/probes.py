@@ -1,0 +1,199 @@
+"""What `fbclip doctor` tries in processes of their own: a library that crashes, hangs or exits takes only its probe along.
+
+A probe takes text arguments and returns plain values; `main` writes them as JSON. Imports are inside the probes,
+because they are what is being tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+Values = dict[str, Any]
+
+
+def package(name: str) -> Values:
+    """Import a module: its version, or that of the package around it, and its place."""
+    module = import_module(name)
+    around = import_module(name.rpartition(".")[0] or name)
+    version = getattr(module, "__version__", getattr(around, "__version__", ""))
+    return {"version": str(version), "place": str(Path(str(module.__file__)).parent)}
+
+
+def onnxruntime() -> Values:
+    """ONNX Runtime's version, and the providers it was built with."""
+    ort = import_module("onnxruntime")
+    return {"version": ort.__version__, "providers": ort.get_available_providers()}
+
+
+def provider(name: str) -> Values:
+    """Create a session of the embedded graph on a provider: what the session really got."""
+    ort = import_module("onnxruntime")
+    from fbclip.bundle import Bundle
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(Bundle.load().graph("fp32"), options, providers=[name])
+    return {"got": session.get_providers()[0]}
+
+
+def tensorrt() -> Values:
+    """TensorRT's version, and whether its builder starts, which needs a working GPU."""
+    trt = import_module("tensorrt")
+    found: Values = {"version": trt.__version__, "builder": "starts"}
+    try:
+        if not trt.Builder(trt.Logger(trt.Logger.ERROR)):
+            found["builder"] = "does not start"
+    except Exception as error:
+        found["builder"] = f"does not start: {reason(error)}"
+    return found
+
+
+def pycuda() -> Values:
+    """PyCUDA's version, and the devices it sees."""
+    version = getattr(import_module("pycuda"), "VERSION_TEXT", "version unknown")
+    cuda = import_module("pycuda.driver")
+    cuda.init()
+    devices = [cuda.Device(i) for i in range(cuda.Device.count())]
+    return {
+        "version": version,
+        "cuda": ".".join(map(str, cuda.get_version())),
+        "devices": [
+            {
+                "name": device.name(),
+                "compute_capability": ".".join(map(str, device.compute_capability())),
+                "memory_mb": device.total_memory() >> 20,
+            }
+            for device in devices
+        ],
+    }
+
+
+def opencv() -> Values:
+    """OpenCV's version, and which of the video backends that matter here are in it."""
+    cv2 = import_module("cv2")
+    registry = cv2.videoio_registry
+    registered = {
+        registry.getBackendName(backend) for backend in registry.getBackends() if registry.hasBackend(backend)
+    }
+    built = dict(re.findall(r"^\s*(FFMPEG|GStreamer|v4l/v4l2):\s+(\w+)", cv2.getBuildInformation(), re.MULTILINE))
+    places = {"V4L2": "v4l/v4l2", "GSTREAMER": "GStreamer", "FFMPEG": "FFMPEG"}
+    return {
+        "version": cv2.__version__,
+        "backends": [name for name, key in places.items() if name in registered or built.get(key) == "YES"],
+    }
+
+
+def bundle(path: str) -> Values:
+    """Load a bundle ("" is the embedded one) and check the hash of every graph."""
+    from fbclip.bundle import GRAPHS, Bundle
+
+    loaded = Bundle.load(path or None)
+    manifest = loaded.manifest
+    for precision in manifest.precisions:
+        loaded.graph(precision)
+    parts = [loaded.path / name for name in manifest.files]
+    return {
+        "path": str(loaded.path),
+        "name": loaded.name,
+        "image_size": manifest.image_size,
+        "opset": manifest.opset,
+        "precisions": {
+            p: sum(f.stat().st_size for f in parts if f.name.startswith(GRAPHS[p])) for p in manifest.precisions
+        },
+    }
+
+
+def plans(path: str) -> Values:
+    """TensorRT plans of a bundle by name: what each was built for, and why it does not run here, if so.
+
+    `here` is None where TensorRT or the GPU can't be used.
+    """
+    from fbclip.bundle import Bundle
+    from fbclip.engines import Engine
+    from fbclip.errors import FBClipError
+    from fbclip.runtime.backends.cuda import Gpu
+
+    loaded = Bundle.load(path or None)
+    try:
+        here = Gpu().platform
+    except FBClipError:
+        here = None
+    found: Values = {}
+    for plan in sorted(loaded.engines.glob("*.plan")):
+        try:
+            engine = Engine.load(plan.with_suffix(".json"))
+            refusal = here and engine.mismatch(here, loaded.graph_sha256(engine.precision))
+            found[plan.name] = {"built_for": str(engine.platform), "precision": engine.precision, "refusal": refusal}
+        except FBClipError as error:
+            found[plan.name] = {"refusal": str(error)}
+    return {"here": here and str(here), "plans": found}
+
+
+def inference(path: str, device: str = "auto", precision: str = "auto") -> Values:
+    """Score a sample image at the size that the bundle takes, and measure the memory that it took."""
+    from fbclip.images import read_image
+    from fbclip.resample import resize
+    from fbclip.runtime.images import list_images
+    from fbclip.runtime.predictor import Predictor
+
+    predictor = Predictor(path or None, device, precision)
+    frame = resize(read_image(list_images([])[0]), predictor.bundle.manifest.input_size)
+    prediction = predictor(frame)
+    if predictor.launches:  # on TensorRT: replay is tried when each of its two slots has run once
+        predictor(frame)
+        prediction = predictor(frame)
+    return {
+        "launches": predictor.launches,
+        "device": predictor.backend.device,
+        "precision": predictor.precision,
+        "score": prediction.score,
+        "model_ms": prediction.timings_ms["model"],
+        "peak_mb": peak_mb(),
+    }
+
+
+def peak_mb() -> int | None:
+    """The most memory this process has held, in MiB; None where the kernel doesn't tell."""
+    # getrusage would count the parent's memory too, from before exec
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) >> 10 if found else None
+
+
+def reason(error: BaseException) -> str:
+    """An exception as one line: ours as it is, others with their type and their first line that has words."""
+    if type(error).__module__ == "fbclip.errors":
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+PROBES: dict[str, Callable[..., Values]] = {
+    probe.__name__: probe
+    for probe in (package, onnxruntime, provider, tensorrt, pycuda, opencv, bundle, plans, inference)
+}
+
+
+def main(name: str, *arguments: str) -> None:
+    """Run a probe and write {"found": …} or {"error": …, "missing": …} as JSON to standard output, where nothing else gets.
+
+    `missing` is the module that could not be found, if that was the error.
+    """
+    output = os.dup(1)
+    os.dup2(2, 1)  # libraries print to standard output, natively too
+    try:
+        answer: Values = {"found": PROBES[name](*arguments)}
+    except BaseException as error:  # an import may call sys.exit
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        answer = {"error": reason(error), "missing": missing}
+    with os.fdopen(output, "w") as file:
+        file.write(json.dumps(answer, allow_nan=False))
+    sys.stderr.flush()
+    os._exit(0)  # without the libraries' own clean-up, which is where broken drivers crash

@@ -1,0 +1,1 @@
+"""Metrics over data sets, and their reports."""

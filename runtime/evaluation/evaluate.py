@@ -1,0 +1,363 @@
+"""`fbclip eval`: a backend over the test splits of data sets. Needs no torch: a device can judge its own bundle."""
+
+from __future__ import annotations
+
+import heapq
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from fbclip.bundle import Bundle
+from fbclip.data.dataset import Dataset, Item, Sample, Samples, parallel_map
+from fbclip.data.holdout import Seen
+from fbclip.errors import BundleError, ImageError, UsageError
+from fbclip.files import sha256
+from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
+from fbclip.resample import in_order
+from fbclip.runtime.backends import Backend, require_probabilities
+from fbclip.runtime.predictor import Prediction, Predictor, find_evidence
+from fbclip.runtime.sight import EXPLAINED, find_blindness
+from fbclip.terminal import say
+
+VALUES = (
+    "image_auroc",
+    "image_ap",
+    "image_f1_max",
+    "pixel_auroc",
+    "pixel_ap",
+    "pixel_f1_max",
+    *(f"aupro_{limit:g}" for limit in PRO_LIMITS),
+)
+Read = tuple[Item, Sample | ImageError]
+PICTURES = 4  # of each kind and class
+PICTURE_SIDE = 320  # pixels of each panel
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        backend: that runs it.
+        image_size: side S of its input in pixels; maps and masks are compared at this size (spec, section 1).
+        mean, std: of its normalisation.
+        threshold: scores from here on count as anomalous.
+        threshold_from: where that comes from, one line for a person.
+        description: plain values for the stamp: kind, name, sha256, device, precision and what shapes the figures.
+        package: the one that runs it: "onnxruntime", "tensorrt" or "torch".
+        channel_order: of the backend's images, "rgb" or "bgr".
+        map_threshold, map_scale: as in a `Predictor`.
+        seen: images that the model was trained on; None where that is not recorded.
+    """
+
+    backend: Backend
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    threshold: float
+    threshold_from: str
+    description: Mapping[str, Any]
+    package: str
+    channel_order: str = "rgb"
+    map_threshold: float | None = None
+    map_scale: tuple[float, float] = (0.0, 1.0)
+    seen: Seen | None = None
+
+
+def bundle_subject(
+    path: Path | None, device: str, precision: str, threshold: float | None = None, batch_size: int = 1
+) -> Subject:
+    """A deployed bundle, the embedded one without a path, for that many images at once.
+
+    Its threshold and heat maps are those of a `Predictor` with these arguments.
+
+    Raises:
+        BundleError, DeviceError, UsageError: as `Predictor`; a bundle of whole frames, since data sets have images of
+            any size.
+    """
+    bundle = Bundle.load(path)
+    manifest = bundle.manifest
+    if manifest.frame_size is not None:
+        raise BundleError(
+            f"evaluation takes images of any size; {bundle.path} takes {manifest.frame_size[0]}x{manifest.frame_size[1]} "
+            f"only: evaluate the same checkpoint exported without --frame-size"
+        )
+    recorded = manifest.provenance.get("seen")
+    seen = None if recorded is None else Seen.from_dict(recorded, bundle.path)
+    predictor = Predictor(bundle, device, precision, threshold, batch_size=batch_size)
+    description = {
+        "kind": "bundle",
+        "name": manifest.name,
+        "sha256": sha256(bundle.path / "manifest.json"),  # which holds the hash of every other file
+        "device": predictor.backend.device,
+        "precision": predictor.precision,
+        "feature_layers": list(manifest.feature_layers),
+        "prompts": list(manifest.prompts),
+    }
+    return Subject(
+        predictor.backend,
+        manifest.image_size,
+        manifest.mean,
+        manifest.std,
+        predictor.threshold,
+        predictor.explain_threshold(),
+        description,
+        "tensorrt" if device == "tensorrt" else "onnxruntime",
+        manifest.channel_order,
+        predictor.map_threshold,
+        predictor.map_scale,
+        seen,
+    )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One image of the test split and its score."""
+
+    item: Item
+    score: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image for the report: photograph, mask and overlay side by side, as JPEG."""
+
+    scored: Scored
+    jpeg: bytes
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class of a data set.
+
+    Attributes:
+        name: of the class.
+        scores: its images that could be read, in the data set's order.
+        image, pixel: the metrics.
+        undefined: why metrics are missing, one line each.
+        pictures: by "best" (defects with the highest scores), "worst" (good images with the highest scores) and
+            "missed" (defects below the threshold, the lowest first).
+    """
+
+    name: str
+    scores: tuple[Scored, ...]
+    image: Metrics
+    pixel: Metrics
+    undefined: tuple[str, ...]
+    pictures: Mapping[str, tuple[Picture, ...]] = field(repr=False)
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """The figures by their names in `VALUES`, None where undefined."""
+        image, pixel = ((m.auroc, m.ap, m.f1_max) for m in (self.image, self.pixel))
+        return dict(zip(VALUES, (*image, *pixel, *(self.pixel.aupro[limit] for limit in PRO_LIMITS)), strict=True))
+
+
+@dataclass(frozen=True)
+class DataResult:
+    """All evaluated classes of a data set."""
+
+    data: Dataset
+    classes: tuple[ClassResult, ...]
+
+    @property
+    def mean(self) -> dict[str, float | None]:
+        """Over the classes where a value is defined."""
+        columns = {name: [c.values[name] for c in self.classes] for name in VALUES}
+        defined = {name: [v for v in column if v is not None] for name, column in columns.items()}
+        return {name: float(np.mean(column)) if column else None for name, column in defined.items()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        results: of each data set, its finished classes.
+        skipped: the images that could not be read, with the reason.
+        complete: not interrupted before the last class was finished.
+    """
+
+    subject: Subject
+    results: tuple[DataResult, ...]
+    skipped: tuple[tuple[Item, str], ...]
+    complete: bool = True
+
+
+def to_evaluate(data: Dataset, classes: tuple[str, ...] | None) -> Dataset:
+    """The test images of a data set, of all classes or those named.
+
+    Raises:
+        UsageError: a class that is not there, or no test image.
+    """
+    if unknown := set(classes or ()) - set(data.classes):
+        raise UsageError(f"--classes names classes of {data.root}: {', '.join(data.classes)}; got {sorted(unknown)[0]}")
+    test = data.select("test")
+    if classes:
+        test = replace(test, items=tuple(item for item in test.items if item.class_name in classes))
+    if not test.items:
+        raise UsageError(f"evaluation needs test images; {data.root} ({data.layout}) has none for these classes")
+    return test
+
+
+def evaluate(subject: Subject, tests: list[Dataset], batch_size: int, console: Console) -> Evaluation:
+    """Run every image of the test splits once; files that can't be read are reported and left out.
+
+    Ctrl-C ends it with the classes that are finished; it is raised again only where there is none.
+
+    Args:
+        tests: as `to_evaluate` gives them.
+        batch_size: images per call of the backend.
+    """
+    skipped: list[tuple[Item, str]] = []
+    results: list[DataResult] = []
+    complete = True
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for test in tests:
+            task = progress.add_task(test.name, total=len(test.items))
+            classes: list[ClassResult] = []
+            try:
+                for name in test.classes:
+                    one = _Class(name, test.select(class_name=name).items, subject)
+                    for batch in _batches(_load(one.items, subject.image_size), batch_size):
+                        refused = one.run(batch)
+                        skipped += [(item, str(error)) for item, error in refused]
+                        for text in [f"skipped: {error}" for _, error in refused] + _unusable(batch):
+                            say(console, text, "yellow")
+                        progress.advance(task, len(batch))
+                    classes.append(one.result())
+            except KeyboardInterrupt:
+                complete = False
+            if classes:
+                results.append(DataResult(test, tuple(classes)))
+            if not complete:
+                break
+    if not results:
+        raise KeyboardInterrupt
+    return Evaluation(subject, tuple(results), tuple(skipped), complete)
+
+
+def _load(items: tuple[Item, ...], image_size: int) -> Iterator[Read]:
+    """Samples in order, read by threads a little ahead of their use."""
+    samples = Samples(items, image_size)
+
+    def read(index: int) -> Read:
+        try:
+            return items[index], samples[index]
+        except ImageError as error:
+            return items[index], error
+
+    return parallel_map(read, range(len(items)))
+
+
+def _unusable(batch: list[Read]) -> list[str]:
+    """A line for each image of a batch that shows nothing; a data set's figures are of all its images."""
+    found = [(item, find_blindness(sample.image[None])) for item, sample in batch if isinstance(sample, Sample)]
+    return [f"{item.image} is {EXPLAINED[why]}; it counts in the figures" for item, why in found if why]
+
+
+def _batches(samples: Iterator[Read], size: int) -> Iterator[list[Read]]:
+    while batch := list(islice(samples, size)):
+        yield batch
+
+
+class _Class:
+    """One class in the making: scores, pixel counters and the few pictures worth keeping."""
+
+    def __init__(self, name: str, items: tuple[Item, ...], subject: Subject) -> None:
+        self.name, self.items, self.subject = name, items, subject
+        self.scores: list[Scored] = []
+        self.pixels = PixelMetrics()
+        self.unmarked = sum(bool(item.label) and item.mask is None for item in items)
+        self.pictures: dict[str, list[tuple[float, int, Picture]]] = {"best": [], "worst": [], "missed": []}
+        self.order = count()
+
+    def run(self, batch: list[Read]) -> list[tuple[Item, ImageError]]:
+        """Score what could be read of a batch; returns the rest."""
+        good = [(item, sample) for item, sample in batch if isinstance(sample, Sample)]
+        if good:
+            images = in_order(np.stack([sample.image for _, sample in good]), self.subject.channel_order)
+            scores, maps = self.subject.backend.run(images)
+            require_probabilities(scores, maps, [item.image for item, _ in good])
+            for (item, sample), score, anomaly_map in zip(good, scores, maps, strict=True):
+                self.add(item, sample, float(score), anomaly_map)
+        return [(item, error) for item, error in batch if isinstance(error, ImageError)]
+
+    def add(self, item: Item, sample: Sample, score: float, anomaly_map: NDArray[np.float32]) -> None:
+        scored = Scored(item, score)
+        self.scores.append(scored)
+        if not self.unmarked and sample.mask is not None:
+            self.pixels.add(sample.mask, anomaly_map)
+        if not item.label:
+            self._keep("worst", score, scored, sample, anomaly_map)
+        else:
+            self._keep("best", score, scored, sample, anomaly_map)
+            if score < self.subject.threshold:
+                self._keep("missed", -score, scored, sample, anomaly_map)
+
+    def _keep(self, kind: str, rank: float, scored: Scored, sample: Sample, anomaly_map: NDArray[np.float32]) -> None:
+        """Draw the picture if it is among the first of its kind so far."""
+        kept = self.pictures[kind]
+        if len(kept) == PICTURES and rank <= kept[0][0]:
+            return
+        picture = Picture(scored, _panels(scored, sample, anomaly_map, self.subject))
+        heapq.heappush(kept, (rank, -next(self.order), picture))
+        if len(kept) > PICTURES:
+            heapq.heappop(kept)
+
+    def result(self) -> ClassResult:
+        labels = [scored.item.label for scored in self.scores]
+        image = image_metrics(labels, [scored.score for scored in self.scores])
+        pixel = self.pixels.metrics()
+        reasons = []
+        if image.auroc is None:
+            reasons.append(f"image metrics need good and defective images; {self.name} has {_kinds(labels)}")
+        if self.unmarked:
+            reasons.append(f"pixel metrics need masks; {self.unmarked} defective images of {self.name} have none")
+        elif pixel.auroc is None:
+            reasons.append(f"pixel metrics need good and defective pixels; {self.name} has only one kind")
+        pictures = {
+            kind: tuple(picture for _, _, picture in sorted(kept, reverse=True, key=lambda entry: entry[:2]))
+            for kind, kept in self.pictures.items()
+        }
+        return ClassResult(self.name, tuple(self.scores), image, pixel, tuple(reasons), pictures)
+
+
+def _kinds(labels: list[int]) -> str:
+    return f"{labels.count(0)} good and {len(labels) - labels.count(0)} defective"
+
+
+def _panels(scored: Scored, sample: Sample, anomaly_map: NDArray[np.float32], subject: Subject) -> bytes:
+    """Photograph, mask (black where nobody marked anything) and overlay, square as the model sees them, as JPEG."""
+    mask = np.zeros(anomaly_map.shape, np.uint8) if sample.mask is None else sample.mask * np.uint8(255)
+    panels = (sample.image, np.repeat(mask[..., None], 3, axis=2), anomaly_map)
+    size = (PICTURE_SIDE, PICTURE_SIDE)
+    photograph, marked, shrunk = (cv2.resize(panel, size, interpolation=cv2.INTER_AREA) for panel in panels)
+    heat: NDArray[np.float32] = shrunk.astype(np.float32)
+    marked_from = subject.threshold if subject.map_threshold is None else subject.map_threshold
+    regions, _ = find_evidence(heat, None, scored.score >= subject.threshold, marked_from)
+    overlay = Prediction(
+        scored.score,
+        subject.threshold,
+        heat,
+        heat,
+        regions,
+        {},
+        photograph.astype(np.uint8),
+        subject.map_scale,
+    ).overlay()
+    bar = ((len(overlay) - PICTURE_SIDE, 0), (0, 0), (0, 0))  # the overlay's has the verdict
+    row = [np.pad(panel, bar, constant_values=128) for panel in (photograph, marked)]
+    data = io.BytesIO()
+    Image.fromarray(np.hstack([*row, overlay]).astype(np.uint8)).save(data, "JPEG", quality=85)
+    return data.getvalue()

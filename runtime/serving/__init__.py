@@ -1,0 +1,1 @@
+"""A page to watch, and predictions over HTTP."""

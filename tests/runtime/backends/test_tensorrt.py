@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import RELEASES, Run
+from numpy.typing import NDArray
+from rich.console import Console
+
+from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.engines import EngineOptions
+from fbclip.errors import DeviceError, UsageError
+from fbclip.export.engine import build_engine
+from fbclip.runtime.backends import OnnxRuntimeBackend, provider_options
+from fbclip.runtime.backends.tensorrt import TensorRTBackend
+
+IMAGES = np.random.default_rng(0).integers(0, 255, (8, 192, 192, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    bundle = Bundle.load()
+    return OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text).run(IMAGES)
+
+
+def with_engine(folder: Path) -> Bundle:
+    bundle = Bundle.load(shutil.copytree(EMBEDDED, folder / "b.fbclip"))
+    build_engine(bundle, "fp32", EngineOptions((1, 1, 3)), Console(quiet=True))
+    return bundle
+
+
+@pytest.fixture
+def bundle(tensorrt: str, tmp_path: Path) -> Bundle:
+    return with_engine(tmp_path)
+
+
+@pytest.fixture
+def backend(bundle: Bundle) -> Iterator[TensorRTBackend]:
+    with TensorRTBackend(bundle, "fp32") as made:
+        yield made
+
+
+def agree(
+    results: tuple[NDArray[np.float32], NDArray[np.float32]],
+    expected: tuple[NDArray[np.float32], NDArray[np.float32]],
+    rows: slice,
+    tensorrt: str,
+) -> None:
+    within = 1e-6 if tensorrt in RELEASES else 1e-4
+    for found, wanted in zip(results, expected, strict=True):
+        assert found.shape == wanted[rows].shape
+        assert np.abs(found - wanted[rows]).max() <= within
+
+
+def test_any_batch_in_any_order(
+    tensorrt: str, backend: TensorRTBackend, expected: tuple[NDArray[np.float32], NDArray[np.float32]]
+) -> None:
+    """Repeated shapes are replayed, new ones enqueued; both slots see all of it."""
+    for start, count in ((0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2), (4, 2), (7, 1), (5, 3)):
+        agree(backend.run(IMAGES[start : start + count]), expected, slice(start, start + count), tensorrt)
+    assert backend.launches == "CUDA graph"
+
+
+def test_two_batches_in_flight(
+    tensorrt: str, backend: TensorRTBackend, expected: tuple[NDArray[np.float32], NDArray[np.float32]]
+) -> None:
+    frame = np.empty_like(IMAGES[:1])
+    for number in range(len(IMAGES)):
+        frame[:] = IMAGES[number]  # as a camera that reuses its buffer
+        backend.submit(frame)
+        if number:
+            agree(backend.collect(), expected, slice(number - 1, number), tensorrt)
+    with pytest.raises(RuntimeError, match="before run"):
+        backend.run(frame)
+    agree(backend.collect(), expected, slice(len(IMAGES) - 1, None), tensorrt)
+    with pytest.raises(RuntimeError, match="needs a submitted batch"):
+        backend.collect()
+
+
+def test_no_third_batch_in_flight(backend: TensorRTBackend) -> None:
+    backend.submit(IMAGES[:1])
+    backend.submit(IMAGES[:1])
+    with pytest.raises(RuntimeError, match="2 batches are in flight"):
+        backend.submit(IMAGES[:1])
+
+
+def test_results_are_the_callers(backend: TensorRTBackend) -> None:
+    scores, maps = backend.run(IMAGES[:1])
+    kept = scores.copy(), maps.copy()
+    backend.run(IMAGES[1:2])
+    backend.run(IMAGES[2:3])
+    backend.close()
+    assert (scores == kept[0]).all()
+    assert (maps == kept[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (IMAGES[:4], "takes 1 to 3 images at once, not 4"),
+        (IMAGES[:0], "takes 1 to 3 images at once, not 0"),
+        (IMAGES[:1, 1:], r"uint8 \(B, 192, 192, 3\)"),
+        (IMAGES[:1].astype(np.float32), "got float32"),
+    ],
+)
+def test_images_that_do_not_fit(backend: TensorRTBackend, images: NDArray[np.uint8], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        backend.run(images)
+    assert backend.run(IMAGES[:1])[0].shape == (1,)  # it is as it was
+
+
+def test_a_worker_thread_uses_it(
+    tensorrt: str, bundle: Bundle, expected: tuple[NDArray[np.float32], NDArray[np.float32]]
+) -> None:
+    backend = TensorRTBackend(bundle, "fp32")
+    found = []
+
+    def work() -> None:
+        found.extend(backend.run(IMAGES[n : n + 1]) for n in range(3))
+        backend.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    for number, results in enumerate(found):
+        agree(results, expected, slice(number, number + 1), tensorrt)
+    assert len(found) == 3
+
+
+def test_closed_is_closed(backend: TensorRTBackend, bundle: Bundle) -> None:
+    backend.submit(IMAGES[:1])
+    backend.close()
+    backend.close()
+    with pytest.raises(DeviceError, match="closed"):
+        backend.collect()
+    with pytest.raises(DeviceError, match="closed"):
+        backend.run(IMAGES[:1])
+    with TensorRTBackend(bundle, "fp32") as another:
+        assert another.run(IMAGES[:1])[0].shape == (1,)
+
+
+def test_without_cuda_bindings(
+    standin: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    expected: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> None:
+    monkeypatch.setenv("STANDIN_NO_CUDA_BINDINGS", "1")
+    with TensorRTBackend(with_engine(tmp_path), "fp32") as backend:
+        assert backend.launches == "enqueue (cuda-bindings is not installed)"
+        for number in range(4):
+            agree(backend.run(IMAGES[number : number + 1]), expected, slice(number, number + 1), standin)
+
+
+def test_where_capturing_fails_it_enqueues_and_says_so(
+    standin: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    expected: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> None:
+    monkeypatch.setenv("STANDIN_NO_CAPTURE", "1")
+    with TensorRTBackend(with_engine(tmp_path), "fp32") as backend:
+        for number in range(4):
+            agree(backend.run(IMAGES[number : number + 1]), expected, slice(number, number + 1), standin)
+        assert "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" in backend.launches
+    assert "not replayed as CUDA graphs" in caplog.text
+
+
+@pytest.mark.parametrize("in_flight", [0, 1, 2])
+def test_an_error_of_the_device_closes_it_and_a_new_one_works(standin: str, tmp_path: Path, in_flight: int) -> None:
+    import gpu_model
+
+    bundle = with_engine(tmp_path)
+    backend = TensorRTBackend(bundle, "fp32")
+    for _ in range(4):
+        backend.run(IMAGES[:1])
+    for _ in range(in_flight):
+        backend.submit(IMAGES[:1])
+    (context,) = gpu_model.living
+    with pytest.raises(gpu_model.LaunchError):
+        gpu_model.fail(context, "cuStreamSynchronize failed: an illegal memory access was encountered")
+    with pytest.raises(DeviceError, match=r"illegal memory access.*make a new one"):
+        backend.collect() if in_flight else backend.run(IMAGES[:1])
+    assert not gpu_model.living
+    with TensorRTBackend(bundle, "fp32") as another:
+        assert another.run(IMAGES[:1])[0].shape == (1,)
+
+
+@pytest.mark.parametrize("free_mib", [0, 0.003, 0.2, 0.5])
+def test_too_little_memory_leaves_nothing(
+    standin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_mib: float
+) -> None:
+    """Wherever the memory ends: scratch, text, the first or the second slot."""
+    import gpu_model
+
+    bundle = with_engine(tmp_path)
+    monkeypatch.setenv("STANDIN_FREE_MIB", str(free_mib))
+    with pytest.raises(DeviceError, match="out of memory"):
+        TensorRTBackend(bundle, "fp32")
+    assert not gpu_model.living
+
+
+def test_a_plan_that_tensorrt_refuses(standin: str, tmp_path: Path) -> None:
+    import gpu_model
+
+    bundle = with_engine(tmp_path)
+    (plan,) = bundle.engines.glob("*.plan")
+    content = plan.read_bytes().replace(standin.encode(), b"9.9.9", 1)
+    plan.write_bytes(content)
+    from hashlib import sha256
+
+    sidecar = plan.with_suffix(".json")
+    values = {**json.loads(sidecar.read_text()), "plan_sha256": sha256(content).hexdigest()}
+    sidecar.write_text(json.dumps(values))
+    with pytest.raises(DeviceError, match=r"can't read .*Version tag does not match"):
+        TensorRTBackend(bundle, "fp32")
+    assert not gpu_model.living
+
+
+def test_evaluation_on_an_engine(standin: str, fbclip: Run, tmp_path: Path) -> None:
+    bundle = with_engine(tmp_path)
+    for name in ("train/good", "test/good", "test/scratch"):
+        (tmp_path / "data" / "part" / name).mkdir(parents=True)
+    samples = EMBEDDED.parent / "samples"
+    for source, place in (("good", "train/good"), ("good", "test/good"), ("scratch", "test/scratch")):
+        shutil.copy(samples / f"brushed-steel-{source}.jpg", tmp_path / "data" / "part" / place / "0.jpg")
+    fbclip("eval", "data", "--bundle", bundle.path, "--device", "tensorrt", "--batch-size", "2", "--name", "gpu")
+    (report,) = (tmp_path / "runs").rglob("*.json")
+    stamp = json.loads(report.read_text())
+    assert f'"tensorrt": "{standin}"' in json.dumps(stamp)
+    refused = fbclip("eval", "data", "--bundle", bundle.path, "--device", "tensorrt", "--batch-size", "4", code=2)
+    assert "takes 1 to 3 images at once, not 4" in refused.stderr
+
+
+def test_the_providers_of_onnx_runtime(tmp_path: Path) -> None:
+    (first, caching), (second, _) = provider_options("ort-tensorrt", tmp_path)
+    assert (first, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    assert caching["trt_engine_cache_path"] == caching["trt_timing_cache_path"] == str(tmp_path)
+    assert not [name for name in caching if "fp16" in name or "int8" in name or "bf16" in name]
+    assert provider_options("cuda", None) == [("CUDAExecutionProvider", {"use_tf32": "0"})]
