@@ -11,7 +11,7 @@ import typer
 from fbclip.commands.bench import bench
 from fbclip.commands.export import export
 from fbclip.commands.infer import infer
-from fbclip.commands.options import BundleOption, DeviceOption, RoiOption, make_console
+from fbclip.commands.options import BundleOption, Command, DeviceOption, RoiOption, make_console
 from fbclip.commands.serve import serve
 from fbclip.commands.train import eval_, train
 from fbclip.main import main
@@ -45,15 +45,15 @@ def options(
         raise typer.Exit(2)
 
 
-app.command()(infer)
-app.command()(serve)
-app.command()(export)
-app.command()(bench)
-app.command()(train)
-app.command(name="eval")(eval_)
+app.command(cls=Command)(infer)
+app.command(cls=Command)(serve)
+app.command(cls=Command)(export)
+app.command(cls=Command)(bench)
+app.command(cls=Command)(train)
+app.command(name="eval", cls=Command)(eval_)
 
 
-@app.command()
+@app.command(cls=Command)
 def data(
     path: Annotated[Path, typer.Argument(help="Folder of a data set, or its index (meta.json, CSV).")],
     layout: Annotated[str | None, typer.Option(help="Published layout, like visa; recognised if left out.")] = None,
@@ -74,7 +74,7 @@ def data(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(cls=Command)
 def calibrate(
     source: Annotated[
         list[str],
@@ -105,8 +105,8 @@ def calibrate(
     ] = None,
 ) -> None:
     """Set the threshold from good parts alone, with a stated rate of false alarms."""
+    from fbclip.folders import list_images
     from fbclip.runtime.calibrate import calibrate, choose_bundle, good_images, report, write
-    from fbclip.runtime.images import list_images
     from fbclip.runtime.predictor import Predictor
     from fbclip.runtime.roi import Roi
     from fbclip.terminal import say as print_line
@@ -126,7 +126,7 @@ def calibrate(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(
     bundle: BundleOption = None,
     json: Annotated[str | None, typer.Option(help="Write the report to this file, or - for standard output.")] = None,

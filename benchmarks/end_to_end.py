@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fbclip import Predictor
-from fbclip.runtime.images import list_images
+from fbclip.folders import list_images
 
 WARM_UP, COLD_STARTS = 20, 5
 

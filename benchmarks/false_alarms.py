@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import betabinom
 
+from fbclip.folders import list_images
 from fbclip.runtime.calibrate import weight_of_neighbours
 from fbclip.runtime.calibration import TAILS, binomial_interval, conformal_threshold, percent, rank, rate_interval
-from fbclip.runtime.images import list_images
 from fbclip.runtime.predictor import Predictor
 
 DATA = Path(os.environ.get("FBCLIP_DATA", "../shared/data"))

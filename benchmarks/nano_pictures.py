@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fbclip.data.procedural import ProceduralDefects
-from fbclip.runtime.images import list_images
+from fbclip.folders import list_images
 from fbclip.runtime.predictor import Predictor
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"

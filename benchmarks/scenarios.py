@@ -27,7 +27,8 @@ import numpy as np
 from rich.console import Console
 from vit_large import generated_model
 
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.assets import NANO
+from fbclip.bundle import Bundle
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.parity import Proof
 from fbclip.export.precision.int8 import DYNAMIC, Quantization
@@ -76,7 +77,7 @@ def exported(name: str, make: Callable[[], FBCLIP], **deployment: Any) -> tuple[
 
 
 def embedded_model() -> FBCLIP:
-    return checkpoint.load(EMBEDDED.with_suffix(".safetensors"), image_size=Bundle.load().manifest.image_size)
+    return checkpoint.load(NANO, image_size=Bundle.load().manifest.image_size)
 
 
 def generated(name: str, clip: ClipConfig, side: int | None = None, **options: Any) -> dict[str, Any]:

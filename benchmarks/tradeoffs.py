@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vit_large import generated_clip, generated_model
 
-from fbclip.bundle import DYNAMIC, EMBEDDED, Bundle
+from fbclip.assets import NANO
+from fbclip.bundle import DYNAMIC, Bundle
 from fbclip.export.graph import DeployedModel, write_onnx
 from fbclip.export.precision.int8 import Quantizer
 from fbclip.export.variants import write_cpu_graph
@@ -275,7 +276,7 @@ def show(results: Mapping[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("nano", "merging", "large", "show"))
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=EMBEDDED.with_suffix(".safetensors"))
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=NANO)
     parser.add_argument("--side", type=int, default=Bundle.load().manifest.image_size, help="the default, in pixels")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -15,11 +15,11 @@ from fbclip.data.dataset import Dataset
 from fbclip.data.layouts import open_dataset
 from fbclip.errors import ImageError, ParityError, UsageError
 from fbclip.export.precision.stages import Stage, first_diverging
+from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.metrics import image_metrics
 from fbclip.resample import bilinear_matrix, resize
 from fbclip.runtime.backends import Backend, require_probabilities
-from fbclip.runtime.images import list_images
 
 Array = NDArray[np.float32]
 Say = Callable[[str], None]

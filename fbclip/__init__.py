@@ -15,7 +15,8 @@ __all__ = ["Bundle", "FBClipError", "Prediction", "Predictor", "__version__"]
 if TYPE_CHECKING:
     from fbclip.bundle import Bundle
     from fbclip.errors import FBClipError
-    from fbclip.runtime.predictor import Prediction, Predictor
+    from fbclip.runtime.prediction import Prediction
+    from fbclip.runtime.predictor import Predictor
 
 _HOMES = {
     "Bundle": "fbclip.bundle",

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fbclip.assets import EMBEDDED
 from fbclip.engines import Engine, Platform, Precision
 from fbclip.errors import BundleError, DeviceError, UsageError
 from fbclip.files import new_folder, recover, require_writable, sha256, take_place
@@ -43,7 +44,6 @@ ADDED = {
     1: {"frame_size": None, "int8": None},
     2: {"int8": None},
 }  # fields that an older format lacks, and what its bundles mean
-EMBEDDED = Path(__file__).parent / "assets" / "fbclip-nano.fbclip"
 GRAPHS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 DYNAMIC, STATIC = "dynamic", "static"  # forms of the 8-bit graph
 # the float32 graph as ONNX Runtime runs it best on a CPU; its weights are in the file of "fp32"

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 
 class FBClipError(Exception):
-    """The work failed for a stated reason; exit code 1."""
+    """The work failed for a stated reason; exit code 1.
+
+    Args:
+        message: one line: the rule, the value, the cure. It names no options of the command line.
+        option: the parameter that it is about, as Python spells it, like "min_area".
+
+    Attributes:
+        flag: how the running command calls that parameter, like "--min-area"; the command line says it before the
+            message. "" where it has none of that name.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, option: str = "") -> None:
+        super().__init__(message)
+        self.option, self.flag = option, ""
 
 
 class UsageError(FBClipError, ValueError):
@@ -49,3 +62,11 @@ class GraphError(FBClipError):
 
 class ParityError(FBClipError):
     """An exported graph that drifts from the trained model past its budget."""
+
+
+def reason(error: BaseException) -> str:
+    """An exception as one line: ours as it is, others with their type and their first line that has words."""
+    if type(error).__module__ == "fbclip.errors":
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -84,7 +84,7 @@ def _explain(error: BaseException) -> int | str:
     if isinstance(error, OSError) and error.errno in FULL:
         error = write_error(error, os.fsdecode(error.filename or "the output"))
     if isinstance(error, FBClipError):
-        _tell(str(error))
+        _tell(f"{error.flag}: {error}" if error.flag else str(error))
         return error.exit_code
     reason = " ".join(str(error).split())[:LONGEST]
     _tell(f"{type(error).__name__}: {reason}; for the traceback run fbclip --debug {' '.join(sys.argv[1:2])} …")

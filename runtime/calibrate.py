@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from fbclip.bundle import EMBEDDED, SUFFIX, Bundle, checked_name
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import SUFFIX, Bundle, checked_name
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.files import new_folder, require_writable
+from fbclip.folders import list_images
 from fbclip.images import SUFFIXES
 from fbclip.runtime.calibration import (
     MOST_IMAGES,
@@ -32,7 +34,6 @@ from fbclip.runtime.calibration import (
     rank,
 )
 from fbclip.runtime.histogram import write_histogram
-from fbclip.runtime.images import list_images
 from fbclip.runtime.live.sources import CaptureOptions, Source, open_source
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED

@@ -20,7 +20,8 @@ from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fbclip.bundle import CPU_GRAPH, EMBEDDED, Bundle, Manifest, save
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import CPU_GRAPH, Bundle, Manifest, save
 from fbclip.errors import BundleError
 from fbclip.files import sha256
 from fbclip.runtime.backends import make_backend

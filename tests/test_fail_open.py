@@ -32,7 +32,7 @@ from fbclip.runtime.live.pipeline import LOST_S, Pipeline
 from fbclip.runtime.live.records import Frame, Notice
 from fbclip.runtime.live.run import insist_on_all, status_text
 from fbclip.runtime.live.sources import open_source
-from fbclip.runtime.predictor import Prediction
+from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
 from helpers.delivered import drawn_verdict

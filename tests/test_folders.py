@@ -14,9 +14,8 @@ from conftest import Run
 from PIL import Image
 
 from fbclip.errors import ImageError, UsageError
-from fbclip.folders import MAX_DEPTH, images_below, locate, walk
+from fbclip.folders import MAX_DEPTH, images_below, list_images, locate, walk
 from fbclip.images import read_image
-from fbclip.runtime.images import list_images
 from fbclip.terminal import printable
 
 

@@ -117,7 +117,7 @@ def infer(
 ) -> None:
     """Score images, or the frames of a camera, and draw where the defects are."""
     from fbclip.files import new_run, require_file
-    from fbclip.runtime.images import list_images
+    from fbclip.folders import list_images
     from fbclip.runtime.live.alarm import Vote
     from fbclip.runtime.live.pipeline import Limits
     from fbclip.runtime.live.run import Stream, find_stream, infer_stream, parse_resolution

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +20,22 @@ LayersOption = Annotated[str | None, typer.Option(help="Blocks whose tokens are 
 SizeOption = Annotated[int | None, typer.Option(help="Side of the model's square input in pixels.")]
 PIPE_WIDTH = 1000  # characters: a pipe has no width, and a name that is broken there is lost to who looks for it
 RoiOption = Annotated[str | None, typer.Option(help="Inspect only x0,y0,x1,y1 in pixels, or a mask picture.")]
+
+
+class Command(TyperCommand):
+    """A command that says which of its options an error of the library is about."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from fbclip.errors import FBClipError
+
+        try:
+            return super().invoke(ctx)
+        except FBClipError as error:
+            for parameter in self.params:
+                if parameter.name == error.option:
+                    is_option = isinstance(parameter, TyperOption)
+                    error.flag = max(parameter.opts, key=len) if is_option else error.option.upper()
+            raise
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -83,11 +100,11 @@ def find_checkpoint(name: str, option: str) -> Path:
     Raises:
         UsageError: there is none.
     """
-    from fbclip.bundle import EMBEDDED
+    from fbclip.assets import EMBEDDED, NANO
     from fbclip.errors import UsageError
 
     if name in ("nano", EMBEDDED.stem):
-        return EMBEDDED.with_suffix(".safetensors")
+        return NANO
     for path in (Path(name), Path(name, "checkpoint.safetensors")):
         if path.is_file():
             return path

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.assets import NANO
+from fbclip.bundle import Bundle
 from fbclip.errors import CheckpointError, DeviceError
 from fbclip.files import sha256
 from fbclip.model import reference
@@ -104,7 +105,7 @@ def bundle_backend(
         CheckpointError: not the checkpoint of this bundle.
     """
     manifest = bundle.manifest
-    path = checkpoint or EMBEDDED.with_suffix(".safetensors")
+    path = checkpoint or NANO
     model = load(path, clip, clip_weights, manifest.image_size, manifest.feature_layers)
     model.prompts.set_prompts(manifest.prompts, model.text)
     forward: Forward | None = None

@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.assets import NANO
+from fbclip.bundle import Bundle
 from fbclip.data.holdout import Seen
 from fbclip.errors import CheckpointError
 from fbclip.files import replacing, sha256
@@ -43,7 +44,7 @@ MOST_HEADER = MIB  # characters; usual are 1,000
 MOST_GRID = 256  # patches along a side: what a spatial view precomputes grows with its third power, here to 84 MB
 DEFAULT_CLIP, DEFAULT_WEIGHTS = "ViT-L-14-336", "openai"  # the published checkpoints' CLIP
 BEST, LAST = "checkpoint", "last"  # the files of a run, without their suffix
-NANO = EMBEDDED.with_suffix(".safetensors")  # trained small for many cheap steps, deployed larger for finer maps
+
 
 # official name -> ours
 _PARAMETERS = {

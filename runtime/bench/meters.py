@@ -19,7 +19,7 @@ from typing import Any
 
 import fbclip
 from fbclip.runtime.backends import cores
-from fbclip.runtime.doctor.machine import Machine
+from fbclip.runtime.host import Machine
 
 # Bits of nvmlDeviceGetCurrentClocksThrottleReasons that mean slower than could be (nvml.h)
 THROTTLE_REASONS = {

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from fbclip.assets import SAMPLES
 from fbclip.bundle import Bundle
 from fbclip.errors import FBClipError, UsageError
 from fbclip.images import read_image
@@ -33,7 +34,6 @@ from fbclip.runtime.backends import DEVICES
 from fbclip.runtime.bench.limits import least_seconds, product_rate
 from fbclip.runtime.bench.meters import Meters
 from fbclip.runtime.bench.worker import ON_GPU, Spec, Worker, WorkerFailed
-from fbclip.runtime.images import samples_folder
 
 SCHEMA = "fbclip-bench/1"
 TORCH = ("torch-reference", "torch")
@@ -375,7 +375,7 @@ def sample_frames(bundle: Bundle, frame_hw: tuple[int, int] | None) -> NDArray[n
         built, wanted = (f"{height}x{width}" for height, width in (manifest.frame_size, frame_hw))
         raise UsageError(f"{bundle.path} takes frames of {built} only; got --frame-size {wanted}: export one for it")
     size = frame_hw or manifest.input_size
-    return np.stack([resize(read_image(path), size) for path in sorted(samples_folder().iterdir())])
+    return np.stack([resize(read_image(path), size) for path in sorted(SAMPLES.iterdir())])
 
 
 def drift_reference(contenders: Sequence[Contender]) -> Contender | None:

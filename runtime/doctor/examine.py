@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 import fbclip
+from fbclip.errors import reason
 from fbclip.files import write_text
+from fbclip.runtime.doctor.checks import Check, failed, installed, version_of
 from fbclip.runtime.doctor.gpu import check_nvidia, check_onnxruntime
-from fbclip.runtime.doctor.machine import GSTREAMER, Check, Machine, ProbeFailed, failed, installed, version_of
-from fbclip.runtime.doctor.probes import reason
+from fbclip.runtime.host import GSTREAMER, Machine, ProbeFailed
 from fbclip.terminal import cell, say
 
 STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red", "info": "dim"}

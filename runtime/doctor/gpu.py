@@ -8,16 +8,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fbclip.runtime.doctor.machine import (
-    SYSTEM_SITE,
-    Check,
-    Machine,
-    ProbeFailed,
-    Status,
-    failed,
-    installed,
-    version_of,
-)
+from fbclip.runtime.doctor.checks import Check, Status, failed, installed, version_of
+from fbclip.runtime.host import SYSTEM_SITE, Machine, ProbeFailed
 
 PROVIDERS = {"CPU": "CPUExecutionProvider", "CUDA": "CUDAExecutionProvider", "TensorRT": "TensorrtExecutionProvider"}
 SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader")

@@ -15,6 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fbclip.errors import reason
+
 Values = dict[str, Any]
 
 
@@ -138,9 +140,9 @@ def plans(path: str) -> Values:
 
 def inference(path: str, device: str = "auto", precision: str = "auto") -> Values:
     """Score a sample image at the size that the bundle takes, and measure the memory that it took."""
+    from fbclip.folders import list_images
     from fbclip.images import read_image
     from fbclip.resample import resize
-    from fbclip.runtime.images import list_images
     from fbclip.runtime.predictor import Predictor
 
     predictor = Predictor(path or None, device, precision)
@@ -165,14 +167,6 @@ def peak_mb() -> int | None:
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
     return int(found[1]) >> 10 if found else None
-
-
-def reason(error: BaseException) -> str:
-    """An exception as one line: ours as it is, others with their type and their first line that has words."""
-    if type(error).__module__ == "fbclip.errors":
-        return str(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 PROBES: dict[str, Callable[..., Values]] = {

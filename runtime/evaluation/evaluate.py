@@ -25,7 +25,9 @@ from fbclip.files import sha256
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
 from fbclip.resample import in_order
 from fbclip.runtime.backends import Backend, require_probabilities
-from fbclip.runtime.predictor import Prediction, Predictor, find_evidence
+from fbclip.runtime.prediction import Prediction
+from fbclip.runtime.predictor import Predictor
+from fbclip.runtime.regions import find_evidence
 from fbclip.runtime.sight import EXPLAINED, find_blindness
 from fbclip.terminal import say
 

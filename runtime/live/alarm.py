@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import UsageError
-from fbclip.runtime.predictor import Prediction
+from fbclip.runtime.prediction import Prediction
 
 FALSE_DRIFT = 1e-6  # probability that a window of unchanged parts is called drifting, at most
 UNLUCKY = 0.01  # share of calibrations that this isn't promised for

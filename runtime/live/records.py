@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.runtime.predictor import Prediction
+from fbclip.runtime.prediction import Prediction
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from fbclip.addresses import shown
 from fbclip.errors import FBClipError, ImageError, Interrupted, UsageError
-from fbclip.runtime.live.addresses import shown
 from fbclip.runtime.live.alarm import Decider, Drift, Vote
 from fbclip.runtime.live.pipeline import Limits, LiveSummary, Pipeline
 from fbclip.runtime.live.records import Notice, Result, Sink

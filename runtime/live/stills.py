@@ -24,7 +24,8 @@ from fbclip.errors import ImageError, UsageError
 from fbclip.files import replacing
 from fbclip.images import note_of_pages
 from fbclip.runtime.live.sinks.lines import LineFile, Lines, StandardOutput
-from fbclip.runtime.predictor import Prediction, Predictor
+from fbclip.runtime.prediction import Prediction
+from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED
 from fbclip.terminal import cell, say
 

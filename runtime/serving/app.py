@@ -21,7 +21,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 import fbclip
 from fbclip.errors import FBClipError, ImageError, SizeError
-from fbclip.runtime.predictor import MAX_REGIONS, Predictor
+from fbclip.runtime.predictor import Predictor
+from fbclip.runtime.regions import MAX_REGIONS
 from fbclip.runtime.serving.access import LOGIN, Access, Guard, problem
 from fbclip.runtime.serving.feed import Monitor, Update
 from fbclip.runtime.serving.uploads import Limits, Uploads, read_body

@@ -22,7 +22,8 @@ from starlette.requests import ClientDisconnect, Request
 from fbclip.errors import FBClipError, ImageError
 from fbclip.images import decode_image
 from fbclip.runtime.backends import Backend
-from fbclip.runtime.predictor import Prediction, Predictor
+from fbclip.runtime.prediction import Prediction
+from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.serving.feed import SHOWN_SIDE, encode
 
 MAP_SCALE = 65535  # of a map's value 1 in its 16-bit picture

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from fbclip import Predictor
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import Bundle
 from fbclip.engines import Engine, EngineOptions, Platform
 from fbclip.errors import BundleError, DeviceError, FBClipError, UsageError
 from fbclip.export import engine as builder

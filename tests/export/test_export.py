@@ -12,7 +12,8 @@ from conftest import Run, export_arguments
 from PIL import Image
 
 from fbclip import Predictor
-from fbclip.bundle import ANOMALY_MAP, CPU_GRAPH, EMBEDDED, IMAGE, SCORE, TEXT, Bundle
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import ANOMALY_MAP, CPU_GRAPH, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import BundleError, ImageError, ParityError
 from fbclip.export import graph as graphs
 from fbclip.export import parity

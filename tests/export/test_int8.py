@@ -17,7 +17,8 @@ from onnx import numpy_helper
 from PIL import Image
 from rich.console import Console
 
-from fbclip.bundle import DYNAMIC, EMBEDDED, IMAGE, STATIC, TEXT, Bundle, save
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import DYNAMIC, IMAGE, STATIC, TEXT, Bundle, save
 from fbclip.engines import EngineOptions
 from fbclip.errors import DeviceError, GraphError, ParityError, UsageError
 from fbclip.export import parity
@@ -27,11 +28,11 @@ from fbclip.export.engine import build_engine
 from fbclip.export.parity import Proof, find_calibration, run_reference
 from fbclip.export.precision import islands
 from fbclip.export.precision.int8 import Quantization, Quantizer
+from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.model.backend import TorchBackend
 from fbclip.resample import resize
 from fbclip.runtime.backends import OnnxRuntimeBackend, make_backend
-from fbclip.runtime.images import list_images
 from helpers import golden
 
 NANO = Bundle.load()

@@ -27,10 +27,10 @@ import fbclip
 from fbclip.bundle import Bundle, Manifest, save
 from fbclip.errors import BundleError, UsageError
 from fbclip.export.triton import write_model
+from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.resample import resize
 from fbclip.runtime.calibrate import calibrate
-from fbclip.runtime.images import list_images
 from fbclip.runtime.predictor import Predictor
 from helpers.waiting import PATIENCE_S
 

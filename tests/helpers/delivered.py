@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.runtime.live.records import Frame, Notice, Result
-from fbclip.runtime.predictor import Prediction, find_regions
+from fbclip.runtime.prediction import Prediction
+from fbclip.runtime.regions import find_regions
 
 
 def result(

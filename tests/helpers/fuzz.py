@@ -32,7 +32,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import Bundle
 from fbclip.data.inspect import inspect
 from fbclip.data.layouts import open_dataset
 from fbclip.errors import FBClipError, ImageError, UsageError

@@ -23,8 +23,8 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from fbclip import Predictor
+from fbclip.assets import SAMPLES
 from fbclip.images import read_image
-from fbclip.runtime.images import samples_folder
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.records import Frame, Notice
 from fbclip.runtime.live.sinks.network import Metrics
@@ -36,7 +36,7 @@ from fbclip.runtime.serving.run import listen
 from fbclip.runtime.serving.uploads import InTurn, Limits
 from helpers.waiting import PATIENCE_S, eventually
 
-GOOD, SCRATCH = (samples_folder() / f"brushed-steel-{name}.jpg" for name in ("good", "scratch"))
+GOOD, SCRATCH = (SAMPLES / f"brushed-steel-{name}.jpg" for name in ("good", "scratch"))
 TOKEN = "not-a-secret-1234"
 
 

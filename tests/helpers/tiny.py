@@ -10,7 +10,8 @@ import onnx
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor, make_tensor_value_info
 
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import Bundle
 from fbclip.files import sha256
 
 

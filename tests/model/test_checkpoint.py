@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fbclip import bundle
+from fbclip.assets import NANO
 from fbclip.errors import CheckpointError, UsageError
 from fbclip.model import checkpoint
 from fbclip.model.network import default_config
@@ -95,7 +95,7 @@ def test_nothing_is_unpickled(golden_files: Path, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "touched").exists()
 
 
-EMBEDDED = bundle.EMBEDDED.with_suffix(".safetensors")
+EMBEDDED = NANO
 with safe_open(EMBEDDED, framework="pt") as embedded:
     HEADER = json.loads(embedded.metadata()["fbclip"])
     TENSORS = {name: embedded.get_tensor(name) for name in embedded.keys()}  # noqa: SIM118

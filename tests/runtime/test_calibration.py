@@ -22,7 +22,8 @@ from PIL import Image
 from rich.console import Console
 from scipy.stats import beta, binomtest
 
-from fbclip.bundle import EMBEDDED, GRAPHS, Bundle
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import GRAPHS, Bundle
 from fbclip.errors import BundleError, UsageError
 from fbclip.runtime import calibrate as calibrating
 from fbclip.runtime.calibrate import Scores, calibrate, choose_bundle, report, weight_of_neighbours, write
@@ -35,7 +36,9 @@ from fbclip.runtime.calibration import (
     rate_interval,
 )
 from fbclip.runtime.histogram import write_histogram
-from fbclip.runtime.predictor import Prediction, Predictor, find_regions
+from fbclip.runtime.prediction import Prediction
+from fbclip.runtime.predictor import Predictor
+from fbclip.runtime.regions import find_regions
 from helpers.good_parts import write_good
 from helpers.waiting import PATIENCE_S
 

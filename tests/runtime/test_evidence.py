@@ -19,20 +19,20 @@ from PIL import Image
 from rich.console import Console
 
 from fbclip import Predictor
+from fbclip.assets import SAMPLES
 from fbclip.bundle import Bundle
 from fbclip.images import read_image
 from fbclip.runtime.calibrate import calibrate
 from fbclip.runtime.calibration import WARM
-from fbclip.runtime.images import samples_folder
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.run import status_text
-from fbclip.runtime.predictor import find_evidence
+from fbclip.runtime.regions import find_evidence
 from fbclip.runtime.roi import Roi
 from helpers.delivered import drawn_verdict, has_outlines
 from helpers.good_parts import write_good
 from helpers.live import PATIENT, Frames, Memory
 
-SCRATCH = samples_folder() / "brushed-steel-scratch.jpg"
+SCRATCH = SAMPLES / "brushed-steel-scratch.jpg"
 LINE = 0.95  # of the map: higher than any sample's
 
 
@@ -92,7 +92,7 @@ def test_a_defect_without_a_region_at_the_line_has_a_weak_one() -> None:
     assert weak.area < plain.anomaly_map.size / 10  # the scratch, not the plate
     assert calibrated.to_dict()["regions"][0]["weak"] is True
     assert [region["weak"] for region in plain.to_dict()["regions"]] == [False] * len(plain.regions)
-    assert not with_line()(samples_folder() / "brushed-steel-good.jpg").regions
+    assert not with_line()(SAMPLES / "brushed-steel-good.jpg").regions
 
 
 def test_a_weak_region_is_dashed() -> None:

@@ -18,7 +18,8 @@ import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
 from fbclip.runtime import predictor
-from fbclip.runtime.predictor import Region, find_regions
+from fbclip.runtime.prediction import Region
+from fbclip.runtime.regions import find_regions
 from fbclip.runtime.roi import Roi
 from helpers.delivered import drawn_verdict, has_outlines
 

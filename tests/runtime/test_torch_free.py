@@ -17,7 +17,9 @@ import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import DeviceError, ImageError, UsageError
 from fbclip.images import read_image
-from fbclip.runtime.predictor import Prediction, Predictor, find_regions
+from fbclip.runtime.prediction import Prediction
+from fbclip.runtime.predictor import Predictor
+from fbclip.runtime.regions import find_regions
 
 SAMPLES = Path(fbclip.__file__).parent / "assets" / "samples"
 SCRATCHED = SAMPLES / "brushed-steel-scratch.jpg"

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from fbclip import addresses
 from fbclip.errors import UsageError
-from fbclip.runtime.live import addresses
 from fbclip.runtime.live.delivery import Lost, Queued
 from fbclip.runtime.live.records import Notice, Result
 from fbclip.runtime.live.sinks import to_json

@@ -15,10 +15,10 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from fbclip.addresses import shown
 from fbclip.errors import ImageError, UsageError
+from fbclip.folders import list_images
 from fbclip.images import SUFFIXES, is_image, note_of_pages, read_image
-from fbclip.runtime.images import list_images
-from fbclip.runtime.live.addresses import shown
 from fbclip.runtime.live.records import Frame
 from fbclip.runtime.live.sources import devices
 from fbclip.runtime.live.sources.capture import CaptureOptions, LiveSource, Source

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from math import inf
 from threading import Condition, Event, Lock, Thread, current_thread
 
-from fbclip.errors import FBClipError, UsageError
-from fbclip.runtime.doctor.probes import reason
+from fbclip.errors import FBClipError, UsageError, reason
 from fbclip.runtime.live.records import Frame, Notice
 from fbclip.runtime.live.sources.devices import FAULTS, Device, Fault
 from fbclip.stopping import may_hang

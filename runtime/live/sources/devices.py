@@ -22,13 +22,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.errors import UsageError
+from fbclip import addresses
+from fbclip.addresses import Address
+from fbclip.errors import UsageError, reason
 from fbclip.images import decode_image
 from fbclip.opening import is_whole
-from fbclip.runtime.doctor.machine import GSTREAMER, Machine
-from fbclip.runtime.doctor.probes import opencv, reason
-from fbclip.runtime.live import addresses
-from fbclip.runtime.live.addresses import Address
+from fbclip.runtime.doctor.probes import opencv
+from fbclip.runtime.host import GSTREAMER, Machine
 from fbclip.runtime.live.sources.mjpeg import MAX_PIXELS, Picture, Pictures, oversize
 
 FAULTS = ("missing", "refused", "cut", "stalled", "garbage")

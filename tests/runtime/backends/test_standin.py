@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import Bundle
 from fbclip.engines import EngineOptions
 from fbclip.export.engine import build_engine
 from helpers import golden

@@ -12,7 +12,8 @@ from conftest import RELEASES, Run
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import Bundle
 from fbclip.engines import EngineOptions
 from fbclip.errors import DeviceError, UsageError
 from fbclip.export.engine import build_engine

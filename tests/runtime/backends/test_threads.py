@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import fbclip
+from fbclip.assets import SAMPLES
 from fbclip.bundle import Bundle
 from fbclip.engines import EngineOptions
 from fbclip.errors import DeviceError
 from fbclip.export.engine import build_engine
 from fbclip.runtime.backends import Backend, make_backend
 from fbclip.runtime.backends.tensorrt import TensorRTBackend
-from fbclip.runtime.images import samples_folder
 from helpers.tiny import tiny_bundle
 from helpers.waiting import PATIENCE_S
 
@@ -56,7 +56,7 @@ def test_a_thousand_calls_of_eight_threads(tmp_path: Path) -> None:
 
 def test_the_embedded_model_and_its_predictor() -> None:
     predict = fbclip.Predictor()
-    images = [np.asarray(fbclip.images.read_image(path)) for path in sorted(samples_folder().iterdir())]
+    images = [np.asarray(fbclip.images.read_image(path)) for path in sorted(SAMPLES.iterdir())]
 
     def call(image: NDArray[np.uint8]) -> tuple[object, ...]:
         found = predict(image)

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.assets import EMBEDDED
+from fbclip.bundle import Bundle
 from fbclip.errors import UsageError
 from fbclip.files import sha256
 from fbclip.model.backend import bundle_backend
@@ -29,7 +30,7 @@ from fbclip.runtime.bench.limits import MATMUL, STAGES, count_operations, least_
 from fbclip.runtime.bench.meters import Meters, Tegrastats, board_watts, processor
 from fbclip.runtime.bench.run import Options, runs_of_round, turn_order
 from fbclip.runtime.bench.worker import Worker, WorkerFailed, clocked_device_times, is_stable
-from fbclip.runtime.doctor.machine import Machine
+from fbclip.runtime.host import Machine
 
 RESULT = {  # what scripts and --compare read of a result
     "backend": str,

@@ -17,9 +17,10 @@ from rich.console import Console
 from fbclip.bundle import Bundle
 from fbclip.engines import Engine, EngineOptions, Platform
 from fbclip.export.engine import build_engine
+from fbclip.runtime.doctor.checks import Check
 from fbclip.runtime.doctor.examine import _cameras, check_bundle, check_machine, check_python, check_video, examine
 from fbclip.runtime.doctor.gpu import _power, check_nvidia, check_onnxruntime
-from fbclip.runtime.doctor.machine import Check, Machine
+from fbclip.runtime.host import Machine
 
 
 def by_name(checks: Any) -> dict[str, Check]:

@@ -21,7 +21,8 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from fbclip.bundle import EMBEDDED, Bundle
+from fbclip.assets import EMBEDDED, NANO
+from fbclip.bundle import Bundle
 from fbclip.data.dataset import Dataset, Item, file_digest
 from fbclip.data.holdout import Seen
 from fbclip.errors import UsageError
@@ -352,7 +353,7 @@ def test_a_bundle_knows_what_it_was_trained_on(fbclip: Run, tmp_path: Path) -> N
 
 def test_a_checkpoint_scores_like_the_bundle_exported_from_it(fbclip: Run, tmp_path: Path) -> None:
     make_class(tmp_path / "mini", "bolt", 2, 2)
-    checkpoint = EMBEDDED.with_suffix(".safetensors")
+    checkpoint = NANO
     fbclip("eval", "mini", "--no-report", "--name", "bundle")
     fbclip("eval", "mini", "--no-report", "--name", "torch", "--checkpoint", "nano")  # at the side it is deployed at
     fbclip("eval", "mini", "--no-report", "--name", "given", "--checkpoint", checkpoint, "--threshold", 0.3)

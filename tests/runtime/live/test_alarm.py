@@ -17,7 +17,7 @@ from fbclip.runtime.live.alarm import (
     effective_size,
     largest_gap,
 )
-from fbclip.runtime.predictor import Prediction
+from fbclip.runtime.prediction import Prediction
 
 
 def prediction(score: float, threshold: float = 0.5) -> Prediction:

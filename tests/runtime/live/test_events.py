@@ -17,7 +17,7 @@ from fbclip.errors import FBClipError, UsageError
 from fbclip.runtime.live.records import Frame, Notice, Result
 from fbclip.runtime.live.sinks import events
 from fbclip.runtime.live.sinks.events import AFTER, BEFORE, LONGEST, EventRecorder, event_folders, parse_size
-from fbclip.runtime.predictor import Prediction
+from fbclip.runtime.prediction import Prediction
 from helpers.disks import tiny_disk
 
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from fbclip.errors import FBClipError, UsageError
-from fbclip.runtime import predictor
+from fbclip.runtime import prediction
 from fbclip.runtime.live import sinks
 from fbclip.runtime.live.records import Result
 from fbclip.runtime.live.sinks import LineFile, SinkOptions, Video, Window, make_sinks
@@ -123,11 +123,11 @@ def test_processes_that_write_lines_to_one_file_lose_and_tear_none(tmp_path: Pat
 
 def test_json_lines_go_to_standard_output() -> None:
     program = (
-        "from delivered import *; from fbclip.runtime.live.sinks import *\n"
+        "from helpers.delivered import *; from fbclip.runtime.live.sinks import *\n"
         "(sink,) = make_sinks(SinkOptions(json='-')); sink.write(result(5)); sink.notify(notice()); sink.close()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[3], check=True
     )
     assert [json.loads(line)["kind"] for line in done.stdout.splitlines()] == ["result", "source"]
 
@@ -326,13 +326,13 @@ def pictures_of(delivered: Result, folder: Path, monkeypatch: pytest.MonkeyPatch
 def drawings(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """The longest side asked for, of every overlay that is drawn."""
     made: list[int | None] = []
-    draw = predictor.draw_overlay
+    draw = prediction.draw_overlay
 
     def counted(prediction: Any, longest: int | None = None) -> NDArray[np.uint8]:
         made.append(longest)
         return draw(prediction, longest)
 
-    monkeypatch.setattr(predictor, "draw_overlay", counted)
+    monkeypatch.setattr(prediction, "draw_overlay", counted)
     return made
 
 

@@ -26,9 +26,9 @@ from conftest import Run
 from PIL import Image
 
 from fbclip.errors import FBClipError, UsageError
+from fbclip.folders import list_images
 from fbclip.runtime.calibrate import good_images
-from fbclip.runtime.doctor.machine import Machine
-from fbclip.runtime.images import list_images
+from fbclip.runtime.host import Machine
 from fbclip.runtime.live.records import Frame, Notice
 from fbclip.runtime.live.run import find_stream
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks

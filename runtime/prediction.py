@@ -1,15 +1,15 @@
-"""Overlays: what a person looks at."""
+"""What the model says of one image, as values and as a picture."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from fbclip.runtime.predictor import Prediction, Region
+from fbclip.runtime.regions import Region
 
 MIN_SIDE = 320  # smaller frames are enlarged, so that the text stays legible
 GOOD, BAD = (46, 160, 67), (218, 54, 51)  # RGB
@@ -23,6 +23,72 @@ HEAT = (COLOURS * ALPHA).round().astype(np.uint8)
 SURFACE = np.repeat((255 * (1 - ALPHA)).round(), 3, axis=2).astype(np.uint8)  # 255ths that stay of the frame
 SUBPIXEL = 4  # binary digits of an outline's coordinates
 DASH, GAP = 8, 6  # of a weak region's outline, in widths of its line
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image.
+
+    Attributes:
+        score: abnormal probability of the image or its region of interest (see `Roi`), 0..1.
+        threshold: scores from here on are anomalous.
+        anomaly_map: float32 (H, W), 0..1, in the frame's own size; 0 outside the region of interest.
+        model_map: float32 (S, S), the map as the model gives it; (H, W) where the graph takes whole frames.
+        regions: of the map at or above its threshold and not smaller than `min_area`, the highest peak first. A defect
+            always has one: where no part of the map reaches its threshold, a weak one.
+        timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
+        image: the frame itself, uint8 (H, W, 3) RGB.
+        map_scale: map values (low, high) of the first and the last colour of the overlay.
+        overruled: why the image is good although its score reaches the threshold: "min_area", all regions are smaller
+            than that; "roi", what is anomalous lies outside the mask. None where the score decides.
+        unusable: why the image shows nothing to judge: "black", "uniform", or of a live source "frozen" (see
+            `fbclip.runtime.sight`); None where it does.
+    """
+
+    score: float
+    threshold: float
+    anomaly_map: NDArray[np.float32] = field(repr=False)
+    model_map: NDArray[np.float32] = field(repr=False)
+    regions: tuple[Region, ...]
+    timings_ms: dict[str, float]
+    image: NDArray[np.uint8] = field(repr=False)
+    map_scale: tuple[float, float] = (0.0, 1.0)
+    overruled: str | None = None
+    unusable: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """ "good", "defect" or "unusable". What isn't known to be good is never called so."""
+        if self.unusable:
+            return "unusable"
+        return "good" if self.score < self.threshold or self.overruled else "defect"
+
+    @property
+    def is_anomalous(self) -> bool:
+        """Whether the image is not known to be good: a defect, or unusable."""
+        return self.verdict != "good"
+
+    def overlay(self, longest: int | None = None) -> NDArray[np.uint8]:
+        """The frame with heat map, regions, score and verdict, drawn anew: uint8 (H', W', 3) RGB.
+
+        Args:
+            longest: pixels; a frame with a longer side is shrunk to it.
+        """
+        return draw_overlay(self, longest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; without the arrays."""
+        regions = [{"box": list(r.box), "peak": r.peak, "area": r.area, "weak": r.weak} for r in self.regions]
+        return {
+            "score": self.score,
+            "threshold": self.threshold,
+            "is_anomalous": self.is_anomalous,
+            "verdict": self.verdict,
+            "overruled": self.overruled,
+            "unusable": self.unusable,
+            "regions": regions,
+            "timings_ms": {k: round(v, 3) for k, v in self.timings_ms.items()},
+        }
 
 
 def draw_overlay(prediction: Prediction, longest: int | None = None) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""The machine that `fbclip doctor` looks at: its files, its commands, and probes in processes of their own."""
+"""The machine: its files, its commands, and probes in processes of their own."""
 
 from __future__ import annotations
 
@@ -10,32 +10,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Status = Literal["ok", "missing", "broken", "info"]
 SYSTEM_SITE = "python3 -m venv --system-site-packages .venv  # apt's Python packages are only seen from such a venv"
 GSTREAMER = f"pip uninstall -y opencv-python-headless && sudo apt install python3-opencv && {SYSTEM_SITE}"
-
-
-@dataclass(frozen=True)
-class Check:
-    """A line of the report.
-
-    Attributes:
-        topic: under which it stands.
-        name: what was looked at.
-        status: "ok", "missing" (not there), "broken" (there and unusable) or "info" (neither good nor bad).
-        found: what was found.
-        cure: a command, with a comment where it needs one; empty where nothing is wrong.
-    """
-
-    topic: str
-    name: str
-    status: Status
-    found: str
-    cure: str = ""
 
 
 class ProbeFailed(Exception):
@@ -84,7 +63,7 @@ class Machine:
         Raises:
             ProbeFailed: it raised, crashed or hung.
         """
-        program = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime import probes; probes.main(*sys.argv[2:])"
+        program = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime.doctor import probes; probes.main(*sys.argv[2:])"
         command = [sys.executable, "-c", program, json.dumps(sys.path, allow_nan=False), name, *arguments]
         answer = json.loads(self._answer(" ".join([name, *arguments]), command))
         if "error" in answer:
@@ -139,24 +118,3 @@ class Machine:
                 for d in devices
             )
         )
-
-
-def failed(topic: str, name: str, error: ProbeFailed, module: str, cure: str) -> Check:
-    """Missing where `module` itself is not there, broken where something else went wrong."""
-    if module and (error.missing or "").partition(".")[0] == module:
-        return Check(topic, name, "missing", "not installed", cure)
-    if "multiarray" in str(error) or "_ARRAY_API" in str(error) or "numpy.dtype size changed" in str(error):
-        cure = "pip install 'numpy<2'  # this library was compiled for NumPy 1; or install a newer build of it"
-    return Check(topic, name, "broken", str(error), cure)
-
-
-def version_of(found: dict[str, Any]) -> tuple[Status, str]:
-    return "ok", found["version"] or found["place"]
-
-
-def installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
