@@ -8,10 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fbclip.commands.options import BundleOption, DeviceOption, RoiOption, make_console, parse_threshold
+from fbclip.commands.options import (
+    BundleOption,
+    DeviceOption,
+    RoiOption,
+    make_console,
+    parse_resolution,
+    parse_threshold,
+)
 
 IMAGES, STREAMS = "Images", "Cameras, streams, videos, watched folders"
-OF_IMAGES = ("save_map", "map_size", "project", "name", "exist_ok")
 OF_STREAMS = (
     "resolution",
     "fps",
@@ -88,7 +94,8 @@ def infer(
     max_frames: Annotated[int | None, typer.Option(min=1, help="End after so many images or frames.")] = None,
     json: JsonOption = None,
     csv: CsvOption = None,
-    save: Annotated[bool, option(IMAGES, "Write overlay pictures.")] = True,
+    save: Annotated[bool | None, option(IMAGES, "Write overlay pictures.")] = None,
+    batch: Annotated[int, option(IMAGES, "Images that the model is given at once.", min=1)] = 1,
     save_map: Annotated[bool, option(IMAGES, "Write anomaly maps, float32 .npy.", "--save-map")] = False,
     map_size: Annotated[MapSize, option(IMAGES, "Size of saved maps: the frame's or the model's.")] = MapSize.frame,
     project: Annotated[Path, option(IMAGES, "Folder of the runs.")] = Path("runs/infer"),
@@ -116,50 +123,37 @@ def infer(
     ] = None,
 ) -> None:
     """Score images, or the frames of a camera, and draw where the defects are."""
-    from fbclip.files import new_run, require_file
-    from fbclip.folders import list_images
+    from fbclip.files import new_run
     from fbclip.runtime.live.alarm import Vote
     from fbclip.runtime.live.pipeline import Limits
-    from fbclip.runtime.live.run import Stream, find_stream, infer_stream, parse_resolution
-    from fbclip.runtime.live.sinks import SinkOptions
+    from fbclip.runtime.live.run import Inspection, inspect_source
+    from fbclip.runtime.live.sinks import Saving, SinkOptions
     from fbclip.runtime.live.sinks.events import parse_size
-    from fbclip.runtime.live.sources import CaptureOptions
-    from fbclip.runtime.live.stills import Outputs, Summary, infer, report
+    from fbclip.runtime.live.sources import CaptureOptions, open_source
     from fbclip.runtime.predictor import Predictor
     from fbclip.runtime.roi import Roi
     from fbclip.terminal import say
 
     console = make_console(stderr=json == "-")
-    stream = find_stream(source or [], camera, watch)
-    refuse(context, *(("a stream", OF_IMAGES) if stream else ("images", OF_STREAMS)))
-    region = Roi.parse(roi) if roi else None
-    predictor = Predictor(bundle, device, precision, parse_threshold(threshold), roi=region, min_area=min_area)
-    if threshold == "auto":
-        say(console, predictor.explain_threshold())
-    if stream:
-        setup = Stream(
-            stream,
-            CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch, skip_first=skip_first),
-            SinkOptions(show, video, json=json, csv=csv, mqtt=mqtt, webhook=webhook, metrics_port=metrics_port),
-            Vote.parse(vote),
-            events,
-            parse_size(events_size),
-            Limits(max_frames, duration),
+    texts = [*(source or []), *([camera] if camera else [])]
+    capture = CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch, skip_first=skip_first)
+    with open_source(texts, capture) as opened:
+        refuse(context, *(("images", OF_STREAMS) if opened.still else ("a stream", ())))
+        region = Roi.parse(roi) if roi else None
+        given = parse_threshold(threshold)
+        predictor = Predictor(bundle, device, precision, given, roi=region, min_area=min_area, batch_size=batch)
+        if threshold == "auto":
+            say(console, predictor.explain_threshold())
+        saves = save if save is not None else not opened.live
+        saving = (
+            Saving(new_run(project, name, exist_ok), saves, save_map, map_size.value) if saves or save_map else None
         )
-        infer_stream(predictor, setup, console)
-    else:
-        images = list_images(source or [], lambda line: say(console, line, "yellow"))[:max_frames]
-        for target in (json, csv):
-            require_file(target)
-        folder = new_run(project, name, exist_ok) if save or save_map else None
-        outputs, summary = Outputs(folder, save, save_map, map_size.value, json, csv), Summary()
-        try:
-            infer(predictor, images, outputs, summary, console)
-        finally:  # also of what was done before a disk was full
-            if summary.results or summary.skipped:
-                report(summary, outputs, console)
-        if summary.skipped or summary.unusable:  # not all that was asked for could be inspected
-            raise typer.Exit(2)
+        sinks = SinkOptions(
+            json=json, csv=csv, saving=saving, show=show, video=video, mqtt=mqtt, webhook=webhook,
+            metrics_port=metrics_port, events=events, events_bytes=parse_size(events_size),
+        )  # fmt: skip
+        limits = Limits(max_frames, duration)
+        inspect_source(predictor, opened, Inspection(texts, capture, sinks, Vote.parse(vote), limits, batch), console)
 
 
 def refuse(context: typer.Context, source: str, options: tuple[str, ...]) -> None:

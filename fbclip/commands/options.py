@@ -92,6 +92,23 @@ def parse_frame_size(text: str | None) -> tuple[int, int] | None:
     return int(sides[1]), int(sides[2])
 
 
+def parse_resolution(text: str | None) -> tuple[int, int] | None:
+    """`WIDTHxHEIGHT` in pixels.
+
+    Raises:
+        UsageError: no such size.
+    """
+    import re
+
+    from fbclip.errors import UsageError
+
+    if text is None:
+        return None
+    if not (sides := re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", text)):
+        raise UsageError(f"a resolution is WIDTHxHEIGHT in pixels, like 1280x720; got {text!r}", option="resolution")
+    return int(sides[1]), int(sides[2])
+
+
 def find_checkpoint(name: str, option: str) -> Path:
     """The file of a checkpoint, given by its name, by a run's folder, or as nano: the embedded model.
 

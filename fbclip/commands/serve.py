@@ -27,7 +27,14 @@ from fbclip.commands.infer import (
     option,
     refuse,
 )
-from fbclip.commands.options import BundleOption, DeviceOption, RoiOption, make_console, parse_threshold
+from fbclip.commands.options import (
+    BundleOption,
+    DeviceOption,
+    RoiOption,
+    make_console,
+    parse_resolution,
+    parse_threshold,
+)
 
 SERVER = "Server"
 OF_STREAMS = (
@@ -86,23 +93,26 @@ def serve(
 ) -> None:
     """Watch a camera in a browser, and inspect images that are sent."""
     _needs_serve_extra()
-    from fbclip.errors import UsageError
     from fbclip.runtime.live.alarm import Vote
-    from fbclip.runtime.live.pipeline import Limits
-    from fbclip.runtime.live.run import Stream, find_stream, parse_resolution
+    from fbclip.runtime.live.run import Inspection
     from fbclip.runtime.live.sinks import SinkOptions
     from fbclip.runtime.live.sinks.events import parse_size
     from fbclip.runtime.live.sources import CaptureOptions
     from fbclip.runtime.predictor import Predictor
     from fbclip.runtime.roi import Roi
-    from fbclip.runtime.serving.run import Address, serve
+    from fbclip.runtime.serving.run import Endpoint, serve
     from fbclip.terminal import say
 
     console = make_console(stderr=json == "-")
-    stream = find_stream(source or [], camera, watch)
-    if source and not stream:
-        raise UsageError(f"SOURCE is a camera, stream, video or, with --watch, a folder; got {' '.join(source)}")
-    if not stream:
+    texts = [*(source or []), *([camera] if camera else [])]
+    inspection = None
+    if texts or watch:
+        capture = CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch, skip_first=skip_first)
+        sinks = SinkOptions(
+            json=json, csv=csv, mqtt=mqtt, webhook=webhook, events=events, events_bytes=parse_size(events_size)
+        )
+        inspection = Inspection(texts, capture, sinks, Vote.parse(vote))
+    else:
         refuse(context, "left out", OF_STREAMS)
     predictor = Predictor(
         bundle,
@@ -112,18 +122,9 @@ def serve(
         roi=Roi.parse(roi) if roi else None,
         min_area=min_area,
     )
-    setup = stream and Stream(
-        stream,
-        CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch, skip_first=skip_first),
-        SinkOptions(json=json, csv=csv, mqtt=mqtt, webhook=webhook),
-        Vote.parse(vote),
-        events,
-        parse_size(events_size),
-        Limits(),
-    )
     if threshold == "auto":
         say(console, predictor.explain_threshold())
-    serve(predictor, setup or None, Address(host, port, token), console)
+    serve(predictor, inspection, Endpoint(host, port, token), console)
 
 
 def _needs_serve_extra() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.runtime.live.pipeline import Limits, Pipeline
-from fbclip.runtime.live.records import Frame, Notice, Result
+from fbclip.runtime.live.records import Frame, Notice, Record
 from helpers.waiting import PATIENCE_S
 
 STRIPE = slice(40, 48)  # rows, darker than the rest of a picture, which would be unusable without
@@ -57,7 +57,7 @@ class Memory:
 
     def __init__(self, name: str = "memory", faults: int = 0, error: Exception | None = None) -> None:
         self.name, self.faults, self.error = name, faults, error or OSError(28, "No space left on device")
-        self.results: list[Result] = []
+        self.results: list[Record] = []
         self.notices: list[Notice] = []
         self.threads: set[int] = set()
         self.closed = 0
@@ -65,7 +65,7 @@ class Memory:
         self.gate.set()
         self.entered = threading.Event()
 
-    def write(self, result: Result) -> None:
+    def write(self, result: Record) -> None:
         self.threads.add(threading.get_ident())
         self.entered.set()
         assert self.gate.wait(PATIENCE_S)

@@ -27,7 +27,7 @@ from fbclip.assets import SAMPLES
 from fbclip.images import read_image
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.records import Frame, Notice
-from fbclip.runtime.live.sinks.network import Metrics
+from fbclip.runtime.live.sinks.metrics import Metrics
 from fbclip.runtime.serving.access import Access
 from fbclip.runtime.serving.app import create_app
 from fbclip.runtime.serving.connections import WebServer

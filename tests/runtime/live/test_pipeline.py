@@ -28,7 +28,7 @@ from fbclip.runtime.live import delivery
 from fbclip.runtime.live import run as live_infer
 from fbclip.runtime.live.alarm import Decider, Vote
 from fbclip.runtime.live.pipeline import Limits, Pipeline, ahead
-from fbclip.runtime.live.records import Frame, Notice, Result
+from fbclip.runtime.live.records import Frame, Notice, Record
 from fbclip.runtime.live.run import find_stream, parse_resolution, run, status_text
 from fbclip.runtime.live.timing import WINDOW, Percentiles
 from fbclip.runtime.predictor import Predictor
@@ -194,7 +194,7 @@ def test_notices_do_not_fill_the_memory_of_a_sink_that_hangs() -> None:
     hanging.gate.clear()
     queue = delivery.Delivery(hanging, 4, False, lambda *_: None)
     frame = Frame(IMAGE, "", 0, 0.0, 0.0)
-    queue.put(Result(frame, predictor()(IMAGE), False, False, {}))
+    queue.put(Record(frame, predictor()(IMAGE), False, False, {}))
     assert hanging.entered.wait(PATIENCE_S)
     for i in range(3 * delivery.NOTICES):
         queue.put(Notice(float(i), "source", "camera", "lost", "", {}))
@@ -218,7 +218,7 @@ def test_a_sink_that_answered_late_is_not_stuck_any_more() -> None:
     late = Memory("late")
     late.gate.clear()
     queue = delivery.Delivery(late, 4, False, report)
-    result = Result(Frame(IMAGE, "", 0, 0.0, 0.0), predictor()(IMAGE), False, False, {})
+    result = Record(Frame(IMAGE, "", 0, 0.0, 0.0), predictor()(IMAGE), False, False, {})
     queue.put(result)
     assert late.entered.wait(PATIENCE_S)
     queue._busy_since = time.monotonic() - delivery.STUCK_S - 1

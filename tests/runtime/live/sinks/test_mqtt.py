@@ -26,7 +26,7 @@ from fbclip.runtime.live.delivery import Delivery, Lost, Queued
 from fbclip.runtime.live.records import Notice
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks
 from fbclip.runtime.live.sinks import network as sinks_network
-from fbclip.runtime.live.sinks.network import Mqtt
+from fbclip.runtime.live.sinks.mqtt import Mqtt
 from helpers.delivered import notice, result
 from helpers.stream_faults import bound
 from helpers.waiting import PATIENCE_S, eventually

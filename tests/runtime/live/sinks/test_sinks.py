@@ -28,11 +28,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from fbclip.errors import FBClipError, UsageError
 from fbclip.runtime import prediction
 from fbclip.runtime.live import sinks
-from fbclip.runtime.live.records import Result
-from fbclip.runtime.live.sinks import LineFile, SinkOptions, Video, Window, make_sinks
+from fbclip.runtime.live.records import Record
+from fbclip.runtime.live.sinks import LineFile, SinkOptions, make_sinks
 from fbclip.runtime.live.sinks import network as sinks_network
 from fbclip.runtime.live.sinks.events import EventRecorder, event_folders
-from fbclip.runtime.live.sinks.network import Metrics, Webhook
+from fbclip.runtime.live.sinks.metrics import Metrics
+from fbclip.runtime.live.sinks.pictures import Video
+from fbclip.runtime.live.sinks.webhook import Webhook
+from fbclip.runtime.live.sinks.window import Window
 from fbclip.runtime.serving.feed import Monitor
 from helpers.delivered import drawn_verdict, has_outlines, let_off, notice, result
 from helpers.disks import largest_file, read_only, tiny_disk
@@ -297,7 +300,7 @@ def test_every_picture_shows_the_results_own_verdict(tmp_path: Path, monkeypatch
             assert (drawn_verdict(picture), has_outlines(picture)) == (name, name == "defect"), kind
 
 
-def pictures_of(delivered: Result, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, NDArray[np.uint8]]:
+def pictures_of(delivered: Record, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, NDArray[np.uint8]]:
     """What each sink with pictures makes of a result, RGB."""
     shown: list[NDArray[np.uint8]] = []
     for name in ("namedWindow", "resizeWindow", "setWindowTitle", "destroyWindow"):
