@@ -13,8 +13,8 @@ from fbclip.runtime.live.status import SinkStatus
 from fbclip.runtime.live.timing import Percentiles
 from fbclip.stopping import may_hang
 
-STUCK_S = 10.0  # in one write: from then on a sink counts as failing
-PAUSES_S = (0.25, 8.0)  # between attempts of a failing sink: the first, doubled up to the last
+STUCK_S = 10.0
+PAUSES_S = (0.25, 8.0)
 NOTICES = 256  # that may wait; a camera that flaps must not fill the memory of a sink that hangs
 
 TOO_SLOW = "it was too slow"
@@ -50,10 +50,21 @@ class Delivery:
         lossless: `put` waits for room while the sink works, so that files lose nothing; otherwise, and while the sink
             fails, the oldest waiting result is dropped and counted.
         report: called with this delivery and a notice at each transition, from either thread.
+        stuck_s: seconds in one write from which on a sink counts as failing.
+        pauses_s: seconds between attempts of a failing sink: the first pause, doubled up to the last.
     """
 
-    def __init__(self, sink: Sink, room: int, lossless: bool, report: Report) -> None:
+    def __init__(
+        self,
+        sink: Sink,
+        room: int,
+        lossless: bool,
+        report: Report,
+        stuck_s: float = STUCK_S,
+        pauses_s: tuple[float, float] = PAUSES_S,
+    ) -> None:
         self.sink, self.room, self.lossless, self.report = sink, room, lossless, report
+        self._stuck_s, self._pauses_s = stuck_s, pauses_s
         self.failure: str | None = None
         self.delivered = self.dropped = 0
         self.dropped_because: str | None = None  # the last time, and rather a failure than that it was too slow
@@ -70,27 +81,27 @@ class Delivery:
         self._thread.start()
 
     def put(self, item: Record | Notice) -> None:
-        """Hand over an item; waits at most `STUCK_S`, and only where the class says so."""
+        """Hand over an item; waits at most `stuck_s`, and only where the class says so."""
         kind, limit = (Record, self.room) if isinstance(item, Record) else (Notice, NOTICES)
         with self._changed:
             if self.lossless and kind is Record:
-                self._changed.wait_for(lambda: self._count(kind) < limit or not self._takes, STUCK_S)
+                self._changed.wait_for(lambda: self._count(kind) < limit or not self._takes, self._stuck_s)
             if self._count(kind) >= limit:
                 self._waiting.remove(next(waiting for waiting in self._waiting if isinstance(waiting, kind)))
                 self._drop(1, self.failure or TOO_SLOW)
             self._waiting.append(item)
             self._changed.notify_all()
             since = self._busy_since
-            stuck = since is not None and time.monotonic() - since > STUCK_S and not self.failure
+            stuck = since is not None and time.monotonic() - since > self._stuck_s and not self.failure
         if stuck:
-            self._turn(f"has not answered for {STUCK_S:.0f} s", takes=False)
+            self._turn(f"has not answered for {self._stuck_s:.0f} s", takes=False)
 
     def settle(self) -> None:
-        """Wait until nothing waits, at most `STUCK_S`; not for a sink that fails."""
+        """Wait until nothing waits, at most `stuck_s`; not for a sink that fails."""
         with self._changed:
             self._changed.wait_for(
                 lambda: not (self._waiting or self._busy_since) or not self._takes or self._deadline is not None,
-                STUCK_S,
+                self._stuck_s,
             )
 
     def drain(self, deadline: float) -> None:
@@ -163,7 +174,7 @@ class Delivery:
             return self._waiting.popleft()
 
     def _deliver(self, item: Record | Notice) -> None:
-        pause, last = PAUSES_S
+        pause, last = self._pauses_s
         failure = None
         while True:
             try:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fbclip.errors import ImageError
 from fbclip.runtime.backends import require_probabilities
 from fbclip.runtime.live.alarm import Alarm
-from fbclip.runtime.live.delivery import Delivery
+from fbclip.runtime.live.delivery import PAUSES_S, STUCK_S, Delivery
 from fbclip.runtime.live.records import Frame, Notice, Record, Sink, Source
 from fbclip.runtime.live.status import SourceStatus, Status, Summary
 from fbclip.runtime.live.timing import Percentiles, Rate
@@ -47,6 +47,7 @@ class Limits:
             its overlay once one of them has asked for it, 6 MB.
         close_s: seconds that sinks have at the end for what waits.
         lost_s: seconds without a source at the end of a run that are no mere reconnecting.
+        stuck_s, pauses_s: of sinks, see `Delivery`.
     """
 
     max_frames: int | None = None
@@ -54,6 +55,8 @@ class Limits:
     room: int = 8
     close_s: float = 5.0
     lost_s: float = 5.0
+    stuck_s: float = STUCK_S
+    pauses_s: tuple[float, float] = PAUSES_S
 
 
 class _Prepared(NamedTuple):
@@ -110,7 +113,17 @@ class Pipeline:
         self._failure = ""  # of the sink that ended a run of stills
         self._score: float | None = None  # of the last result
         self._progress = threading.Condition()  # of frames that were judged or rejected
-        self._deliveries = [Delivery(sink, self.limits.room, not source.live, self._sink_turned) for sink in sinks]
+        self._deliveries = [
+            Delivery(
+                sink,
+                self.limits.room,
+                not source.live,
+                self._sink_turned,
+                self.limits.stuck_s,
+                self.limits.pauses_s,
+            )
+            for sink in sinks
+        ]
         source.listen(self._heard)
 
     def run(self) -> Summary:
@@ -157,7 +170,12 @@ class Pipeline:
         return Status(
             seconds=round(time.monotonic() - self._began, 1),
             source=SourceStatus(
-                self.source.name, self._state, self._message, self.source.live, dict(self.source.counters)
+                self.source.name,
+                self._state,
+                self._message,
+                self.source.live,
+                self.source.still,
+                dict(self.source.counters),
             ),
             total=self.source.total,
             frames=self._frames,

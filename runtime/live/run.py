@@ -82,10 +82,10 @@ def inspect_source(predictor: Predictor, source: Source, inspection: Inspection,
         say(console, f"{' and '.join(kinds)} are in {saving.folder}")
     if signal:
         raise Interrupted(f"stopped by {Signals(signal).name}; what was inspected is written", signal)
-    insist_on_all(summary, source)
+    insist_on_all(summary)
 
 
-def insist_on_all(summary: Summary, source: Source) -> None:
+def insist_on_all(summary: Summary) -> None:
     """Raise where less was done than was asked for.
 
     Raises:
@@ -93,10 +93,10 @@ def insist_on_all(summary: Summary, source: Source) -> None:
         FBClipError: nothing was inspected, the source showed nothing any more at the end, a sink failed till the end, or
             one that keeps results lost some.
     """
-    status, sinks = summary.status, summary.status.sinks
+    status, source, sinks = summary.status, summary.status.source, summary.status.sinks
     if summary.failure:
         raise FBClipError(summary.failure)
-    unread = 0 if source.live else status.source.counters.get("garbage", 0)
+    unread = 0 if source.live else source.counters.get("garbage", 0)
     if source.still and (failed := unread + status.rejected + status.unusable):
         raise ImageError(f"{failed} of {status.frames + unread + status.rejected} images could not be inspected")
     if status.rejected:

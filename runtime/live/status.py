@@ -17,6 +17,7 @@ class SourceStatus:
         state: "connecting", "live", "lost", "blind" (frames come, and show nothing) or "ended".
         message: the last that it said, one line.
         live: whether it drops frames that nobody takes in time.
+        still: whether its pictures don't follow each other in time.
         counters: running totals: frames, dropped, reconnects, and one for each kind of fault.
     """
 
@@ -24,6 +25,7 @@ class SourceStatus:
     state: str
     message: str
     live: bool
+    still: bool
     counters: dict[str, int]
 
 

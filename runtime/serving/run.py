@@ -78,7 +78,7 @@ def serve(predictor: Predictor, inspection: Inspection | None, endpoint: Endpoin
         summary = _run(listening, server, pipeline)
     if summary:
         print_summary(summary, console)
-        insist_on_all(summary, source)
+        insist_on_all(summary)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -18,7 +18,9 @@ from fbclip.errors import UsageError
 from fbclip.files import lock, unlock, write_error
 from fbclip.runtime.live.records import Notice, Record
 
-LONGEST_LINE = 1 << 20  # bytes that are looked at of a file that is there
+LOOKED_AT = 4096  # bytes of a file that is there
+# of lines of records and notices; the others are those of earlier releases
+JSON_BEGINS = (b'{"kind": "', b'{"source": "', b'{"time": ')'
 
 
 class Lines(Protocol):
@@ -55,7 +57,7 @@ class LineFile:
         try:
             with self._alone() as fd:
                 size = _size(fd)
-                fits = not size or _is_ours(os.pread(fd, LONGEST_LINE, 0), self._header)
+                fits = not size or _is_ours(os.pread(fd, LOOKED_AT, 0), self._header)
                 if not size:
                     _write_all(fd, self._header)
         except OSError as error:
@@ -156,13 +158,7 @@ class StandardOutput:
 
 def _is_ours(begin: bytes, header: bytes) -> bool:
     """Whether a file that begins so holds what would be added to it; anything else may be dear to somebody."""
-    if header:
-        return begin.startswith(header)
-    try:
-        record = json.loads(begin.partition(b"\n")[0])
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and not {"source", "kind"}.isdisjoint(record)
+    return begin.startswith(header or JSON_BEGINS)
 
 
 def _size(fd: int) -> int | None:
@@ -223,8 +219,8 @@ def csv_row(record: Record) -> list[Any]:
 
 def to_json(item: Record | Notice) -> str:
     """One line of JSON; `kind` is "result", or what the notice is about."""
-    values = item.to_dict()
-    return json.dumps(values if isinstance(item, Notice) else {"kind": "result", **values}, allow_nan=False)
+    kind = item.kind if isinstance(item, Notice) else "result"
+    return json.dumps({"kind": kind, **item.to_dict()}, allow_nan=False)
 
 
 class JsonLines:

@@ -40,7 +40,7 @@ class Patience:
     queued: int = 1000
     grace_s: float = 5.0
     room_s: float = 5.0
-    retry_s: tuple[int, int] = (1, 2)
+    retry_s: tuple[float, float] = (1, 2)
     connect_s: float = 2.0
     flush_s: float = 3.0
 
@@ -87,7 +87,7 @@ class Mqtt:
         if address.scheme == "mqtts":
             self._client.tls_set()
         self._client.max_queued_messages_set(self._patience.queued)
-        self._client.reconnect_delay_set(*self._patience.retry_s)
+        self._client.reconnect_delay_set(*self._patience.retry_s)  # type: ignore[arg-type]  # fractions are well
         self._client.connect_timeout = self._patience.connect_s
         self._client.will_set(f"{prefix}/status", "offline", qos=1, retain=True)
         self._client.on_connect = self._on_connect

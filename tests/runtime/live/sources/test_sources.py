@@ -30,9 +30,8 @@ from fbclip.folders import list_images
 from fbclip.runtime.calibrate import good_images
 from fbclip.runtime.host import Machine
 from fbclip.runtime.live.records import Frame, Notice
-from fbclip.runtime.live.run import find_stream
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks
-from fbclip.runtime.live.sources import CaptureOptions, FileSource, Source, capture, open_source, watch
+from fbclip.runtime.live.sources import CaptureOptions, FileSource, Source, capture, is_stream, open_source, watch
 from fbclip.runtime.live.sources.capture import LiveSource
 from fbclip.runtime.live.sources.devices import (
     Device,
@@ -45,6 +44,7 @@ from fbclip.runtime.live.sources.devices import (
     stream_address,
 )
 from fbclip.runtime.live.sources.watch import arrivals
+from helpers.live import Frames
 from helpers.stream_faults import SIZE, Camera, Proxy, filming, jpeg, serving
 from helpers.waiting import PATIENCE_S as SOON
 from helpers.waiting import eventually
@@ -238,11 +238,11 @@ PASSWORDS = [  # addresses as people write them, in which the parser of a URL se
 def test_no_password_of_a_malformed_address_is_shown(address: str) -> None:
     for scheme in ("rtsp", "http"):
         text = address.format(scheme)
-        assert find_stream([text], None, False) == text
+        assert is_stream(text)
         for use in (
             lambda text=text: open_source(text),
             lambda text=text: open_source(text, CaptureOptions(watch=True)),
-            lambda text=text: find_stream([text, "part.png"], None, False),
+            lambda text=text: open_source([text, "part.png"]),
             lambda text=text: list_images([text]),
         ):
             with pytest.raises(UsageError) as caught:
@@ -250,7 +250,9 @@ def test_no_password_of_a_malformed_address_is_shown(address: str) -> None:
             assert not re.search("secret|4711|me:", str(caught.value)), caught.value
     for sink in ("mqtt", "webhook"):
         with pytest.raises(UsageError) as caught:
-            make_sinks(SinkOptions(**{sink: address.format("mqtt" if sink == "mqtt" else "http")}))
+            make_sinks(
+                SinkOptions(**{sink: address.format("mqtt" if sink == "mqtt" else "http")}), Frames([], live=True)
+            )
         assert not re.search("secret|4711|me:", str(caught.value)), caught.value
 
 
@@ -406,11 +408,9 @@ def test_a_file_source_is_closed_while_another_thread_goes_on(tmp_path: Path) ->
 @pytest.mark.parametrize("suffix", ["", ".mpeg", ".3gp", ".flv", ".m2ts", ".dat"])
 def test_a_video_of_any_name_is_one(video: Path, suffix: str) -> None:
     path = video.rename(video.with_name(f"belt{suffix}"))
-    assert find_stream([str(path)], None, False) == str(path)
     with open_source(str(path)) as source:
+        assert not source.still
         assert len(list(source)) == 10
-    with pytest.raises(UsageError, match="inspected alone"):
-        find_stream([str(path), "part.png"], None, False)
 
 
 def test_motion_jpeg_is_a_video_and_an_image_of_any_name_is_none(tmp_path: Path) -> None:
@@ -418,11 +418,12 @@ def test_motion_jpeg_is_a_video_and_an_image_of_any_name_is_none(tmp_path: Path)
     pictures.write_bytes(b"".join(map(jpeg, range(5))))
     picture.write_bytes(jpeg(1))
     other.write_text("no video")
-    assert find_stream([str(pictures)], None, False)
     with open_source(str(pictures)) as source:
+        assert not source.still
         assert len(list(source)) == 5
-    assert find_stream([str(picture)], None, False) is None
-    assert find_stream([str(picture), str(other)], None, False) is None  # it is skipped, and the image inspected
+    assert open_source(str(picture)).still
+    with open_source([str(picture), str(other)]) as source:  # which is skipped, and the image inspected
+        assert len(list(source)) == 1
     with pytest.raises(UsageError, match="neither an image that Pillow nor a video that FFmpeg can read"):
         list(open_source(str(other)))
 
