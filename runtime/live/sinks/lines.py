@@ -20,7 +20,7 @@ from fbclip.runtime.live.records import Notice, Record
 
 LOOKED_AT = 4096  # bytes of a file that is there
 # of lines of records and notices; the others are those of earlier releases
-JSON_BEGINS = (b'{"kind": "', b'{"source": "', b'{"time": ')'
+JSON_BEGINS = (b'{"kind": "', b'{"source": "', b'{"time": ')
 
 
 class Lines(Protocol):
