@@ -123,7 +123,7 @@ def test_more_images_than_are_shown_on_a_console_without_an_ellipsis(tmp_path: P
     code, out, _ = run(tmp_path, "latin-1", "infer", "many", "--no-save")
     assert code == 0
     assert out.splitlines()[-2:] == [
-        b"... and 1 more with lower scores (all of them: --csv or --json)",
+        b"... and 1 more with lower scores (all of them: in a CSV or JSON file)",
         b"21 images: 0 with defects, 21 good",
     ]
 
@@ -175,7 +175,7 @@ def test_names_of_results_are_unique_and_short() -> None:
     assert list(names) == list(map(str, sources))
     assert len(set(names.values())) == len(sources)
     assert max(len(f"{name}.npy") for name in names.values()) <= 255
-    assert names[Path("a/x.png")] == "x"
+    assert names["a/x.png"] == "x"
 
 
 def ended(program: str, *arguments: str, stdout: int | None = subprocess.PIPE) -> tuple[int, str]:
@@ -302,7 +302,7 @@ def test_a_disk_that_fills_up_keeps_whole_lines_and_says_what_was_done(fbclip: R
     lost = re.search(r"^json lost (\d+) results and notices: the disk is full", done.stdout, re.M)
     inspected = re.search(r"^(\d+) images: 0 with defects, ", done.stdout, re.M)
     assert inspected and lost and int(inspected[1]) < 40
-    assert int(inspected[1]) == len(records) + int(lost[1])
+    assert len(records) < int(inspected[1]) <= len(records) + int(lost[1])  # notices are counted too
     assert re.fullmatch(
         r"fbclip: the disk is full: can't write disk/o\.(jsonl|csv); free some space, .*\n", done.stderr
     )

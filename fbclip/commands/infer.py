@@ -123,7 +123,7 @@ def infer(
     ] = None,
 ) -> None:
     """Score images, or the frames of a camera, and draw where the defects are."""
-    from fbclip.files import new_run
+    from fbclip.files import new_run, require_file
     from fbclip.runtime.live.alarm import Vote
     from fbclip.runtime.live.pipeline import Limits
     from fbclip.runtime.live.run import Inspection, inspect_source
@@ -144,6 +144,8 @@ def infer(
         predictor = Predictor(bundle, device, precision, given, roi=region, min_area=min_area, batch_size=batch)
         if threshold == "auto":
             say(console, predictor.explain_threshold())
+        for target in (json, csv):
+            require_file(target)
         saves = save if save is not None else not opened.live
         saving = (
             Saving(new_run(project, name, exist_ok), saves, save_map, map_size.value) if saves or save_map else None
