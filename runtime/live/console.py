@@ -98,6 +98,10 @@ class ImageTable:
     def close(self) -> None:
         """Nothing to release; `print` comes after the run."""
 
+    @property
+    def has_rows(self) -> bool:
+        return bool(self._rows)
+
     def print(self) -> None:
         """The images with the highest scores, and how many more there are."""
         table = Table(box=None, pad_edge=False)

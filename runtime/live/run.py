@@ -67,7 +67,7 @@ def inspect_source(predictor: Predictor, source: Source, inspection: Inspection,
     try:
         summary, signal = run(pipeline, console)
     except FBClipError:
-        if isinstance(view, ImageTable):  # what was done before
+        if isinstance(view, ImageTable) and view.has_rows:  # what was done before
             print_images(pipeline.status(), view, console)
         raise
     if isinstance(view, ImageTable):

@@ -45,6 +45,8 @@ class Belt:
 
     name = "belt"
     live = True
+    still = False
+    total = None
 
     def __init__(self) -> None:
         self.parts: queue.Queue[Path | None] = queue.Queue()
