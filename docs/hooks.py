@@ -14,7 +14,9 @@ from typing import Any
 import typer
 
 COMMANDS = "<!-- the commands -->"
-OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:\.\./)+((?:benchmarks|runtime|export|fbclip|tests|cli\.py|CONTRIBUTING|README)[^)]*)\)")
+OUTSIDE = re.compile(
+    r"\[([^\]]*)\]\((?:\.\./)+((?:benchmarks|runtime|export|fbclip|tests|cli\.py|CONTRIBUTING|README)[^)]*)\)"
+)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
