@@ -94,6 +94,18 @@ def test_sections_that_the_code_names_exist() -> None:
     assert not [number for number in named if not re.search(rf"^###? {re.escape(number)}\.? ", method, re.M)]
 
 
+def test_tests_that_the_docs_name_exist() -> None:
+    files = {path.name: path for path in (ROOT / "tests").rglob("test_*.py")}
+    here = ""
+    for file, name in re.findall(
+        r"(test_\w+\.py)?(?:::(test_\w+))?`", (ROOT / "docs/reference/robustness.md").read_text()
+    ):
+        here = file or here  # `::test_that` is of the file named before it
+        if file or name:
+            assert here in files
+            assert not name or f"def {name}(" in files[here].read_text(), f"{here}::{name}"
+
+
 PYTHON = [page for page in (ROOT / "README.md", ROOT / "docs" / "python.md") if page.exists()]
 
 
