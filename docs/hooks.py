@@ -14,6 +14,8 @@ from typing import Any
 import typer
 
 COMMANDS = "<!-- the commands -->"
+ARGUMENTS = "Arguments"
+VARIABLES = re.compile(r" ?\[env var: [^;\]]*\]|env var: [^;\]]*; ")  # one rule names them all
 OUTSIDE = re.compile(
     r"\[([^\]]*)\]\((?:\.\./)+((?:benchmarks|runtime|export|fbclip|tests|cli\.py|CONTRIBUTING|README)[^)]*)\)"
 )
@@ -23,7 +25,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page as it is rendered. `page.file.src_uri` is its path below `docs/`."""
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, describe_commands())
-    return OUTSIDE.sub(lambda link: f"{link[1]} (`{link[2]}`)" if link[1] != link[2] else f"`{link[2]}`", markdown)
+    return OUTSIDE.sub(
+        lambda link: f"`{link[2]}`" if link[1] in ("result", "results", link[2]) else f"{link[1]} (`{link[2]}`)",
+        markdown,
+    )
 
 
 def describe_commands() -> str:
@@ -47,7 +52,7 @@ def _parameters(command: Any, context: typer.Context) -> list[str]:
     """A table for each panel of the help; `-h` itself is left out."""
     shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
     lines = []
-    panels = list(dict.fromkeys(map(_panel, shown)))
+    panels = sorted(dict.fromkeys(map(_panel, shown)), key=ARGUMENTS.__ne__)
     for panel, parameters in groupby(sorted(shown, key=lambda each: panels.index(_panel(each))), key=_panel):
         lines += [f"\n**{panel}**\n", "| | |", "| --- | --- |"]
         for parameter in parameters:
@@ -58,11 +63,11 @@ def _parameters(command: Any, context: typer.Context) -> list[str]:
 
 
 def _panel(parameter: Any) -> str:
-    default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+    default = ARGUMENTS if parameter.param_type_name == "argument" else "Options"
     return getattr(parameter, "rich_help_panel", None) or default
 
 
 def _escaped(text: str) -> str:
     """Help as Markdown: what looks like a tag, an option or an address is code."""
-    plain = " ".join(text.split())
+    plain = VARIABLES.sub("", " ".join(text.split()))
     return re.sub(r"(?<![\w`-])(--?[a-z][\w-]*|[a-z]+://[^\s,;)]*[^\s,;).]|[\w.]*\*[\w.*]*|<[^>]*>)", r"`\1`", plain)
