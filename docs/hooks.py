@@ -57,7 +57,7 @@ def _parameters(command: Any, context: typer.Context) -> list[str]:
         lines += [f"\n**{panel}**\n", "| | |", "| --- | --- |"]
         for parameter in parameters:
             record = parameter.get_help_record(context) or (parameter.make_metavar(context), parameter.help or "")
-            names, text = (each.replace("|", "\\|") for each in record)
+            names, text = (each.replace(" <list[str]>", "").replace("|", "\\|") for each in record)
             lines.append(f"| `{names}` | {_escaped(text)} |")
     return lines
 
