@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,14 @@ def commands(text: str) -> Iterator[str]:
         yield " ".join(line.split())
 
 
+@cache
+def command_group() -> Any:
+    return typer.main.get_command(app)
+
+
 def unknown_options(line: str) -> list[str]:
     """Of a command line, the options that its command does not have; or the command's name, where there is none."""
-    group: Any = typer.main.get_command(app)
+    group = command_group()
     words = shlex.split(line.split(" | ")[0].split(" >")[0].split(" && ")[0])[1:]
     options = {name for parameter in group.params for name in parameter.opts} | {"-h", "--help"}
     while words and words[0].startswith("-"):
@@ -82,6 +88,13 @@ def test_pages_that_the_code_names_exist() -> None:
     named = {name for path in files for name in NAMED.findall(path.read_text()) if path != Path(__file__)}
     assert named
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_files_that_the_docs_name_exist() -> None:
+    file = re.compile(r"`((?:fbclip|runtime|export|benchmarks|tests|docs)/[\w/-]+\.\w+)[`:]")
+    named = {(page.name, name) for page in PAGES for name in file.findall(page.read_text())}
+    assert named
+    assert not [(page, name) for page, name in named if not (ROOT / name).exists()]
 
 
 def test_sections_that_the_code_names_exist() -> None:
