@@ -91,7 +91,7 @@ def test_pages_that_the_code_names_exist() -> None:
 
 
 def test_files_that_the_docs_name_exist() -> None:
-    file = re.compile(r"`((?:fbclip|runtime|export|benchmarks|tests|docs)/[\w/-]+\.\w+)[`:]")
+    file = re.compile(r"`((?:fbclip|runtime|export|benchmarks|tests|docs)/[a-z0-9_/-]+\.\w+)[`:]")
     named = {(page.name, name) for page in PAGES for name in file.findall(page.read_text())}
     assert named
     assert not [(page, name) for page, name in named if not (ROOT / name).exists()]
