@@ -342,5 +342,5 @@ def report_misses(calibration: Calibration, interval: tuple[float, float], bad: 
     if c.missed >= HOPELESS * c.defects:
         say(
             "this model can't inspect this part: it passes most of these defects as good. Look only where defects can be "
-            "(--roi), accept more false alarms (--false-alarm-rate), or train a model for it (docs/training.md)"
+            "(--roi), accept more false alarms (--false-alarm-rate), or train a model for it (docs/guides/training.md)"
         )
