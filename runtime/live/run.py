@@ -135,22 +135,26 @@ def make_pipeline(source: Source, predictor: Predictor, inspection: Inspection, 
     )
 
 
-def run(pipeline: Pipeline, console: Console) -> tuple[Summary, int | None]:
-    """Run a pipeline under a status line; also returns the signal that ended it, if one did."""
+def run(pipeline: Pipeline, console: Console, log_s: float | None = None) -> tuple[Summary, int | None]:
+    """Run a pipeline under a status line; also returns the signal that ended it, if one did.
+
+    Args:
+        log_s: seconds between two lines of status where there is no terminal; None for 60, and 10 for stills.
+    """
+    log_s = log_s if log_s is not None else LOG_S if pipeline.source.total is None else LOG_STILLS_S
     # a thread of its own, so that the main thread, which Python gives the signals, is never held
     with StopRequest(None) as stop, ThreadPoolExecutor(1, "pipeline") as pool:
         running = pool.submit(pipeline.run)
-        _watch(running, pipeline, stop, console)
+        _watch(running, pipeline, stop, console, log_s)
         return running.result(), stop.signal
 
 
-def _watch(running: Future[Summary], pipeline: Pipeline, stop: StopRequest, console: Console) -> None:
+def _watch(running: Future[Summary], pipeline: Pipeline, stop: StopRequest, console: Console, log_s: float) -> None:
     """Show the status until the run has ended; pass on a request to stop."""
     total = pipeline.source.total
     with_status = console.is_terminal and (total is None or total >= FEW)
     shown = Live(console=console, refresh_per_second=1 / REFRESH_S, transient=total is not None)
-    pause = LOG_S if total is None else LOG_STILLS_S
-    next_log = time.monotonic() + pause
+    next_log = time.monotonic() + log_s
     stopping = False
     with shown if with_status else nullcontext() as live:
         while not _ended(running):
@@ -160,7 +164,7 @@ def _watch(running: Future[Summary], pipeline: Pipeline, stop: StopRequest, cons
             if live:
                 live.update(status_text(pipeline.status()))
             elif time.monotonic() >= next_log:
-                next_log += pause
+                next_log += log_s
                 with suppress(OSError):  # that nobody can read it is no reason to stop, nor to wait for ever
                     console.print(status_text(pipeline.status()), soft_wrap=True)
         if live:

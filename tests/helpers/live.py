@@ -20,7 +20,7 @@ STRIPE = slice(40, 48)  # rows, darker than the rest of a picture, which would b
 IMAGE = np.full((48, 64, 3), 90, np.uint8)
 
 
-QUICK = (0.001, 0.01)  # seconds between attempts of a failing sink
+QUICK = (0.001, 0.01)  # seconds between attempts of a failing sink, and between tries to connect
 PATIENT = Limits(
     close_s=PATIENCE_S, pauses_s=QUICK
 )  # for sinks that do take what waits: they are not waited for any longer

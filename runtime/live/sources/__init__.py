@@ -106,7 +106,7 @@ class WatchSource(FileSource):
         self._folder = folder
 
     def _files(self) -> Iterable[Path]:
-        return arrivals(self._folder, self._closed, self._notify, self.options.give_up)
+        return arrivals(self._folder, self._closed, self._notify, self.options.give_up, self.options.settled_s)
 
 
 def _pictures(path: Path, tell: Callable[[str, str], None]) -> Iterator[tuple[str, Retrieve]]:

@@ -15,7 +15,6 @@ from fbclip.runtime.live.records import Frame, Notice
 from fbclip.runtime.live.sources.devices import FAULTS, Device, Fault
 from fbclip.stopping import may_hang
 
-RETRY_S = (0.1, 1.0)  # back-off, from and to: a camera that is back must give a result within 2 s
 CLOSE_S = 1.0  # to let threads end
 STUCK = 4  # connections that hang before no more are made: each holds a thread and a descriptor
 COUNTERS = ("frames", "dropped", "reconnects", *FAULTS, "resized")
@@ -32,6 +31,9 @@ class CaptureOptions:
         give_up: seconds without a frame (or without the watched folder) after which a live source fails; None is never.
         watch: the source is a folder that images are dropped into.
         stall: seconds without a frame after which a live source counts as stalled; at least three of its frames.
+        retry_s: seconds between two tries to connect, the first and the longest pause: a camera that is back must give a
+            result within 2 s.
+        settled_s: seconds after which a file in a watched folder that was not written to is whole.
         skip_first: frames that are left out after each connect to a live source: until a camera has found its exposure
             and a decoder its key frame, they are green, grey or dark.
 
@@ -46,6 +48,8 @@ class CaptureOptions:
     watch: bool = False
     stall: float = 5.0
     skip_first: int = 0
+    retry_s: tuple[float, float] = (0.1, 1.0)
+    settled_s: float = 2.0
 
     def __post_init__(self) -> None:
         if self.resolution and min(self.resolution) < 1:
@@ -197,27 +201,28 @@ class LiveSource(BaseSource):
         self._notify("connecting", f"connecting to {self.name}")
         self._lost = time.monotonic()
         told: set[str] = set()  # causes since the last frame: an outage of a month is a line or two
-        delay = RETRY_S[0]
+        first_pause, longest_pause = self.options.retry_s
+        delay = first_pause
         fault: Fault | None = None
         while fault := self._run_link(fault):
             link = self._link
             if link.frames:
                 told.clear()
                 self._lost = link.last
-                if link.last - link.first > RETRY_S[1]:
-                    delay = RETRY_S[0]
+                if link.last - link.first > longest_pause:
+                    delay = first_pause
             if fault.cause not in told:
                 told.add(fault.cause)
                 with self._lock:
                     self._counters[fault.cause] += 1
-                self._notify("lost", f"{fault}; trying again every {RETRY_S[1]:g} s")
+                self._notify("lost", f"{fault}; trying again every {longest_pause:g} s")
             left = self._give_up_at() - time.monotonic()
             if left <= 0:
                 raise FBClipError(
                     f"{self.name} gave no frame for {self.options.give_up:g} s: {fault}", option="give_up"
                 )
             self._closed.wait(min(delay, left))
-            delay = min(2 * delay, RETRY_S[1])
+            delay = min(2 * delay, longest_pause)
 
     def _give_up_at(self) -> float:
         return inf if self.options.give_up is None else self._lost + self.options.give_up

@@ -16,7 +16,6 @@ from fbclip.images import SUFFIXES
 from fbclip.terminal import printable
 
 POLL_S = 0.2  # between looks at the folder
-SETTLED_S = 2.0  # a file last written before that was moved in, or was there: it is whole
 
 
 @dataclass(frozen=True, order=True)
@@ -29,18 +28,23 @@ class _State:
 
 
 def arrivals(
-    folder: Path, closed: Event, tell: Callable[[str, str], None], give_up: float | None = None
+    folder: Path,
+    closed: Event,
+    tell: Callable[[str, str], None],
+    give_up: float | None = None,
+    settled_s: float = 2.0,
 ) -> Iterator[Path]:
     """Images of a folder and those below it: those there, oldest first, then new ones as they come, until `closed`.
 
-    A file is taken when its size and time are the same in two looks, or its time is SETTLED_S old (moved in). Written
+    A file is taken when its size and time are the same in two looks, or its time is `settled_s` old (moved in, or there before). Written
     anew it is taken again. What is hidden, and names that end otherwise than an image's, are left alone until they are
     renamed; so is what can't be read, until it can. Links to folders are followed once.
 
     Args:
         tell: told (state, message) when the folder goes and when it comes back, and once of what is left alone though
-            it was there for SETTLED_S: links that lead nowhere, folders that can't be listed, other suffixes.
+            it was there for `settled_s`: links that lead nowhere, folders that can't be listed, other suffixes.
         give_up: seconds without the folder.
+        settled_s: seconds after which a file that was not written to is whole.
 
     Raises:
         FBClipError: it was gone for `give_up` seconds.
@@ -66,7 +70,7 @@ def arrivals(
                 tell("live", f"the folder is back after {began - gone_since:.1f} s")
                 gone_since = None
             taken = {path: state for path, state in taken.items() if path in seen}
-            settled_ns = time.time_ns() - int(SETTLED_S * 1e9)
+            settled_ns = time.time_ns() - int(settled_s * 1e9)
             for message, since_ns in sorted(alone.items()):
                 if message not in told and since_ns < settled_ns:
                     told.add(message)

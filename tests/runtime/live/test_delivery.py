@@ -5,9 +5,6 @@ from __future__ import annotations
 import threading
 import time
 
-import pytest
-
-from fbclip.runtime.live import delivery
 from fbclip.runtime.live.delivery import Delivery
 from fbclip.runtime.live.records import Notice, Record
 from helpers.delivered import result
@@ -38,10 +35,9 @@ class Disk:
         """Nothing to release."""
 
 
-def test_a_loss_keeps_its_reason_when_the_sink_works_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "PAUSES_S", (0.001, 0.01))
+def test_a_loss_keeps_its_reason_when_the_sink_works_again() -> None:
     disk = Disk(fails=True)
-    queue = Delivery(disk, 4, False, lambda *_: None)
+    queue = Delivery(disk, 4, False, lambda *_: None, pauses_s=(0.001, 0.01))
     queue.put(result(0))
     eventually(lambda: queue.failure)
     for index in range(1, 20):

@@ -24,7 +24,6 @@ import fbclip
 from fbclip.commands.options import make_console, parse_resolution
 from fbclip.errors import FBClipError, ImageError, UsageError
 from fbclip.runtime.live import delivery
-from fbclip.runtime.live import run as live_infer
 from fbclip.runtime.live.alarm import Alarm, Vote
 from fbclip.runtime.live.console import status_text
 from fbclip.runtime.live.pipeline import Limits, Pipeline, ahead
@@ -163,8 +162,7 @@ def test_a_sink_that_fails_for_ever_stops_nothing() -> None:
         assert eventually(lambda failing=failing: failing.closed) == 1
 
 
-def test_a_status_that_nobody_can_read_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_infer, "LOG_S", 0.0)
+def test_a_status_that_nobody_can_read_stops_nothing() -> None:
     tried = threading.Event()
 
     class Gone(io.StringIO):
@@ -174,7 +172,7 @@ def test_a_status_that_nobody_can_read_stops_nothing(monkeypatch: pytest.MonkeyP
 
     console = make_console()
     console.file = Gone()
-    summary, _ = run(Pipeline(Frames(frames(1, tried.is_set, 1)), predictor(), []), console)
+    summary, _ = run(Pipeline(Frames(frames(1, tried.is_set, 1)), predictor(), []), console, log_s=0.0)
     assert summary.status.frames == 2
 
 

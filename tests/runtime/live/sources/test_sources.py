@@ -31,7 +31,7 @@ from fbclip.runtime.calibrate import good_images
 from fbclip.runtime.host import Machine
 from fbclip.runtime.live.records import Frame, Notice
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks
-from fbclip.runtime.live.sources import BaseSource, CaptureOptions, FileSource, capture, is_stream, open_source, watch
+from fbclip.runtime.live.sources import BaseSource, CaptureOptions, FileSource, capture, is_stream, open_source
 from fbclip.runtime.live.sources.capture import LiveSource
 from fbclip.runtime.live.sources.devices import (
     Device,
@@ -44,7 +44,7 @@ from fbclip.runtime.live.sources.devices import (
     stream_address,
 )
 from fbclip.runtime.live.sources.watch import arrivals
-from helpers.live import Frames
+from helpers.live import QUICK, Frames
 from helpers.stream_faults import SIZE, Camera, Proxy, filming, jpeg, serving
 from helpers.waiting import PATIENCE_S as SOON
 from helpers.waiting import eventually
@@ -497,16 +497,18 @@ class Steps:
         return self._set
 
 
-def watched(folder: Path, *steps: Callable[[], object]) -> tuple[list[str], list[str]]:
+def watched(folder: Path, *steps: Callable[[], object], settled_s: float = 2.0) -> tuple[list[str], list[str]]:
     """Names that `arrivals` gives while the steps happen, and the states that it tells."""
-    names, told = watched_and_told(folder, *steps)
+    names, told = watched_and_told(folder, *steps, settled_s=settled_s)
     return names, [state for state, _ in told]
 
 
-def watched_and_told(folder: Path, *steps: Callable[[], object]) -> tuple[list[str], list[tuple[str, str]]]:
+def watched_and_told(
+    folder: Path, *steps: Callable[[], object], settled_s: float = 2.0
+) -> tuple[list[str], list[tuple[str, str]]]:
     """The same with the messages."""
     told: list[tuple[str, str]] = []
-    found = arrivals(folder, Steps(*steps), lambda *notice: told.append(notice))  # type: ignore[arg-type]
+    found = arrivals(folder, Steps(*steps), lambda *notice: told.append(notice), None, settled_s)  # type: ignore[arg-type]
     return [path.name for path in found], told
 
 
@@ -514,13 +516,6 @@ def nothing() -> None:
     """A look at the folder without a change."""
 
 
-@pytest.fixture
-def nothing_settles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that were just written stay new, however slow the machine is."""
-    monkeypatch.setattr(watch, "SETTLED_S", 3600.0)
-
-
-@pytest.mark.usefixtures("nothing_settles")
 def test_watch_takes_each_file_once_when_it_is_whole(tmp_path: Path) -> None:
     picture = jpeg(1)
     file = tmp_path / "a.jpg"
@@ -533,9 +528,10 @@ def test_watch_takes_each_file_once_when_it_is_whole(tmp_path: Path) -> None:
         return step
 
     halves = append(picture[:300]), append(picture[300:])
-    assert watched(tmp_path, *halves)[0] == []  # changed in every look
+    # files that were just written stay new, however slow the machine is
+    assert watched(tmp_path, *halves, settled_s=3600)[0] == []  # changed in every look
     file.unlink()
-    assert watched(tmp_path, *halves, nothing, nothing, nothing)[0] == ["a.jpg"]
+    assert watched(tmp_path, *halves, nothing, nothing, nothing, settled_s=3600)[0] == ["a.jpg"]
 
 
 def test_watch_takes_a_moved_file_at_once_and_a_new_version_again(tmp_path: Path) -> None:
@@ -666,9 +662,8 @@ def test_watch_as_a_source(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[LiveSource, queue.Queue[Any], Notices]]]:
+def fake() -> Iterator[Callable[..., tuple[LiveSource, queue.Queue[Any], Notices]]]:
     """A live source of fake devices: it connects to what the test puts into its queue, one after the other."""
-    monkeypatch.setattr(capture, "RETRY_S", (0.005, 0.02))
     opened: list[LiveSource] = []
 
     def make(**options: Any) -> tuple[LiveSource, queue.Queue[Any], Notices]:
@@ -680,7 +675,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[LiveSo
                 raise device
             return device
 
-        source = LiveSource("belt", connect, CaptureOptions(**{"stall": SOON, **options}))
+        source = LiveSource("belt", connect, CaptureOptions(**{"stall": SOON, "retry_s": QUICK, **options}))
         opened.append(source)
         return source, line, Notices(source)
 
@@ -929,9 +924,8 @@ def test_a_camera_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None
     assert caught.value.cause == "refused"
 
 
-def test_giving_up_on_a_camera(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "RETRY_S", (0.005, 0.02))
-    with open_source("987", CaptureOptions(give_up=SOON)) as source:
+def test_giving_up_on_a_camera() -> None:
+    with open_source("987", CaptureOptions(give_up=SOON, retry_s=QUICK)) as source:
         notices, drain = Notices(source), Drain(source)
         notices.wait("lost")
         give_up(source)
@@ -1192,10 +1186,9 @@ def test_a_slow_camera_is_there_at_its_first_frame() -> None:
         assert next(source).captured - began < 10
 
 
-def test_nothing_leaks_over_many_cuts(belt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "RETRY_S", (0.005, 0.01))
+def test_nothing_leaks_over_many_cuts(belt: Any) -> None:
     _, proxy, make = belt
-    source = make()
+    source = make(retry_s=QUICK)
     notices, drain = Notices(source), Drain(source)
 
     def take_new() -> None:
