@@ -5,7 +5,10 @@ FBCLIP ?= fbclip
 BUNDLE ?= runs/bench-gpu.fbclip
 FUZZ_SEED ?= 0
 
-.PHONY: demo test fuzz test-gpu bench bench-gpu lint docs nano clean
+.PHONY: help demo test check fuzz test-gpu bench bench-gpu lint docs nano clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /'
 
 demo: $(DEMO)/.installed ## install the torch-free runtime and find the defects in the sample images
 	$(DEMO)/bin/fbclip infer
@@ -13,6 +16,9 @@ demo: $(DEMO)/.installed ## install the torch-free runtime and find the defects 
 # One process a core: many tests wait for servers, clocks and child processes.
 test: $(DEV)/.installed ## everything that runs without a GPU
 	$(DEV)/bin/python -m pytest -n auto --dist loadfile
+
+check: lint ## linters, types and the quick tests: for daily work
+	$(DEV)/bin/python -m pytest -n auto --dist loadfile -m "not slow"
 
 fuzz: $(DEV)/.installed ## 300,000 mutated pictures and 10,000 of all else; FUZZ_SEED= draws others (see docs/reference/robustness.md)
 	$(DEV)/bin/python tests/helpers/fuzz.py pictures --count 300000 --seed $(FUZZ_SEED)
@@ -35,7 +41,7 @@ runs/bench-gpu.fbclip:
 	mkdir -p runs
 	cp -r fbclip/assets/fbclip-nano.fbclip $@
 
-lint: $(DEV)/.installed
+lint: $(DEV)/.installed ## linters and types
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy -p fbclip

@@ -17,12 +17,24 @@ from helpers import golden
 
 STANDIN = Path(__file__).parent / "helpers" / "standin"
 RELEASES = ("10.3.0", "10.16.1", "11.4.0")  # of TensorRT, whose interfaces are recorded
+SLOW_FIXTURES = {"fbclip", "golden_bundle", "standin", "tensorrt", "belt", "broker"}  # commands, exports, servers
+SLOW_FOLDERS = ("export", "training", "serving", "bench", "sources", "sinks")
+LONGEST = ("export", "training")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # no verdict depends on the clock or on luck; --hypothesis-profile=default draws other examples
 settings.register_profile("fbclip", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("fbclip")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so do its children
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make check` leaves out, and begin with the longest files, so that no process is left with one at the end."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if SLOW_FIXTURES & fixtures or any(folder in item.path.parts for folder in SLOW_FOLDERS):
+            item.add_marker("slow")
+    items.sort(key=lambda item: not any(folder in item.path.parts for folder in LONGEST))
 
 
 @pytest.fixture
