@@ -22,11 +22,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fbclip.cli import app
-from fbclip.commands.options import make_console
 from fbclip.errors import UsageError
 from fbclip.runtime.live.sinks.lines import LineFile
 from fbclip.runtime.live.stills import _names
-from fbclip.terminal import cell, printable, say
+from fbclip.terminal import cell, make_console, printable, say
 from helpers.disks import tiny_disk
 from helpers.waiting import eventually
 

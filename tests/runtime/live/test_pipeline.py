@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fbclip
-from fbclip.commands.options import make_console
 from fbclip.errors import FBClipError, ImageError, UsageError
 from fbclip.runtime.live import delivery
 from fbclip.runtime.live import run as live_infer
@@ -33,6 +32,7 @@ from fbclip.runtime.live.run import find_stream, parse_resolution, run, status_t
 from fbclip.runtime.live.timing import WINDOW, Percentiles
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
+from fbclip.terminal import make_console
 from helpers.live import IMAGE, PATIENT, STRIPE, Background, Frames, Memory
 from helpers.waiting import PATIENCE_S, eventually
 
