@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def progress(console: Console, *columns: ProgressColumn, clock: Callable[[], flo
     """Bars that vanish at their end; where there is no terminal, a line every ten seconds instead.
 
     Args:
-        columns: of the bars; rich's own if left out.
+        columns: of the bars; rich's own if left out. A field `note` of a task is in its lines, too.
         clock: seconds.
     """
     from rich.progress import Progress, TaskID
@@ -83,7 +84,7 @@ def progress(console: Console, *columns: ProgressColumn, clock: Callable[[], flo
         return Progress(*columns, console=console, transient=True)
 
     class Lines(Progress):
-        began = last = clock()
+        last = clock()
 
         def update(self, task_id: TaskID, **changes: Any) -> None:
             super().update(task_id, **changes)
@@ -99,9 +100,12 @@ def progress(console: Console, *columns: ProgressColumn, clock: Callable[[], flo
                 self.last = now
                 task = self.tasks[self.task_ids.index(task_id)]
                 of = f" of {task.total:g}" if task.total else ""
-                say(console, f"{task.description}: {task.completed:g}{of} after {now - self.began:.0f} s")
+                left = task.time_remaining
+                about = f"about {timedelta(seconds=round(left))} left" if left else ""
+                parts = (f"{task.completed:g}{of}", task.fields.get("note"), about)
+                say(console, f"{task.description}: {', '.join(filter(None, parts))}")
 
-    return Lines(console=console, disable=True, auto_refresh=False)
+    return Lines(console=console, disable=True, auto_refresh=False, get_time=clock)
 
 
 def track(items: Iterable[T], what: str, console: Console, total: int | None = None) -> Iterator[T]:
@@ -110,10 +114,15 @@ def track(items: Iterable[T], what: str, console: Console, total: int | None = N
         yield from bars.track(items, total, description=what)
 
 
+def spelled(text: str) -> str:
+    """Text as standard output can show it; for those who write it past our streams."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, SPELLED).decode(encoding)
+
+
 def open_up() -> None:
     """Let standard output and error take any text, whatever their encoding is ("…" as "...", "ü" as "\\xfc"), and wait for
     a reader who is slow, though programs that share a pipe may have set it otherwise."""
-    codecs.register_error(SPELLED, _spell)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where it is closed, or captured
             stream.reconfigure(errors=SPELLED)
@@ -126,6 +135,9 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
         raise error
     missing = error.object[error.start : error.end]
     return "".join(ASCII.get(c) or ("*" if _is_drawing(c) else _escaped(c)) for c in missing), error.end
+
+
+codecs.register_error(SPELLED, _spell)
 
 
 def _is_drawing(character: str) -> bool:

@@ -219,7 +219,7 @@ def rank(count: int, rate: float) -> int:
         )
     exact = Fraction(str(rate))
     if not (m := math.floor(exact * (count + 1))):
-        lowest = f"{count} images allow {lowest_rate(count):g} at best; {lowest_rate(count, 2):g} will do"
+        lowest = f"{count} images allow {lowest_rate(count):g} at best: choose {lowest_rate(count, 2):g}"
         raise UsageError(
             f"a false-alarm rate of {rate:g} needs at least {math.ceil(1 / exact) - 1} good images; got {count}: "
             f"give more" + (f" ({lowest})" if count > 1 else ""),

@@ -97,7 +97,7 @@ def bench(
     if compare:
         raise typer.Exit(compare_files(*compare, fail_over, console))
     if fail_over:
-        raise UsageError("it goes with --compare; got none", option="fail_over")
+        raise UsageError("--fail-over goes with --compare; got none")
     options = _options(timing, torch)
     loaded = Bundle.load(bundle)
     require_file(json)

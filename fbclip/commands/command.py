@@ -11,7 +11,9 @@ from typing import Any, get_args
 
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
+from fbclip.commands.config import flag_of
 from fbclip.commands.mount import OTHERS
+from fbclip.terminal import spelled
 
 COLUMN = 27  # where the texts of options begin in a help page; a longer name has a line of its own
 NO_BREAK = "\u00a0"  # a space where lines are not broken
@@ -25,7 +27,7 @@ class Command(TyperCommand):
         super().__init__(*arguments, **settings)
         parameter: Any
         for parameter in self.params:  # FBCLIP_INFER_MIN_AREA for --min-area
-            own = f"FBCLIP_{self.name}_{_flag(parameter).lstrip('-')}".replace("-", "_").upper()
+            own = f"FBCLIP_{self.name}_{flag_of(parameter).lstrip('-')}".replace("-", "_").upper()
             parameter.envvar = [own, *([parameter.envvar] if parameter.envvar else [])]
 
     def invoke(self, ctx: Any) -> Any:
@@ -36,8 +38,11 @@ class Command(TyperCommand):
         except FBClipError as error:
             for parameter in self.params:
                 if parameter.name == error.option:
-                    error.flag = _flag(parameter)
+                    error.flag = flag_of(parameter)
             raise
+
+    def get_help(self, ctx: Any) -> str:
+        return spelled(super().get_help(ctx))  # click's echo writes UTF-8 to a console that lacks it
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [*(str(p.metavar) for p in self.params if isinstance(p, TyperArgument)), "[OPTIONS]"]
@@ -63,6 +68,9 @@ class Commands(TyperGroup):
         with _in_one_line(ctx):
             return super().invoke(ctx)
 
+    def get_help(self, ctx: Any) -> str:
+        return spelled(super().get_help(ctx))
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         commands = [(name, self.commands[name].help or "") for name in self.list_commands(ctx)]
         write_rows(formatter, "Commands", commands)
@@ -85,17 +93,10 @@ def write_rows(formatter: Any, title: str, rows: Iterable[tuple[str, str]]) -> N
             name = ""
 
 
-def _flag(parameter: Any) -> str:
-    """What users call a parameter: --min-area, or SOURCE."""
-    if isinstance(parameter, TyperArgument):
-        return str(parameter.name).upper()
-    return next((name for name in parameter.opts if name.startswith("--")), str(parameter.opts[0]))
-
-
 def _name(parameter: Any) -> str:
     if isinstance(parameter, TyperArgument):
         return str(parameter.metavar).strip("[]")
-    flag = _flag(parameter)
+    flag = flag_of(parameter)
     if parameter.secondary_opts and parameter.default is True:  # what can be asked for is that it doesn't
         flag = parameter.secondary_opts[0]
     short = [name for name in parameter.opts if not name.startswith("--")]
@@ -137,7 +138,7 @@ def _in_one_line(context: Any = None) -> Iterator[None]:
         parameter: Any = getattr(error, "param", None)
         told = UsageError(f"{_told(error, parameter)}; see {own.command_path if own else running} -h")
         if parameter is not None and str(error.__dict__.get("message") or ""):
-            told.flag = _flag(parameter)
+            told.flag = flag_of(parameter)
         raise told from error
 
 

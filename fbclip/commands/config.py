@@ -13,7 +13,7 @@ import typer
 def read_config(context: typer.Context, value: Path | None) -> Path | None:
     """Callback of `--config`: gives the command the options of the file as defaults.
 
-    A key is the name of an option with - or _, or of the SOURCE; at the top of the file it is of every command that
+    A key is the name of an option with - or _, or of an argument, like source; at the top of the file it is of every command that
     the file is used with, under a table like [infer] of this command.
 
     Raises:
@@ -42,10 +42,10 @@ def read_config(context: typer.Context, value: Path | None) -> Path | None:
 def _load(path: Path) -> dict[str, Any]:
     from fbclip.errors import UsageError
 
-    if sys.version_info < (3, 11):
-        raise UsageError("a file of options is TOML, which Python reads from 3.11 on; pass them, or set FBCLIP_…")
-    import tomllib
-
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -58,7 +58,16 @@ def _names(parameter: Any) -> list[str]:
     """What a file may call an option or argument."""
     if parameter.name in ("config", "help"):
         return []
-    return [name.lstrip("-").replace("_", "-") for name in (*parameter.opts, *parameter.secondary_opts)]
+    if parameter.param_type_name == "argument":
+        return [flag_of(parameter).lower()]
+    return [name.lstrip("-") for name in (*parameter.opts, *parameter.secondary_opts)]
+
+
+def flag_of(parameter: Any) -> str:
+    """What users call a parameter: --min-area, or SOURCE."""
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar).strip("[].")
+    return next((name for name in parameter.opts if name.startswith("--")), str(parameter.opts[0]))
 
 
 def _unknown(path: Path, what: str, name: str, known: Iterable[str], command: str = "fbclip") -> Exception:

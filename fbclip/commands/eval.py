@@ -106,8 +106,7 @@ def _checkpoint(checkpoint: Path | None, deployed: BundleGroup, model: ModelGrou
         return None
     if deployed.precision not in ("auto", "fp32"):
         raise UsageError(
-            f"a checkpoint runs in fp32; got {deployed.precision}: export it with --fp16, pass --bundle",
-            option="precision",
+            f"a checkpoint runs in fp32; got --precision {deployed.precision}: export it with --fp16, pass --bundle"
         )
     return find_checkpoint(str(checkpoint), "checkpoint")
 

@@ -143,14 +143,11 @@ def export(
     """Write a bundle from a checkpoint and prove that it agrees with it; build engines, write Triton models."""
     options = plan.options
     if plan.bundle:
-        if not (plan.engine or plan.triton) or checkpoint or model.clip or out:
-            raise UsageError(
-                "it goes with --engine or --triton alone: it takes a bundle that is there", option="bundle"
-            )
-        if graphs.fp16 or graphs.int8 or graphs.int8_static:
-            raise UsageError("it takes a bundle that is there, and writes no graphs into it", option="bundle")
+        writes = checkpoint or model.clip or out or graphs.fp16 or graphs.int8 or graphs.int8_static
+        if writes or not (plan.engine or plan.triton):
+            raise UsageError("--bundle goes with --engine or --triton alone: it takes a bundle that is there")
         if name is not None and not plan.triton:
-            raise UsageError("with --bundle it is the name of a Triton model: pass --triton", option="name")
+            raise UsageError("--name with --bundle is the name of a Triton model: pass --triton")
         _deploy(plan.bundle, plan, options, name)
         return
     _check(graphs, plan, options)
@@ -165,22 +162,17 @@ def _check(graphs: GraphGroup, plan: PlanGroup, options: EngineOptions) -> None:
 
     from fbclip.engines import EngineOptions
 
-    deploys = plan.engine or plan.triton
+    deploys, precision = plan.engine or plan.triton, plan.precision
     if not plan.engine and options != EngineOptions():
         raise UsageError("options of the engine need --engine")
-    if not deploys and plan.precision != "auto":
-        raise UsageError(
-            f"it is an engine's or a Triton model's: pass --engine or --triton; got {plan.precision}",
-            option="precision",
-        )
+    if not deploys and precision != "auto":
+        raise UsageError(f"--precision is an engine's or a Triton model's: pass --engine or --triton; got {precision}")
     if deploys and find_spec("torch") is None:
         raise UsageError("without --bundle a bundle is exported first, which needs torch: pass --bundle to use yours")
     if graphs.int8 and graphs.int8_static:
         raise UsageError("a bundle holds one 8-bit graph: pass --int8 (for CPUs) or --int8-static (for TensorRT)")
     if graphs.calibration_images and not graphs.int8_static:
-        raise UsageError(
-            "they are for --int8-static; --int8 measures the ranges of each image itself", option="calibration_images"
-        )
+        raise UsageError("--calibration-images is for --int8-static; --int8 measures the ranges of each image itself")
 
 
 def _export(
@@ -193,6 +185,7 @@ def _export(
     if graphs.threshold is not None:
         checked_threshold(graphs.threshold)
     need_train_extra()
+    path, layers, frame_hw = find_checkpoint(str(checkpoint or "nano"), "checkpoint"), network.layers, graphs.frame_hw
     from fbclip.export.bundle import Deployment, export_bundle
     from fbclip.export.parity import find_calibration, find_proof, read_proof
     from fbclip.export.report import print_parity
@@ -200,20 +193,19 @@ def _export(
     from fbclip.terminal import make_console
     from fbclip.terminal import say as print_line
 
-    console, frame_hw = make_console(), graphs.frame_hw
+    console = make_console()
 
     def say(line: str) -> None:
         print_line(console, line)
 
     paths, labels = find_proof(graphs.parity_images or [])
     ranges = find_calibration(graphs.calibration_images or []) if graphs.int8_static else []
-    path = find_checkpoint(str(checkpoint or "nano"), "checkpoint")
     known = about(path)
     own_name = known.name if name is None else checked_name(name)
     target = require_place(out or Path(f"{own_name}{SUFFIX}"))  # before the work, not after it
     threshold = next(value for value in (graphs.threshold, known.threshold, 0.5) if value is not None)
     say(f"loading {path.name}")
-    model = load(path, network.clip, network.clip_weights, network.image_size, network.layers)
+    model = load(path, network.clip, network.clip_weights, network.image_size, layers)
     model.set_noun(graphs.object)
     size_hw = frame_hw or (model.config.image_size,) * 2
     proof = read_proof(paths, labels, size_hw, say)

@@ -60,7 +60,7 @@ def serve(
     console = make_console(stderr=results.json == "-")
     stream = find_stream(source or [], reading.camera, reading.watch)
     if source and not stream:
-        raise UsageError(f"a camera, stream, video or, with --watch, a folder; got {' '.join(source)}", option="source")
+        raise UsageError(f"SOURCE is a camera, stream, video or, with --watch, a folder; got {' '.join(source)}")
     refuse(context, STREAMS if stream else NOTHING, verdict, reading, results)
     predictor = verdict.predictor(model)
     setup = stream and Stream(

@@ -128,9 +128,7 @@ def train(
     # whatever can be wrong is told before torch is imported, which takes seconds
     _check_model(model, schedule, teaching, start)
     if source == PROCEDURAL and data.validation:
-        raise UsageError(
-            "it holds out images of a data set; procedural ones are drawn anew for each run", option="validation"
-        )
+        raise UsageError("--validation holds out images of a data set; procedural ones are drawn anew for each run")
     first = None if model.clip and not start else find_checkpoint(start or "nano", "start")
     for file in ("checkpoint.safetensors", "last.safetensors"):
         if not output.resume and (output.out / file).exists():
@@ -160,11 +158,11 @@ def _check_model(model: ModelGroup, schedule: ScheduleGroup, teaching: TeacherGr
     """Raise UsageError where the options of the model don't go together."""
     clip, weights = model.clip, model.clip_weights
     if weights and not clip and not start:
-        raise UsageError(f"those of a --clip, like ViT-L-14-336; got {weights} alone", option="clip_weights")
+        raise UsageError(f"--clip-weights are those of a --clip, like ViT-L-14-336; got {weights} alone")
     if clip and not start and not weights and not schedule.train_tower:
         raise UsageError(f"a frozen CLIP needs weights: pass --clip-weights TAG or FILE for {clip}, or --train-tower")
     if teaching.teacher and (not schedule.train_tower or schedule.cache_tokens):
-        raise UsageError("it teaches the tower: pass --train-tower, and no --cache-tokens", option="teacher")
+        raise UsageError("--teacher teaches the tower: pass --train-tower, and no --cache-tokens")
 
 
 def _train(job: Job) -> None:

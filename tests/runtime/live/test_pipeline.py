@@ -447,7 +447,7 @@ def test_a_signal_finishes_and_closes_everything(tmp_path: Path, number: signal.
         (["0", "a.png"], "inspected alone"),
         (["--camera", "0", "--vote", "3/2"], "--vote is K/N"),
         (["--camera", "0", "--events-size", "big"], "--events-size is a number"),
-        (["--camera", "0", "--resolution", "720p"], "--resolution is WIDTHxHEIGHT"),
+        (["--camera", "0", "--resolution", "720p"], "--resolution: WIDTHxHEIGHT"),
         (["--camera", "0", "--events", "e", "--events-size", "1KB"], "--events-size is at least 1MB"),
     ],
 )
