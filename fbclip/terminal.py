@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
+    from rich.table import Table
     from rich.text import Text
 
 T = TypeVar("T")
@@ -69,6 +70,16 @@ def cell(text: object, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(printable(text), style)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; its columns that have `no_wrap`, of names and figures, stay whole though it be wider than a screen."""
+    wide = console.options.update(width=PIPE_WIDTH)
+    for column in table.columns:
+        if column.no_wrap:
+            column.min_width = max(console.measure(c, options=wide).maximum for c in (column.header, *column.cells))
+    least = console.measure(table, options=wide).minimum
+    console.print(table, width=max(console.width, least), crop=False, highlight=False)
 
 
 def progress(console: Console, *columns: ProgressColumn, clock: Callable[[], float] = time.monotonic) -> Progress:

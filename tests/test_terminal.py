@@ -19,11 +19,12 @@ import pytest
 from conftest import Run
 from PIL import Image
 from rich.console import Console
+from rich.table import Table
 
 from fbclip.errors import UsageError
 from fbclip.runtime.live.sinks.lines import LineFile
 from fbclip.runtime.live.stills import _names
-from fbclip.terminal import cell, make_console, printable, progress, say, track
+from fbclip.terminal import cell, make_console, print_table, printable, progress, say, track
 from helpers.disks import tiny_disk
 from helpers.waiting import eventually
 
@@ -157,6 +158,29 @@ def test_no_text_on_our_console_can_colour_the_terminal() -> None:
     console.file = io.StringIO()
     console.print("a\x1b[31mb\x9bc\u202e:smile:", markup=False)
     assert console.file.getvalue() == "a\\x1b[31mb\\x9bc\\u202e:smile:\n"
+
+
+def test_names_in_tables_stay_whole_on_a_narrow_screen_and_prose_is_wrapped() -> None:
+    names = ["a name of two words " + 60 * "x", "[b]short"]
+    for width in (80, 1000):
+        console = Console(file=io.StringIO(), width=width)
+        table = Table(box=None, pad_edge=False)
+        table.add_column("name", no_wrap=True)
+        table.add_column("score", justify="right", no_wrap=True)
+        table.add_column("what")
+        for name in names:
+            table.add_row(cell(name), "0.123", "plain words")
+        print_table(console, table)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        for name in names:
+            assert any(line.startswith(name) and " 0.123 " in line for line in lines)
+    console = Console(file=io.StringIO(), width=30)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("what")
+    table.add_row("short", "these are many words that go over several lines")
+    print_table(console, table)
+    assert max(map(len, console.file.getvalue().splitlines())) <= 30  # type: ignore[attr-defined]
 
 
 def test_long_work_is_a_line_every_ten_seconds_where_no_terminal_is() -> None:

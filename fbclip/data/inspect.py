@@ -16,7 +16,7 @@ from fbclip.data.dataset import Dataset, Item, file_digest, parallel_map
 from fbclip.errors import ImageError
 from fbclip.files import write_text
 from fbclip.images import more_pages, read_image, union_of_masks
-from fbclip.terminal import cell, track
+from fbclip.terminal import cell, print_table, track
 from fbclip.terminal import say as print_line
 
 SHAPE_TOLERANCE = 0.02  # relative difference of aspect ratios that rounding to whole pixels explains
@@ -223,7 +223,7 @@ def print_report(report: Report, console: Console) -> None:
     say(f"{report.name} (layout {report.layout}) in {report.root}")
     table = Table(box=None, pad_edge=False)
     columns = list(next(iter(report.counts.values())))
-    table.add_column("class", overflow="fold")
+    table.add_column("class", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     for name, row in report.counts.items():
@@ -232,7 +232,7 @@ def print_report(report: Report, console: Console) -> None:
         table.add_section()
         totals = (str(sum(row[column] for row in report.counts.values())) for column in columns)
         table.add_row(f"{len(report.counts)} classes", *totals)
-    console.print(table, highlight=False)
+    print_table(console, table)
     if report.smallest_hw and report.largest_hw:
         sizes = dict.fromkeys(_size(size) for size in (report.smallest_hw, report.largest_hw))
         say(f"images {' to '.join(sizes)}; {report.masks} masks")
