@@ -502,7 +502,7 @@ def test_a_strange_bundle_of_the_embedded_name_is_left_alone(tmp_path: Path, mon
     [
         (
             ["good", "--false-alarm-rate", 0.01],
-            r"^fbclip: --false-alarm-rate: .* got 12: give more \(12 images allow 0\.077\)",
+            r"^fbclip: --false-alarm-rate: .* got 12: give more \(12 images allow 0\.077 at best: ",
         ),
         (["good", "nowhere"], "there is no nowhere"),
         (["good", "--defects", "nowhere"], "'nowhere' matches none"),
