@@ -23,7 +23,7 @@ from PIL import Image
 
 import fbclip
 from fbclip.runtime.live.pipeline import Pipeline
-from fbclip.runtime.live.records import Frame, Notice, Result, Sink
+from fbclip.runtime.live.records import Frame, Notice, Record, Sink
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks
 
 ROUNDS, FRAMES, WARM_UP = 5, 60, 10
@@ -59,10 +59,10 @@ class Clock:
     name = "clock"
 
     def __init__(self) -> None:
-        self.results: list[Result] = []
+        self.results: list[Record] = []
         self.times: list[float] = []
 
-    def write(self, result: Result) -> None:
+    def write(self, result: Record) -> None:
         self.times.append(time.perf_counter())
         self.results.append(result)
 

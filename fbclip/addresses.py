@@ -49,7 +49,7 @@ class Address:
         return f"Address({self.name})"
 
 
-def parse(text: str, rule: str, ports: Mapping[str, int]) -> Address:
+def parse(text: str, rule: str, ports: Mapping[str, int], option: str = "source") -> Address:
     """The parts of an address.
 
     A raw @ may stand in a user or password, for the last one ends them; behind the host it may not: there it is the
@@ -58,6 +58,7 @@ def parse(text: str, rule: str, ports: Mapping[str, int]) -> Address:
     Args:
         rule: what it is to be, like "a stream is rtsp://HOST/PATH", for the error.
         ports: the schemes that may be, and the port of each.
+        option: the parameter that it was given as.
 
     Raises:
         UsageError: it is none; nothing of it but its scheme is shown.
@@ -66,14 +67,16 @@ def parse(text: str, rule: str, ports: Mapping[str, int]) -> Address:
     scheme = parts[1].lower() if parts else ""
     if not parts or scheme not in ports:
         *others, last = ports
-        raise UsageError(f"{rule}, where the scheme is {', '.join(others)} or {last}; got {scheme or 'none'}")
+        raise UsageError(
+            f"{rule}, where the scheme is {', '.join(others)} or {last}; got {scheme or 'none'}", option=option
+        )
     login, _, netloc = parts[2].rpartition("@")
     place = _PLACE.fullmatch(netloc)
     port = int((place and place[3]) or ports[scheme])
     behind = parts[3] + (parts[4] or "") + (parts[5] or "")
     host = (place[1] or place[2]) if place else ""
     if not _is_host(host) or not 0 < port < 65536 or "@" in behind or set("[]") & set(login) or not text.isprintable():
-        raise UsageError(f"{rule}; this one has no valid host or port: {ESCAPES}")
+        raise UsageError(f"{rule}; this one has no valid host or port: {ESCAPES}", option=option)
     user, _, password = login.partition(":")
     target = re.sub(r"[^!-~]", lambda sign: quote(sign[0]), parts[3] + (parts[4] or ""))
     return Address(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class FBClipError(Exception):
     """The work failed for a stated reason; exit code 1.
@@ -70,3 +72,18 @@ def reason(error: BaseException) -> str:
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def require_package(module: str, extra: str, option: str = "") -> None:
+    """Insist that an optional package is installed.
+
+    Args:
+        module: its name in Python.
+        extra: of fbclip's, that brings it.
+        option: the parameter that asked for it.
+
+    Raises:
+        UsageError: it is missing.
+    """
+    if find_spec(module) is None:
+        raise UsageError(f"this needs a package that is not installed: pip install 'fbclip[{extra}]'", option=option)

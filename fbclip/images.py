@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -17,16 +18,19 @@ from fbclip.terminal import printable
 __all__ = [
     "SUFFIXES",
     "decode_image",
+    "encode",
     "is_image",
     "more_pages",
     "note_of_pages",
     "read_image",
     "read_mask",
+    "to_bgr",
     "to_rgb",
     "union_of_masks",
 ]
 
 CLASS_LEVELS = 5  # grey levels of a mask drawn in flat greys, black included; soft edges make more
+JPEG_QUALITY = 85
 STRIP = 1 << 21  # pixels that are converted at once: a picture of 1920 x 1080, and little memory beside a larger one
 
 
@@ -109,6 +113,33 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         ImageError: it can't be decoded, has no pixels, or values of no known scale.
     """
     return _rgb(Picture(image, image.format, 8), "the image")
+
+
+def to_bgr(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A frame uint8 (H, W, 3) RGB as OpenCV has it."""
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8)
+
+
+def encode(image: NDArray[Any], suffix: str = ".jpg", quality: int = JPEG_QUALITY) -> bytes:
+    """The content of a picture file.
+
+    Args:
+        image: uint8 (H, W, 3) RGB, or grey uint16 (H, W) for ".png".
+        suffix: ".jpg" or ".png".
+        quality: of a JPEG, 1..100.
+
+    Raises:
+        FBClipError: OpenCV can't, for it is too large.
+    """
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix == ".jpg" else []
+    try:
+        done, data = cv2.imencode(suffix, to_bgr(image) if image.ndim == 3 else image, options)
+    except cv2.error:
+        done = False
+    if not done:
+        height, width = image.shape[:2]
+        raise FBClipError(f"a picture of {width} × {height} can't be written as {suffix}: take a smaller one")
+    return data.tobytes()
 
 
 def _rgb(picture: Picture, name: str) -> NDArray[np.uint8]:

@@ -33,7 +33,7 @@ from fbclip.runtime.calibration import (
     rank,
 )
 from fbclip.runtime.histogram import write_histogram
-from fbclip.runtime.live.sources import CaptureOptions, Source, open_source
+from fbclip.runtime.live.sources import BaseSource, CaptureOptions, open_source
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED
 from fbclip.terminal import say as print_line
@@ -212,7 +212,7 @@ def good_images(
     return islice(_frames(sources, say), min(most or MOST_IMAGES, MOST_IMAGES))
 
 
-def _frames(sources: list[Source], say: Say) -> Iterator[NDArray[np.uint8]]:
+def _frames(sources: list[BaseSource], say: Say) -> Iterator[NDArray[np.uint8]]:
     for source in sources:
         with source:
             source.listen(lambda notice: say(notice.message))

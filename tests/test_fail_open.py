@@ -27,11 +27,12 @@ from fbclip.errors import FBClipError, ImageError
 from fbclip.export.parity import Proof, run_reference
 from fbclip.resample import resize
 from fbclip.runtime.backends import require_probabilities
-from fbclip.runtime.live.alarm import Decider, Vote
-from fbclip.runtime.live.pipeline import LOST_S, Pipeline
+from fbclip.runtime.live.alarm import Alarm, Vote
+from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.records import Frame, Notice
 from fbclip.runtime.live.run import insist_on_all, status_text
 from fbclip.runtime.live.sources import open_source
+from fbclip.runtime.live.status import Summary
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
@@ -213,14 +214,13 @@ def test_a_camera_that_goes_black_is_a_state(dark: Predictor) -> None:
     """Told once when it begins and once when it ends; such frames have no vote, and no good verdict."""
     black, sink = np.zeros((48, 64, 3), np.uint8), Memory()
     pictures = [textured(90), black, black, black, textured(91), black, textured(92)]
-    decider = Decider(Vote(1, 2))
-    summary = Pipeline(Frames(pictures, live=True), dark, [sink], decider, PATIENT).run()
+    alarm = Alarm(Vote(1, 2))
+    summary = Pipeline(Frames(pictures, live=True), dark, [sink], alarm, PATIENT).run()
     verdicts = [result.prediction.verdict for result in sink.results]
     assert verdicts == ["good", "unusable", "unusable", "unusable", "good", "unusable", "good"]
     assert sink.told("source") == [("pictures", state) for state in ("blind", "live", "blind", "live")]
     assert "pictures#1 is black" in next(n for n in sink.notices if n.state == "blind").message
-    assert (summary.frames, summary.unusable, summary.anomalous, summary.absence) == (7, 4, 0, "")
-    assert summary.status["unusable"] == 4
+    assert (summary.status.frames, summary.status.unusable, summary.status.anomalous, summary.absence) == (7, 4, 0, "")
     assert "unusable 4" in status_text(summary.status).plain
     insist_on_all(summary)
 
@@ -259,7 +259,7 @@ def test_a_camera_that_repeats_one_picture_is_frozen(dark: Predictor) -> None:
     with pytest.raises(FBClipError, match=r"pictures showed nothing at the end: .*the same to the last bit for 10 s"):
         insist_on_all(frozen)
     calm = Pipeline(Clocked(times[:5], live=False), dark, [], limits=PATIENT).run()  # a file may hold one picture twice
-    assert calm.unusable == 0
+    assert calm.status.unusable == 0
 
 
 def test_files_that_can_not_be_read_and_results_that_are_lost(dark: Predictor, tmp_path: Path) -> None:
@@ -268,19 +268,25 @@ def test_files_that_can_not_be_read_and_results_that_are_lost(dark: Predictor, t
     Image.fromarray(textured(90)).save(folder / "a.png")
     (folder / "b.png").write_bytes(b"no picture")
     summary = Pipeline(open_source(str(folder)), dark, [Memory("json"), Memory("page")], limits=PATIENT).run()
-    assert summary.frames == 1
-    with pytest.raises(ImageError, match=r"1 images of .* could not be read") as caught:
+    assert summary.status.frames == 1
+    with pytest.raises(ImageError, match=r"1 of 2 images could not be inspected") as caught:
         insist_on_all(summary)
     assert caught.value.exit_code == 2
     (folder / "b.png").unlink()
     summary = Pipeline(open_source(str(folder)), dark, [Memory("json"), Memory("page")], limits=PATIENT).run()
     insist_on_all(summary)
-    summary.status["sinks"]["page"]["dropped"] = 3  # pictures that nobody saw
+    summary = with_dropped(summary, "page", 3)  # pictures that nobody saw
     insist_on_all(summary)
-    summary.status["sinks"]["json"]["dropped"] = 2
+    summary = with_dropped(summary, "json", 2)
     with pytest.raises(FBClipError, match=r"results are missing in json \(2\)") as lost:
         insist_on_all(summary)
     assert lost.value.exit_code == 1
+
+
+def with_dropped(summary: Summary, sink: str, count: int) -> Summary:
+    """The same, where a sink lost so many."""
+    sinks = {**summary.status.sinks, sink: replace(summary.status.sinks[sink], dropped=count)}
+    return replace(summary, status=replace(summary.status, sinks=sinks))
 
 
 def test_metrics_and_the_page_know_a_blind_camera(dark: Predictor, tmp_path: Path) -> None:
@@ -335,11 +341,10 @@ def test_a_camera_of_which_every_picture_is_of_one_colour(
 def test_a_source_that_is_lost_at_the_end(dark: Predictor) -> None:
     """A run of an hour that saw a minute is no success."""
     source = Frames([textured(90)], live=True, waits=True)
-    pipeline = Pipeline(source, dark, [], limits=PATIENT)
+    pipeline = Pipeline(source, dark, [], limits=replace(PATIENT, lost_s=0.0))
     with Background(pipeline) as run:
-        eventually(lambda: pipeline.status()["frames"] == 1)
+        eventually(lambda: pipeline.status().frames == 1)
         source.callbacks[0](Notice(time.time(), "source", "pictures", "lost", "the plug is out", {}))
-        pipeline._lost_at -= LOST_S
         pipeline.stop()
         summary = run.result()
     with pytest.raises(FBClipError, match="pictures showed nothing at the end: the plug is out"):

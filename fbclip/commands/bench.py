@@ -135,5 +135,5 @@ def _batches(text: str) -> tuple[int, ...]:
     except ValueError:
         batches = (0,)
     if min(batches) < 1:
-        raise UsageError(f"numbers from 1 with commas, like 1,4; got {text!r}", option="batch")
+        raise UsageError(f"images at once are numbers from 1 with commas, like 1,4; got {text!r}", option="batch")
     return batches

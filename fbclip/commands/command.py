@@ -97,8 +97,9 @@ def _name(parameter: Any) -> str:
     if isinstance(parameter, TyperArgument):
         return str(parameter.metavar).strip("[]")
     flag = flag_of(parameter)
-    if parameter.secondary_opts and parameter.default is True:  # what can be asked for is that it doesn't
-        flag = parameter.secondary_opts[0]
+    if parameter.secondary_opts:  # where it does by default, what can be asked for is that it doesn't
+        without = parameter.secondary_opts[0]
+        flag = without if parameter.default is True else f"{flag}, {without}"
     short = [name for name in parameter.opts if not name.startswith("--")]
     return f"{', '.join([*short, flag])} {parameter.metavar or ''}".strip()
 

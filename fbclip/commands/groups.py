@@ -57,12 +57,18 @@ class VerdictGroup:
 
         return Roi.parse(self.roi) if self.roi else None
 
-    def predictor(self, model: BundleGroup) -> Predictor:
+    def predictor(self, model: BundleGroup, batch_size: int = 1) -> Predictor:
         from fbclip.runtime.predictor import Predictor
 
         threshold = parse_threshold(self.threshold)
         return Predictor(
-            model.bundle, model.device, model.precision, threshold, roi=self.region, min_area=self.min_area
+            model.bundle,
+            model.device,
+            model.precision,
+            threshold,
+            roi=self.region,
+            min_area=self.min_area,
+            batch_size=batch_size,
         )
 
 
@@ -87,6 +93,10 @@ class SourceGroup:
         STREAMS,
     ] = None
 
+    def texts(self, source: list[str] | None) -> list[str]:
+        """What `open_source` takes, of the argument and --camera."""
+        return [*(source or []), *([self.camera] if self.camera else [])]
+
     @property
     def capture(self) -> CaptureOptions:
         from fbclip.runtime.live.sources import CaptureOptions
@@ -103,13 +113,13 @@ class SinkGroup:
     json: Annotated[
         str | None,
         option(
-            "Write JSON lines to this file (images: anew; streams: at its end), or - for standard output.",
+            "Add JSON lines to this file, or - for standard output.",
             metavar="PATH",
         ),
     ] = None
     csv: Annotated[
         Path | None,
-        option("Write a CSV table to this file (images: anew; streams: at its end).", metavar="PATH"),
+        option("Add rows to this CSV table.", metavar="PATH"),
     ] = None
     events: Annotated[
         Path | None, option("Save the frames around each alarm in this folder.", metavar="PATH"), STREAMS
@@ -144,24 +154,20 @@ class SinkGroup:
         STREAMS,
     ] = None
 
-    def sinks(self, show: bool = False, video: Path | None = None) -> SinkOptions:
+    @property
+    def sinks(self) -> SinkOptions:
         from fbclip.runtime.live.sinks import SinkOptions
+        from fbclip.runtime.live.sinks.events import parse_size
 
         return SinkOptions(
-            show,
-            video,
             json=self.json,
             csv=self.csv,
             mqtt=self.mqtt,
             webhook=self.webhook,
             metrics_port=self.metrics_port,
+            events=self.events,
+            events_bytes=parse_size(self.events_size),
         )
-
-    @property
-    def events_bytes(self) -> int:
-        from fbclip.runtime.live.sinks.events import parse_size
-
-        return parse_size(self.events_size)
 
 
 @dataclass(frozen=True)

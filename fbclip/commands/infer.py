@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -13,9 +13,7 @@ from fbclip.commands.groups import BundleGroup, SinkGroup, SourceGroup, VerdictG
 from fbclip.commands.mount import IMAGES, STREAMS, mounted, option, refuse
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from fbclip.runtime.predictor import Predictor
+    from fbclip.runtime.live.sinks import Saving
 
 
 class MapSize(str, Enum):
@@ -25,25 +23,38 @@ class MapSize(str, Enum):
 
 @dataclass(frozen=True)
 class PictureGroup:
-    """Where overlays and maps of images go: PROJECT/NAME, then NAME2, NAME3, …"""
+    """Pictures and maps of results: in PROJECT/NAME, then NAME2, NAME3, …"""
 
-    PANEL: ClassVar = "Pictures of images"
-    save: Annotated[bool, option("Write no overlay pictures.")] = True
-    save_map: Annotated[bool, option("Also write anomaly maps, float32 .npy.", "--save-map"), IMAGES] = False
-    map_size: Annotated[
-        MapSize, option("Size of saved maps: the frame's or the model's.", metavar="frame|model"), IMAGES
-    ] = MapSize.frame
-    project: Annotated[Path, option("Folder of the runs.", metavar="PATH"), IMAGES] = Path("runs/infer")
-    name: Annotated[str, option("Name of this run: its folder.", metavar="NAME"), IMAGES] = "exp"
-    exist_ok: Annotated[bool, option("Write into the run's folder if it is there.", "--exist-ok"), IMAGES] = False
+    PANEL: ClassVar = "Pictures and maps"
+    save: Annotated[
+        bool | None,
+        option("Write overlay pictures, or don't. Default: of files, not of cameras, streams and watched folders."),
+    ] = None
+    save_map: Annotated[bool, option("Also write anomaly maps, float32 .npy.", "--save-map")] = False
+    map_size: Annotated[MapSize, option("Size of saved maps: the frame's or the model's.", metavar="frame|model")] = (
+        MapSize.frame
+    )
+    project: Annotated[Path, option("Folder of the runs.", metavar="PATH")] = Path("runs/infer")
+    name: Annotated[str, option("Name of this run: its folder.", metavar="NAME")] = "exp"
+    exist_ok: Annotated[bool, option("Write into the run's folder if it is there.", "--exist-ok")] = False
+
+    def saving(self, live: bool) -> Saving | None:
+        """What is written of a source, in a folder that is made for it; None for nothing."""
+        from fbclip.files import new_run
+        from fbclip.runtime.live.sinks import Saving
+
+        overlays = self.save if self.save is not None else not live
+        if not (overlays or self.save_map):
+            return None
+        folder = new_run(self.project, self.name, self.exist_ok)
+        return Saving(folder, overlays, self.save_map, self.map_size.value)
 
 
 @dataclass(frozen=True)
 class ViewGroup:
     """What is seen of a stream, and when it ends."""
 
-    PANEL: ClassVar = "Cameras, streams, videos, watched folders"
-    max_frames: Annotated[int | None, option("End after N images or frames.", metavar="N", min=1)] = None
+    PANEL: ClassVar = SourceGroup.PANEL
     duration: Annotated[float | None, option("End after this long.", metavar="SECONDS", min=0), STREAMS] = None
     show: Annotated[
         bool, option("Show the pictures in a window (needs opencv-python, not headless).", "--show"), STREAMS
@@ -53,10 +64,20 @@ class ViewGroup:
     ] = None
 
 
+@dataclass(frozen=True)
+class WorkGroup:
+    """How much is inspected, and how much of it at once."""
+
+    PANEL: ClassVar = "Model and device"
+    max_frames: Annotated[int | None, option("End after N images or frames.", metavar="N", min=1)] = None
+    batch: Annotated[int, option("Images of files that the model is given at once.", metavar="N", min=1)] = 1
+
+
 @mounted(first=("bundle", "threshold", "json", "watch", "events"))
 def infer(
     context: typer.Context,
     model: BundleGroup,
+    work: WorkGroup,
     verdict: VerdictGroup,
     reading: SourceGroup,
     view: ViewGroup,
@@ -72,56 +93,23 @@ def infer(
     ] = None,
 ) -> None:
     """Find defects in images or in the frames of a camera, and draw where they are."""
+    from fbclip.files import require_file
     from fbclip.runtime.live.alarm import Vote
     from fbclip.runtime.live.pipeline import Limits
-    from fbclip.runtime.live.run import Stream, find_stream, infer_stream
+    from fbclip.runtime.live.run import Inspection, inspect_source
+    from fbclip.runtime.live.sources import open_source
     from fbclip.terminal import make_console, say
 
     console = make_console(stderr=results.json == "-")
-    stream = find_stream(source or [], reading.camera, reading.watch)
-    refuse(context, STREAMS if stream else IMAGES, verdict, reading, view, results, pictures)
-    predictor = verdict.predictor(model)
-    if verdict.threshold == "auto":
-        say(console, predictor.explain_threshold())
-    if not stream:
-        _infer_images(predictor, source or [], view.max_frames, results, pictures, console)
-        return
-    setup = Stream(
-        stream,
-        reading.capture,
-        results.sinks(view.show, view.video),
-        Vote.parse(verdict.vote),
-        results.events,
-        results.events_bytes,
-        Limits(view.max_frames, view.duration),
-    )
-    infer_stream(predictor, setup, console)
-
-
-def _infer_images(
-    predictor: Predictor,
-    source: list[str],
-    most: int | None,
-    results: SinkGroup,
-    pictures: PictureGroup,
-    console: Console,
-) -> None:
-    from fbclip.files import new_run, require_file
-    from fbclip.folders import list_images
-    from fbclip.runtime.live.stills import Outputs, Summary, infer, report
-    from fbclip.terminal import warn
-
-    images = list_images(source, lambda line: warn(console, line))[:most]
-    for target in (results.json, results.csv):
-        require_file(target)
-    wanted = pictures.save or pictures.save_map
-    folder = new_run(pictures.project, pictures.name, pictures.exist_ok) if wanted else None
-    outputs = Outputs(folder, pictures.save, pictures.save_map, pictures.map_size.value, results.json, results.csv)
-    summary = Summary()
-    try:
-        infer(predictor, images, outputs, summary, console)
-    finally:  # also of what was done before a disk was full
-        if summary.results or summary.skipped:
-            report(summary, outputs, console)
-    if summary.skipped or summary.unusable:  # not all that was asked for could be inspected
-        raise typer.Exit(2)
+    texts, capture = reading.texts(source), reading.capture
+    with open_source(texts, capture) as opened:
+        refuse(context, IMAGES if opened.still else STREAMS, verdict, reading, view, results)
+        predictor = verdict.predictor(model, work.batch)
+        if verdict.threshold == "auto":
+            say(console, predictor.explain_threshold())
+        for target in (results.json, results.csv):
+            require_file(target)
+        sinks = replace(results.sinks, saving=pictures.saving(opened.live), show=view.show, video=view.video)
+        limits = Limits(work.max_frames, view.duration)
+        inspection = Inspection(texts, capture, sinks, Vote.parse(verdict.vote), limits, work.batch)
+        inspect_source(predictor, opened, inspection, console)

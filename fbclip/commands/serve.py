@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from fbclip.commands.groups import BundleGroup, SinkGroup, SourceGroup, VerdictGroup
-from fbclip.commands.mount import NOTHING, STREAMS, mounted, option, refuse
+from fbclip.commands.mount import NOTHING, mounted, option, refuse
 from fbclip.commands.values import need
 
 
@@ -50,28 +50,19 @@ def serve(
 ) -> None:
     """Watch a camera in a browser, and inspect images that are sent."""
     need(("fastapi", "uvicorn", "websockets", "prometheus_client"), "fbclip serve", ": pip install 'fbclip[serve]'")
-    from fbclip.errors import UsageError
     from fbclip.runtime.live.alarm import Vote
-    from fbclip.runtime.live.pipeline import Limits
-    from fbclip.runtime.live.run import Stream, find_stream
-    from fbclip.runtime.serving.run import Address, serve
+    from fbclip.runtime.live.run import Inspection
+    from fbclip.runtime.serving.run import Endpoint, serve
     from fbclip.terminal import make_console, say
 
     console = make_console(stderr=results.json == "-")
-    stream = find_stream(source or [], reading.camera, reading.watch)
-    if source and not stream:
-        raise UsageError(f"SOURCE is a camera, stream, video or, with --watch, a folder; got {' '.join(source)}")
-    refuse(context, STREAMS if stream else NOTHING, verdict, reading, results)
+    texts = reading.texts(source)
+    inspection = None
+    if texts or reading.watch:
+        inspection = Inspection(texts, reading.capture, results.sinks, Vote.parse(verdict.vote))
+    else:
+        refuse(context, NOTHING, verdict, reading, results)
     predictor = verdict.predictor(model)
-    setup = stream and Stream(
-        stream,
-        reading.capture,
-        results.sinks(),
-        Vote.parse(verdict.vote),
-        results.events,
-        results.events_bytes,
-        Limits(),
-    )
     if verdict.threshold == "auto":
         say(console, predictor.explain_threshold())
-    serve(predictor, setup or None, Address(server.host, server.port, server.token), console)
+    serve(predictor, inspection, Endpoint(server.host, server.port, server.token), console)

@@ -13,19 +13,23 @@ def parse_threshold(text: str) -> float | None:
     try:
         return None if text == "auto" else float(text)
     except ValueError as error:
-        raise UsageError(f"auto, or a probability between 0 and 1; got {text!r}", option="threshold") from error
+        raise UsageError(
+            f"a threshold is auto, or a probability between 0 and 1; got {text!r}", option="threshold"
+        ) from error
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
     try:
         return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"numbers with commas, like 1,6,12,18,24; got {text!r}", option="feature_layers") from error
+        raise UsageError(
+            f"feature layers are numbers with commas, like 1,6,12,18,24; got {text!r}", option="feature_layers"
+        ) from error
 
 
 def parse_resolution(text: str | None) -> tuple[int, int] | None:
     """Width and height in pixels."""
-    return _sides(text, "WIDTHxHEIGHT in pixels, like 1920x1080", "resolution")
+    return _sides(text, "a resolution is WIDTHxHEIGHT in pixels, like 1920x1080", "resolution")
 
 
 def parse_frame_hw(resolution: str | None, frame_size: str | None) -> tuple[int, int] | None:
@@ -33,7 +37,11 @@ def parse_frame_hw(resolution: str | None, frame_size: str | None) -> tuple[int,
     if resolution and frame_size:
         raise UsageError("--frame-size is the older form of --resolution: pass one of them")
     size_wh = parse_resolution(resolution)
-    return size_wh[::-1] if size_wh else _sides(frame_size, "HEIGHTxWIDTH in pixels, like 1080x1920", "frame_size")
+    return (
+        size_wh[::-1]
+        if size_wh
+        else _sides(frame_size, "a frame size is HEIGHTxWIDTH in pixels, like 1080x1920", "frame_size")
+    )
 
 
 def _sides(text: str | None, rule: str, option: str) -> tuple[int, int] | None:

@@ -39,14 +39,15 @@ class Vote:
     def __post_init__(self) -> None:
         if not 1 <= self.needed <= self.of <= 10_000:
             raise UsageError(
-                f"--vote is K/N, K anomalous of the last N frames, with 1 <= K <= N <= 10000; "
-                f"got {self.needed}/{self.of}"
+                f"a vote is K/N, K anomalous of the last N frames, with 1 <= K <= N <= 10000; "
+                f"got {self.needed}/{self.of}",
+                option="vote",
             )
 
     @classmethod
     def parse(cls, text: str) -> Vote:
         if not (numbers := re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", text)):
-            raise UsageError(f"--vote is K/N, K anomalous of the last N frames, like 3/5; got {text!r}")
+            raise UsageError(f"a vote is K/N, K anomalous of the last N frames, like 3/5; got {text!r}", option="vote")
         return cls(int(numbers[1]), int(numbers[2]))
 
     @property
@@ -55,29 +56,29 @@ class Vote:
         return self.needed // 2
 
 
-class Decider:
+class Alarm:
     """Keeps the alarm. Frames count as they are inspected; those that a live source dropped or that are unusable don't.
 
     Attributes:
-        alarm: whether it is on.
+        on: whether it is.
         drift: what watches the scores; None without a calibration.
     """
 
     def __init__(self, vote: Vote | None = None, drift: Drift | None = None) -> None:
         self.vote, self.drift = vote or Vote(), drift
-        self.alarm = False
+        self.on = False
         self._votes: deque[bool] = deque(maxlen=self.vote.of)
 
     def decide(self, prediction: Prediction) -> bool:
         """Take the next frame's prediction; returns whether the alarm is on now."""
         if prediction.unusable:
-            return self.alarm
+            return self.on
         self._votes.append(prediction.verdict == "defect")
         count = sum(self._votes)
-        self.alarm = count > self.vote.off if self.alarm else count >= self.vote.needed
+        self.on = count > self.vote.off if self.on else count >= self.vote.needed
         if self.drift:
             self.drift.add(prediction.score, prediction.threshold)
-        return self.alarm
+        return self.on
 
     def explain(self, prediction: Prediction) -> str:
         """The last verdict in one line."""

@@ -6,15 +6,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from fbclip.errors import FBClipError
-from fbclip.runtime.live.records import Notice, Result, Sink
+from fbclip.runtime.live.records import Notice, Record, Sink
+from fbclip.runtime.live.status import SinkStatus
 from fbclip.runtime.live.timing import Percentiles
 from fbclip.stopping import may_hang
 
-STUCK_S = 10.0  # in one write: from then on a sink counts as failing
-PAUSES_S = (0.25, 8.0)  # between attempts of a failing sink: the first, doubled up to the last
+STUCK_S = 10.0
+PAUSES_S = (0.25, 8.0)
 NOTICES = 256  # that may wait; a camera that flaps must not fill the memory of a sink that hangs
 
 TOO_SLOW = "it was too slow"
@@ -50,17 +50,28 @@ class Delivery:
         lossless: `put` waits for room while the sink works, so that files lose nothing; otherwise, and while the sink
             fails, the oldest waiting result is dropped and counted.
         report: called with this delivery and a notice at each transition, from either thread.
+        stuck_s: seconds in one write from which on a sink counts as failing.
+        pauses_s: seconds between attempts of a failing sink: the first pause, doubled up to the last.
     """
 
-    def __init__(self, sink: Sink, room: int, lossless: bool, report: Report) -> None:
+    def __init__(
+        self,
+        sink: Sink,
+        room: int,
+        lossless: bool,
+        report: Report,
+        stuck_s: float = STUCK_S,
+        pauses_s: tuple[float, float] = PAUSES_S,
+    ) -> None:
         self.sink, self.room, self.lossless, self.report = sink, room, lossless, report
+        self._stuck_s, self._pauses_s = stuck_s, pauses_s
         self.failure: str | None = None
         self.delivered = self.dropped = 0
         self.dropped_because: str | None = None  # the last time, and rather a failure than that it was too slow
         self._takes = True  # as it did last time, failing or not
         self._ages = Percentiles()
         self._changed = threading.Condition()
-        self._waiting: deque[Result | Notice] = deque()
+        self._waiting: deque[Record | Notice] = deque()
         self._busy_since: float | None = None  # of the present attempt
         self._deadline: float | None = None  # of attempts
         self._closing = False
@@ -69,21 +80,29 @@ class Delivery:
         may_hang.add(self._thread)
         self._thread.start()
 
-    def put(self, item: Result | Notice) -> None:
-        """Hand over an item; waits at most `STUCK_S`, and only where the class says so."""
-        kind, limit = (Result, self.room) if isinstance(item, Result) else (Notice, NOTICES)
+    def put(self, item: Record | Notice) -> None:
+        """Hand over an item; waits at most `stuck_s`, and only where the class says so."""
+        kind, limit = (Record, self.room) if isinstance(item, Record) else (Notice, NOTICES)
         with self._changed:
-            if self.lossless and kind is Result:
-                self._changed.wait_for(lambda: self._count(kind) < limit or not self._takes, STUCK_S)
+            if self.lossless and kind is Record:
+                self._changed.wait_for(lambda: self._count(kind) < limit or not self._takes, self._stuck_s)
             if self._count(kind) >= limit:
                 self._waiting.remove(next(waiting for waiting in self._waiting if isinstance(waiting, kind)))
                 self._drop(1, self.failure or TOO_SLOW)
             self._waiting.append(item)
             self._changed.notify_all()
             since = self._busy_since
-            stuck = since is not None and time.monotonic() - since > STUCK_S and not self.failure
+            stuck = since is not None and time.monotonic() - since > self._stuck_s and not self.failure
         if stuck:
-            self._turn(f"has not answered for {STUCK_S:.0f} s", takes=False)
+            self._turn(f"has not answered for {self._stuck_s:.0f} s", takes=False)
+
+    def settle(self) -> None:
+        """Wait until nothing waits, at most `stuck_s`; not for a sink that fails."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not (self._waiting or self._busy_since) or not self._takes or self._deadline is not None,
+                self._stuck_s,
+            )
 
     def drain(self, deadline: float) -> None:
         """Nothing is tried again once `time.monotonic()` is at the deadline; returns at once."""
@@ -112,17 +131,17 @@ class Delivery:
                 self._drop(len(self._waiting) + (self._busy_since is not None), self.failure)
                 self._waiting.clear()
 
-    def state(self) -> dict[str, Any]:
+    def status(self) -> SinkStatus:
         with self._changed:
-            return {
-                "state": "failing" if self.failure else "working",
-                "error": self.failure,
-                "delivered": self.delivered,
-                "dropped": self.dropped,
-                "dropped_because": self.dropped_because,
-                "waiting": len(self._waiting),
-                "age_ms": self._ages.summary(),
-            }
+            return SinkStatus(
+                "failing" if self.failure else "working",
+                self.failure,
+                self.delivered,
+                self.dropped,
+                self.dropped_because,
+                len(self._waiting),
+                self._ages.summary(),
+            )
 
     def _count(self, kind: type) -> int:
         return sum(isinstance(item, kind) for item in self._waiting)
@@ -143,7 +162,7 @@ class Delivery:
             if self._takes:  # and now it has passed on what it had taken
                 self._turn(None)
 
-    def _next(self) -> Result | Notice | None:
+    def _next(self) -> Record | Notice | None:
         """The oldest item, whose delivery begins; None where the sink is to be closed."""
         with self._changed:
             self._busy_since = None
@@ -154,12 +173,12 @@ class Delivery:
             self._busy_since = time.monotonic()
             return self._waiting.popleft()
 
-    def _deliver(self, item: Result | Notice) -> None:
-        pause, last = PAUSES_S
+    def _deliver(self, item: Record | Notice) -> None:
+        pause, last = self._pauses_s
         failure = None
         while True:
             try:
-                if isinstance(item, Result):
+                if isinstance(item, Record):
                     self.sink.write(item)
                 else:
                     self.sink.notify(item)
@@ -180,10 +199,10 @@ class Delivery:
                     self._drop(1, self.failure or TOO_SLOW)
                 return
             pause = min(2 * pause, last)
-        if isinstance(item, Result):
+        if isinstance(item, Record):
             self._ages.add((time.monotonic() - item.frame.captured) * 1e3)
             self.delivered += 1
-        if failure or isinstance(item, Result):
+        if failure or isinstance(item, Record):
             self._turn(failure)
 
     def _give_up(self, count: int, failure: str) -> None:

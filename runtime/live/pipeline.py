@@ -1,47 +1,39 @@
 """Frames to verdicts to sinks, overlapped: each stage in a thread of its own, one item ahead, bounded everywhere.
 
-A frame is prepared while the model looks at the one before, and the one before that is concluded and handed out. The
-backend is used from one thread. A live source drops frames while all of this is busy; a file waits.
+A frame is read while the one before is prepared, the model looks at the one before that, and the one before that is
+judged and handed out. The backend is used from one thread. A live source drops frames while all of this is busy; files
+wait.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import ImageError
-from fbclip.runtime.calibration import checked_threshold
-from fbclip.runtime.live.alarm import Decider
-from fbclip.runtime.live.delivery import Delivery
-from fbclip.runtime.live.records import Frame, Notice, Result, Sink
+from fbclip.runtime.backends import require_probabilities
+from fbclip.runtime.live.alarm import Alarm
+from fbclip.runtime.live.delivery import PAUSES_S, STUCK_S, Delivery
+from fbclip.runtime.live.records import Frame, Notice, Record, Sink, Source
+from fbclip.runtime.live.status import SourceStatus, Status, Summary
 from fbclip.runtime.live.timing import Percentiles, Rate
+from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED, Repetition, find_blindness
 
-STAGES = ("wait", "preprocess", "model", "postprocess")
-LOST_S = 5.0  # without a source at the end of a run that is no mere reconnecting
+STAGES = ("read", "wait", "preprocess", "model", "postprocess")
+LARGE = 12_000_000  # pixels: larger pictures of files are inspected one at a time, some 30 bytes a pixel each
+NameFiles = Callable[[Frame, Prediction, bool], tuple[str | None, str | None]]
 T = TypeVar("T")
-
-
-class Source(Protocol):
-    """Where frames come from; see `fbclip.runtime.live.sources`."""
-
-    name: str
-    live: bool  # frames may be dropped
-
-    @property
-    def counters(self) -> dict[str, int]: ...
-    def __iter__(self) -> Iterator[Frame]: ...
-    def listen(self, callback: Callable[[Notice], None]) -> None: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -54,39 +46,17 @@ class Limits:
         room: results that wait for a sink at most. Sinks share its frame and map, 14 MB at 1920x1080, and
             its overlay once one of them has asked for it, 6 MB.
         close_s: seconds that sinks have at the end for what waits.
+        lost_s: seconds without a source at the end of a run that are no mere reconnecting.
+        stuck_s, pauses_s: of sinks, see `Delivery`.
     """
 
     max_frames: int | None = None
     duration: float | None = None
     room: int = 8
     close_s: float = 5.0
-
-
-@dataclass(frozen=True)
-class LiveSummary:
-    """What a run did.
-
-    Attributes:
-        frames: results handed to the sinks.
-        anomalous, alarms: of these, defects and alarms raised.
-        overruled: of these, good ones whose score reaches the threshold (see `Prediction.overruled`).
-        unusable: of these, such that show nothing.
-        unfit, misfit: frames that could not be inspected, like one of another size than the graph takes, and why.
-        absence: why the source gave nothing to inspect when the run ended; "" where it did.
-        seconds: from start to end.
-        status: the last `Pipeline.status()`.
-    """
-
-    frames: int
-    anomalous: int
-    alarms: int
-    overruled: int
-    unusable: int
-    unfit: int
-    misfit: str
-    absence: str
-    seconds: float
-    status: dict[str, Any]
+    lost_s: float = 5.0
+    stuck_s: float = STUCK_S
+    pauses_s: tuple[float, float] = PAUSES_S
 
 
 class _Prepared(NamedTuple):
@@ -101,7 +71,7 @@ class _Scored(NamedTuple):
     score: float
     model_map: NDArray[np.float32]
     unusable: str | None
-    stages_ms: dict[str, float]
+    timings_ms: dict[str, float]
 
 
 class Pipeline:
@@ -110,9 +80,11 @@ class Pipeline:
     Args:
         source: iterated once, closed at the end.
         predictor: its backend is used from one thread of this run.
-        sinks: each gets a queue and a thread; all are closed at the end.
-        decider: from predictions to the alarm.
+        sinks: each gets a queue and a thread; all are closed at the end. The first that fails ends a run of stills.
+        alarm: the verdict over time; of stills it is each picture's own.
         limits: when to end, and how much may pile up.
+        batch: images that the model is given at once, of a source that waits.
+        name_files: the files where the picture and the map of a frame will be kept; None for nowhere.
     """
 
     def __init__(
@@ -120,26 +92,41 @@ class Pipeline:
         source: Source,
         predictor: Predictor,
         sinks: list[Sink],
-        decider: Decider | None = None,
+        alarm: Alarm | None = None,
         limits: Limits | None = None,
+        batch: int = 1,
+        name_files: NameFiles | None = None,
     ) -> None:
         self.source, self.predictor = source, predictor
-        self.decider, self.limits = decider or Decider(), limits or Limits()
-        self._camera = {"name": source.name, "state": "connecting", "message": ""}
+        self.alarm, self.limits = alarm or Alarm(), limits or Limits()
+        self._batch, self._name_files = batch, name_files
+        self._state, self._message = "connecting", ""
         self._stopping = threading.Event()
         self._began = time.monotonic()
         self._ages, self._rate = Percentiles(), Rate()
         self._stages = {stage: Percentiles() for stage in STAGES}
-        self._frames = self._anomalous = self._alarms = self._overruled = self._unusable = self._unfit = 0
-        self._misfitting, self._misfit = False, ""
+        self._frames = self._anomalous = self._alarms = self._overruled = self._unusable = self._rejected = 0
+        self._rejecting, self._rejection = False, ""
         self._repetition = Repetition()
         self._blindness: str | None = None  # of the last frame
         self._lost_at, self._loss = 0.0, ""  # since when the source is lost, and why; "" while it is not
-        self._last: Result | None = None
-        self._deliveries = [Delivery(sink, self.limits.room, not source.live, self._sink_turned) for sink in sinks]
+        self._failure = ""  # of the sink that ended a run of stills
+        self._score: float | None = None  # of the last result
+        self._progress = threading.Condition()  # of frames that were judged or rejected
+        self._deliveries = [
+            Delivery(
+                sink,
+                self.limits.room,
+                not source.live,
+                self._sink_turned,
+                self.limits.stuck_s,
+                self.limits.pauses_s,
+            )
+            for sink in sinks
+        ]
         source.listen(self._heard)
 
-    def run(self) -> LiveSummary:
+    def run(self) -> Summary:
         """Block until the source ends, a limit is reached or `stop` is called; frames in work are finished.
 
         Raises:
@@ -147,10 +134,14 @@ class Pipeline:
             FBClipError: of the source or the model. Sinks are closed before.
         """
         self._began = time.monotonic()
-        self._tell_run("started", "the run began")
+        self._notify_run("started", "the run began")
         with ExitStack() as stack:
             stack.callback(self._close_sinks)
-            prepared = ahead(self._prepared(), "preprocess")
+            frames: Iterable[Frame] = self.source
+            if not self.source.live:  # of a camera the newest frame is the one that is there when it is asked for
+                frames = ahead(self._paced(), "read")
+                stack.callback(frames.close)
+            prepared = ahead(self._prepared(frames), "preprocess")
             stack.callback(prepared.close)
             results = ahead(self._scored(prepared), "model")
             stack.callback(results.close)
@@ -164,62 +155,63 @@ class Pipeline:
             for scored in results:
                 self._conclude(*scored)
             seconds = time.monotonic() - self._began
-        return LiveSummary(
-            self._frames,
-            self._anomalous,
-            self._alarms,
-            self._overruled,
-            self._unusable,
-            self._unfit,
-            self._misfit,
-            self._absence(),
-            seconds,
-            self.status(),
-        )
+        return Summary(self.status(), self._rejection, self._absence(), self._failure, seconds)
 
     def stop(self) -> None:
         """End the run soon, from any thread: no more frames are taken, those in work are finished."""
         self._stopping.set()
+        with self._progress:
+            self._progress.notify_all()
         self.source.close()
 
-    def set_threshold(self, threshold: float) -> None:
-        """Scores from here on are anomalous, from the next concluded frame on.
+    def status(self) -> Status:
+        """What is going on; from any thread."""
+        drift = self.alarm.drift
+        return Status(
+            seconds=round(time.monotonic() - self._began, 1),
+            source=SourceStatus(
+                self.source.name,
+                self._state,
+                self._message,
+                self.source.live,
+                self.source.still,
+                dict(self.source.counters),
+            ),
+            total=self.source.total,
+            frames=self._frames,
+            anomalous=self._anomalous,
+            alarms=self._alarms,
+            overruled=self._overruled,
+            unusable=self._unusable,
+            rejected=self._rejected,
+            fps=round(self._rate.per_second(), 2),
+            age_ms=self._ages.summary(),
+            stages_ms={stage: values.summary() for stage, values in self._stages.items()},
+            score=self._score,
+            threshold=self.predictor.threshold,
+            alarm=self.alarm.on,
+            drift=None if drift is None else drift.state,
+            sinks={delivery.sink.name: delivery.status() for delivery in self._deliveries},
+        )
 
-        Raises:
-            UsageError: no probability.
-        """
-        self.predictor.threshold = checked_threshold(threshold)
+    def _paced(self) -> Iterator[Frame]:
+        """The frames of a source that waits; after a large one nothing is read until it is delivered."""
+        for taken, frame in enumerate(self.source, 1):
+            is_large = frame.image.size > 3 * LARGE
+            yield frame
+            if is_large:
+                with self._progress:
+                    self._progress.wait_for(self._has_judged(taken))
+                for delivery in self._deliveries:
+                    delivery.settle()
 
-    def status(self) -> dict[str, Any]:
-        """What is going on, as plain values; from any thread.
+    def _has_judged(self, taken: int) -> Callable[[], bool]:
+        return lambda: self._frames + self._rejected >= taken or self._stopping.is_set()
 
-        Milliseconds are p50, p95 and p99 over the last thousand results (None before the first): `age_ms` from
-        capture until handed to the sinks, `stages_ms` by stage, and each sink's own age until it was written.
-        """
-        last, drift = self._last, self.decider.drift
-        return {
-            "seconds": round(time.monotonic() - self._began, 1),
-            "source": {**self._camera, "live": self.source.live, "counters": dict(self.source.counters)},
-            "frames": self._frames,
-            "anomalous": self._anomalous,
-            "alarms": self._alarms,
-            "overruled": self._overruled,
-            "unusable": self._unusable,
-            "unfit": self._unfit,
-            "fps": round(self._rate.per_second(), 2),
-            "age_ms": self._ages.summary(),
-            "stages_ms": {stage: values.summary() for stage, values in self._stages.items()},
-            "score": None if last is None else last.prediction.score,
-            "threshold": self.predictor.threshold,
-            "alarm": self.decider.alarm,
-            "drift": None if drift is None else drift.state,
-            "sinks": {delivery.sink.name: delivery.state() for delivery in self._deliveries},
-        }
-
-    def _prepared(self) -> Iterator[_Prepared]:
+    def _prepared(self, frames: Iterable[Frame]) -> Iterator[_Prepared]:
         """Frames as the graph takes them, until the source ends."""
         taken = 0
-        for frame in self.source:
+        for frame in frames:
             if self._stopping.is_set():
                 return
             start = time.perf_counter()
@@ -228,11 +220,11 @@ class Pipeline:
             except ImageError as error:
                 self._reject(error, first=taken == 0)
                 continue
-            if self._misfitting:
-                self._misfitting = False
-                self._tell_source("live", "frames can be inspected again")
-            if not self.source.live and self._camera["state"] == "connecting":  # files don't say that they are there
-                self._camera["state"] = "live"
+            if self._rejecting:
+                self._rejecting = False
+                self._notify_source("live", "frames can be inspected again")
+            if not self.source.live and self._state == "connecting":  # files don't say that they are there
+                self._state = "live"
             unusable = self._look(frame, batch)
             yield _Prepared(frame, batch, unusable, (time.perf_counter() - start) * 1e3)
             taken += 1
@@ -243,38 +235,49 @@ class Pipeline:
         """Why a frame shows nothing, if so; told where the source begins to, and where it ends."""
         frozen = self.source.live and self._repetition.is_frozen(frame.image, frame.captured)
         self._blindness = find_blindness(batch) or ("frozen" if frozen else None)
-        was_blind = self._camera["state"] == "blind"
+        was_blind = self._state == "blind"
+        if self.source.still:
+            return self._blindness  # it says nothing of the next one
         if self._blindness and not was_blind:
-            self._tell_source("blind", f"{frame.name} is {EXPLAINED[self._blindness]}")
+            self._notify_source("blind", f"{frame.name} is {EXPLAINED[self._blindness]}")
         elif was_blind and not self._blindness:
-            self._tell_source("live", "frames show something again")
+            self._notify_source("live", "frames show something again")
         return self._blindness
 
     def _absence(self) -> str:
-        """`LiveSummary.absence`."""
+        """`Summary.absence`."""
         blind = f"the last frame is {EXPLAINED[self._blindness]}" if self._blindness else ""
         if self._frames == self._unusable:
             return self._loss or blind or f"none came from {self.source.name}"
-        gone = self._loss if time.monotonic() - self._lost_at >= LOST_S else ""
+        gone = self._loss if time.monotonic() - self._lost_at >= self.limits.lost_s else ""
         return gone or (blind if self.source.live else "")  # of files each frame is one that was asked for
 
     def _reject(self, error: ImageError, first: bool) -> None:
         """Count a frame that can't be inspected; a camera whose first one can't will have no other."""
         if first and self.source.live:
             raise error
-        self._unfit += 1
-        self._misfit = str(error)
-        if not self._misfitting:
-            self._misfitting = True
-            self._tell_source("lost", str(error))
+        self._rejection = str(error)
+        if not self._rejecting:
+            self._rejecting = not self.source.still
+            self._notify_source("lost", str(error))
+        with self._progress:
+            self._rejected += 1
+            self._progress.notify_all()
 
     def _scored(self, jobs: Iterator[_Prepared]) -> Iterator[_Scored]:
-        for frame, batch, unusable, preprocess_ms in jobs:
-            start, age = time.perf_counter(), time.monotonic() - frame.captured
-            score, model_map = self.predictor.run(batch, frame.name)
-            model_ms = (time.perf_counter() - start) * 1e3
-            stages = {"wait": age * 1e3 - preprocess_ms, "preprocess": preprocess_ms, "model": model_ms}
-            yield _Scored(frame, score, model_map, unusable, stages)
+        """What the model says of each frame; the time of images at once is shared out among them."""
+        while group := list(islice(jobs, self._batch)):
+            start, now = time.perf_counter(), time.monotonic()
+            images = group[0].batch if len(group) == 1 else np.concatenate([job.batch for job in group])
+            scores, maps = self.predictor.backend.run(images)
+            require_probabilities(scores, maps, [job.frame.name for job in group])
+            model_ms = (time.perf_counter() - start) * 1e3 / len(group)
+            for job, score, model_map in zip(group, scores, maps, strict=True):
+                waited_ms = (now - job.frame.captured) * 1e3 - job.preprocess_ms
+                timings = (job.frame.read_ms, waited_ms, job.preprocess_ms, model_ms)
+                yield _Scored(
+                    job.frame, float(score), model_map, job.unusable, dict(zip(STAGES[:-1], timings, strict=True))
+                )
 
     def _conclude(
         self,
@@ -282,64 +285,79 @@ class Pipeline:
         score: float,
         model_map: NDArray[np.float32],
         unusable: str | None,
-        stages: dict[str, float],
+        timings_ms: dict[str, float],
     ) -> None:
         """Judge one frame and hand it to every sink."""
-        prediction = self.predictor.conclude(frame.image, score, model_map, stages, unusable)
-        before, steady = self.decider.alarm, self.decider.drift and self.decider.drift.state
-        alarm = self.decider.decide(prediction)
-        result = Result(frame, prediction, alarm, alarm and not before, prediction.timings_ms)
-        self._frames += 1
+        prediction = self.predictor.conclude(frame.image, score, model_map, timings_ms, unusable)
+        was_on, was_steady = self.alarm.on, self._drift_state
+        is_on = prediction.verdict == "defect" if self.source.still else self.alarm.decide(prediction)
+        files = self._name_files(frame, prediction, is_on) if self._name_files else (None, None)
+        record = Record(frame, prediction, is_on, is_on and not was_on, prediction.timings_ms, *files)
+        self._count(record)
+        for delivery in self._deliveries:
+            delivery.put(record)
+        self._ages.add((time.monotonic() - frame.captured) * 1e3)
+        self._rate.tick()
+        for stage, value in record.timings_ms.items():
+            self._stages[stage].add(value)
+        if self.alarm.on != was_on:
+            state = "on" if self.alarm.on else "off"
+            self._notify_turn("alarm", frame.wall, state, self.alarm.explain(prediction))
+        if (drift := self.alarm.drift) and drift.state != was_steady:
+            self._notify_turn("drift", frame.wall, drift.state, drift.explain())
+
+    def _count(self, record: Record) -> None:
+        prediction = record.prediction
         self._anomalous += prediction.verdict == "defect"
         self._overruled += prediction.overruled is not None
         self._unusable += prediction.unusable is not None
-        self._alarms += result.alarm_began
-        self._last = result
-        for delivery in self._deliveries:
-            delivery.put(result)
-        self._ages.add((time.monotonic() - frame.captured) * 1e3)
-        self._rate.tick()
-        for stage, value in result.stages_ms.items():
-            self._stages[stage].add(value)
-        if alarm != before:
-            counters = {"frames": self._frames, "anomalous": self._anomalous, "alarms": self._alarms}
-            state, message = ("on" if alarm else "off"), self.decider.explain(prediction)
-            self._tell(Notice(frame.wall, "alarm", self.source.name, state, message, counters))
-        if (drift := self.decider.drift) and drift.state != steady:
-            counters = {"frames": self._frames, "windows": drift.windows}
-            self._tell(Notice(frame.wall, "drift", self.source.name, drift.state, drift.explain(), counters))
+        self._alarms += record.alarm_began
+        self._score = prediction.score
+        with self._progress:
+            self._frames += 1
+            self._progress.notify_all()
+
+    @property
+    def _drift_state(self) -> str | None:
+        return self.alarm.drift.state if self.alarm.drift else None
 
     def _heard(self, notice: Notice) -> None:
         """The source changed; called from its thread."""
-        self._camera |= {"state": notice.state, "message": notice.message}
+        self._state, self._message = notice.state, notice.message
         if notice.state == "lost":
             self._lost_at = time.monotonic() if not self._loss else self._lost_at
             self._loss = notice.message
         elif notice.state in ("live", "blind"):
             self._loss = ""
-        self._tell(notice)
-
-    def _tell(self, notice: Notice) -> None:
-        for delivery in self._deliveries:
-            delivery.put(notice)
+        self._notify(notice)
 
     def _sink_turned(self, turned: Delivery, notice: Notice) -> None:
         """Tell the others: a sink that fails at notices would never end telling itself."""
         for delivery in self._deliveries:
             if delivery is not turned:
                 delivery.put(notice)
+        if notice.state == "failing" and self.source.still:  # what is left can be inspected again
+            self._failure = self._failure or notice.message
+            self.stop()
 
-    def _tell_source(self, state: str, message: str) -> None:
-        counters = {**self.source.counters, "unfit": self._unfit}
+    def _notify(self, notice: Notice) -> None:
+        for delivery in self._deliveries:
+            delivery.put(notice)
+
+    def _notify_source(self, state: str, message: str) -> None:
+        counters = {**self.source.counters, "rejected": self._rejected}
         self._heard(Notice(time.time(), "source", self.source.name, state, message, counters))
 
-    def _tell_run(self, state: str, message: str) -> None:
+    def _notify_turn(self, kind: str, wall: float, state: str, message: str) -> None:
         counters = {"frames": self._frames, "anomalous": self._anomalous, "alarms": self._alarms}
-        self._tell(Notice(time.time(), "run", self.source.name, state, message, counters))
+        self._notify(Notice(wall, kind, self.source.name, state, message, counters))
+
+    def _notify_run(self, state: str, message: str) -> None:
+        self._notify_turn("run", time.time(), state, message)
 
     def _close_sinks(self) -> None:
-        self._tell_run("ended", "the run ended")
-        deadline = time.monotonic() + self.limits.close_s
+        self._notify_run("ended", "the run ended")
+        deadline = time.monotonic() + (0.0 if self._failure else self.limits.close_s)
         for delivery in self._deliveries:
             delivery.drain(deadline)
         for delivery in self._deliveries:  # all before the first is closed, for they tell each other how they fare

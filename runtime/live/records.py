@@ -1,7 +1,8 @@
-"""What flows from a camera to the sinks: frames, results, and what happens to either end."""
+"""What flows from a source to the sinks: frames, records of them, and what happens to either end."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from threading import Lock
 from typing import Any, Protocol
@@ -18,10 +19,11 @@ class Frame:
 
     Attributes:
         image: uint8 (H, W, 3) RGB.
-        name: what results call it: the file's path, or the source and the frame's number.
+        name: what records call it: the file's path, or the source and the frame's number.
         index: number of the frame since the source began, from 0; dropped ones count.
         captured: seconds of `time.monotonic()` when the frame was there: results are as old as the time since then.
         wall: seconds since 1970 at the same moment.
+        read_ms: milliseconds that reading and decoding took.
     """
 
     image: NDArray[np.uint8]
@@ -29,28 +31,60 @@ class Frame:
     index: int
     captured: float
     wall: float
+    read_ms: float = 0.0
+
+
+class Source(Protocol):
+    """Where frames come from; see `fbclip.runtime.live.sources`.
+
+    Attributes:
+        name: as records and notices call it, without passwords.
+        live: whether frames that nobody took in time are dropped; a source that isn't waits, and loses none.
+        still: whether its pictures don't follow each other in time, like files of a folder: no vote, no alarm over time.
+        total: how many pictures there are; None where nobody knows.
+    """
+
+    name: str
+    live: bool
+    still: bool
+    total: int | None
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Running totals: frames (handed out), dropped, reconnects, and a count for each kind of fault."""
+
+    def __iter__(self) -> Iterator[Frame]: ...
+
+    def listen(self, callback: Callable[[Notice], None]) -> None:
+        """Call back at each notice of this source, from a thread of its own."""
+
+    def close(self) -> None:
+        """End the iteration and release everything; from any thread, more than once."""
 
 
 @dataclass(frozen=True)
-class Result:
+class Record:
     """What is delivered of one frame.
 
     Attributes:
         frame, prediction: the picture, and what the model says of it alone.
-        alarm: the verdict over time (`--vote`): whether an alarm is on.
+        alarm: the verdict over time: whether an alarm is on. Of stills: whether this one has a defect.
         alarm_began: whether this very frame raised it.
-        stages_ms: milliseconds by stage: wait (capture to model), preprocess, model, postprocess.
+        timings_ms: milliseconds by stage: read, wait (until the model takes it), preprocess, model, postprocess.
+        overlay, map: the files where its picture and its anomaly map are kept; None for nowhere.
     """
 
     frame: Frame
     prediction: Prediction
     alarm: bool
     alarm_began: bool
-    stages_ms: dict[str, float]
+    timings_ms: dict[str, float]
+    overlay: str | None = None
+    map: str | None = None
     _drawing: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
     _drawn: dict[int | None, NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def overlay(self, longest: int | None = None) -> NDArray[np.uint8]:
+    def draw(self, longest: int | None = None) -> NDArray[np.uint8]:
         """`Prediction.overlay`, drawn when the first sink asks and shared by all: nothing may be drawn on it."""
         if longest and longest >= max(self.frame.image.shape[:2]):
             longest = None  # the same picture
@@ -69,7 +103,9 @@ class Result:
             "time": self.frame.wall,
             **values,
             "alarm": self.alarm,
-            "stages_ms": {stage: round(value, 3) for stage, value in self.stages_ms.items()},
+            "overlay": self.overlay,
+            "map": self.map,
+            "timings_ms": {stage: round(value, 3) for stage, value in self.timings_ms.items()},
         }
 
 
@@ -100,12 +136,12 @@ class Notice:
 
 
 class Sink(Protocol):
-    """Where results go. Each is called from one thread of its own; what it raises is reported and tried again."""
+    """Where records go. Each is called from one thread of its own; what it raises is reported and tried again."""
 
     name: str
 
-    def write(self, result: Result) -> None:
-        """Take one result; OSError or FBClipError where it can't now."""
+    def write(self, record: Record) -> None:
+        """Take one record; OSError or FBClipError where it can't now."""
 
     def notify(self, notice: Notice) -> None:
         """Take a notice; the same errors."""

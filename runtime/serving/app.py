@@ -17,20 +17,21 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI, HTTPException, Query, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 import fbclip
 from fbclip.errors import FBClipError, ImageError, SizeError
+from fbclip.runtime.calibration import checked_threshold
 from fbclip.runtime.predictor import Predictor
-from fbclip.runtime.regions import MAX_REGIONS
 from fbclip.runtime.serving.access import LOGIN, Access, Guard, problem
-from fbclip.runtime.serving.feed import Monitor, Update
-from fbclip.runtime.serving.uploads import Limits, Uploads, read_body
+from fbclip.runtime.serving.feed import Feed, Update
+from fbclip.runtime.serving.schemas import EventBody, HealthBody, Problem, ScoredBody, StatusBody, ThresholdBody
+from fbclip.runtime.serving.uploads import UploadLimits, Uploads, read_body
 
 if TYPE_CHECKING:
     from fbclip.runtime.live.pipeline import Pipeline
-    from fbclip.runtime.live.records import Result
-    from fbclip.runtime.live.sinks.network import Metrics
+    from fbclip.runtime.live.records import Record
+    from fbclip.runtime.live.sinks.metrics import Metrics
 
 WEB = Path(__file__).parent / "web"
 FRAME_INTERVAL = 1 / 15  # seconds between two pictures for one viewer; more would only cost
@@ -41,97 +42,20 @@ SMALL_BODY = 4096  # bytes of what is no image
 BINARY = {"type": "string", "format": "binary"}
 
 
-class Problem(BaseModel):
-    detail: str = Field(description="One line: what was wrong.")
-
-
-def _without_sign(value: float) -> float:
-    return value + 0.0  # of -0.0, 0.0
-
-
-class Threshold(BaseModel):
-    threshold: Annotated[float, AfterValidator(_without_sign)] = Field(
-        ge=0, le=1, strict=True, allow_inf_nan=False, description="Scores from here on are anomalous."
-    )
-
-
-class Region(BaseModel):
-    box: tuple[int, int, int, int] = Field(description="x0, y0, x1, y1 in pixels; x1 and y1 are exclusive.")
-    peak: float = Field(description="Highest value of the map in it, 0 to 1.")
-    area: int = Field(description="In pixels.")
-    weak: bool = Field(False, description="Below the map's threshold: where it is highest, for the score reaches its.")
-
-
-class Scored(BaseModel):
-    score: float = Field(allow_inf_nan=False, description="Abnormal probability of the image, 0 to 1.")
-    threshold: float
-    is_anomalous: bool = Field(description="Not known to be good: a defect, or unusable.")
-    verdict: str = Field(description="good, defect or unusable.")
-    overruled: str | None = Field(description="Why it is good against its score: min_area or roi.")
-    unusable: str | None = Field(description="Why there is nothing to see: black, uniform or frozen.")
-    regions: list[Region] = Field(
-        description=f"Of the map at or above its threshold, the highest peak first, {MAX_REGIONS} at most."
-    )
-    width: int
-    height: int
-    timings_ms: dict[str, float]
-    overlay_png: str | None = Field(description="With overlay=1: heat map, contours and verdict, PNG in base64.")
-    map_png: str | None = Field(description="With map=1: the anomaly map, 16-bit grey (65535 is 1), PNG in base64.")
-
-
-class Event(BaseModel):
-    id: int
-    source: str
-    index: int = Field(description="Number of the frame in its source.")
-    time: float = Field(description="Seconds since 1970 when it was captured.")
-    score: float
-    threshold: float
-    is_anomalous: bool
-    verdict: str = Field("defect", description="good, defect or unusable.")
-    overruled: str | None = None
-    unusable: str | None = None
-    regions: list[Region]
-    alarm: bool
-    stages_ms: dict[str, float]
-
-
-class Model(BaseModel):
-    name: str
-    device: str
-    precision: str
-    image_size: int
-
-
-class Status(BaseModel):
-    version: str = Field(description="Of fbclip.")
-    time: float = Field(description="The server's clock, seconds since 1970.")
-    model: Model
-    threshold: float
-    login: bool = Field(description="Whether a token is needed.")
-    uploads: int = Field(description="Images being sent, waiting or in work.")
-    viewers: int = Field(description="Pages that watch.")
-    fault: str | None = Field(description="Why the last image that was sent could not be judged; null if it was.")
-    pipeline: dict[str, Any] | None = Field(description="Camera, rates and ages; null where there is no source.")
-
-
-class Health(BaseModel):
-    status: str
-
-
 class Site:
     """What the requests of one server share.
 
     Args:
         predictor: of the pipeline and for uploads, which are inspected as its frames are; its backend is an `InTurn`.
-        monitor: the sink of the pipeline that this page shows.
+        feed: the sink of the pipeline that this page shows.
         pipeline: None for uploads alone.
     """
 
     def __init__(
-        self, predictor: Predictor, access: Access, monitor: Monitor, pipeline: Pipeline | None, limits: Limits
+        self, predictor: Predictor, access: Access, feed: Feed, pipeline: Pipeline | None, limits: UploadLimits
     ) -> None:
         self.predictor = predictor
-        self.monitor = monitor
+        self.feed = feed
         self.pipeline = pipeline
         self.access = access
         self.limits = limits
@@ -153,35 +77,32 @@ class Site:
             "uploads": self.uploads.under_way,
             "viewers": self.viewers,
             "fault": self.uploads.fault,
-            "pipeline": self.pipeline.status() if self.pipeline else None,
+            "pipeline": self.pipeline.status().to_dict() if self.pipeline else None,
         }
 
     def set_threshold(self, threshold: float) -> None:
         """For the camera and for uploads, from the next image on."""
-        if self.pipeline:
-            self.pipeline.set_threshold(threshold)
-        else:
-            self.predictor.threshold = threshold
+        self.predictor.threshold = checked_threshold(threshold)
 
 
 def create_app(
     predictor: Predictor,
     access: Access,
-    monitor: Monitor | None = None,
+    feed: Feed | None = None,
     pipeline: Pipeline | None = None,
     metrics: Metrics | None = None,
-    limits: Limits | None = None,
+    limits: UploadLimits | None = None,
 ) -> FastAPI:
     """The ASGI application: page, REST interface, WebSocket.
 
     Args:
         predictor: of the pipeline and for uploads; its backend is an `InTurn` where there is a pipeline.
         access: who may connect.
-        monitor: a sink of the pipeline.
+        feed: a sink of the pipeline.
         pipeline: None for uploads alone.
         metrics: a sink of the pipeline, for /metrics.
     """
-    site = Site(predictor, access, monitor or Monitor(), pipeline, limits or Limits())
+    site = Site(predictor, access, feed or Feed(), pipeline, limits or UploadLimits())
     app = FastAPI(
         title="fbclip",
         version=fbclip.__version__,
@@ -273,7 +194,7 @@ def _add_rest(app: FastAPI, site: Site) -> None:
 
     @app.post(
         "/v1/predict",
-        response_model=Scored,
+        response_model=ScoredBody,
         responses=refusals(408, 413, 415, 422, 429, 503),
         openapi_extra=_body({f"image/{kind}": BINARY for kind in ("jpeg", "png", "bmp", "tiff", "webp")}),
     )
@@ -286,7 +207,7 @@ def _add_rest(app: FastAPI, site: Site) -> None:
         with site.uploads.place():
             return await site.uploads.score(await site.uploads.read(request), overlay, map)
 
-    @app.get("/v1/status", response_model=Status)
+    @app.get("/v1/status", response_model=StatusBody)
     def status() -> dict[str, Any]:
         """Model, threshold, camera, rates and ages."""
         return site.status()
@@ -294,22 +215,22 @@ def _add_rest(app: FastAPI, site: Site) -> None:
     @app.put(
         "/v1/threshold",
         responses=refusals(408, 413, 422),
-        openapi_extra=_body({"application/json": Threshold.model_json_schema()}),
+        openapi_extra=_body({"application/json": ThresholdBody.model_json_schema()}),
     )
-    async def set_threshold(request: Request) -> Threshold:
+    async def set_threshold(request: Request) -> ThresholdBody:
         """Set the threshold until the server stops."""
         body = await read_body(request, SMALL_BODY, site.limits.upload_seconds)  # FastAPI would take it whole
         try:
-            wanted = Threshold.model_validate_json(body)
+            wanted = ThresholdBody.model_validate_json(body)
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
         site.set_threshold(wanted.threshold)
         return wanted
 
-    @app.get("/v1/events", response_model=list[Event])
+    @app.get("/v1/events", response_model=list[EventBody])
     def events() -> list[dict[str, Any]]:
         """The last alarms, newest first."""
-        return [alarm.to_dict() for alarm in site.monitor.alarms]
+        return [alarm.to_dict() for alarm in site.feed.alarms]
 
     @app.get(
         "/v1/events/{id}/picture",
@@ -318,12 +239,12 @@ def _add_rest(app: FastAPI, site: Site) -> None:
     )
     def picture(id: int) -> Response:
         """The overlay of the frame that raised an alarm."""
-        for alarm in site.monitor.alarms:
+        for alarm in site.feed.alarms:
             if alarm.id == id:
                 return Response(alarm.picture, media_type="image/jpeg")
         raise HTTPException(404, f"there is no event {id}; /v1/events lists those that are kept")
 
-    @app.get("/healthz", response_model=Health)
+    @app.get("/healthz", response_model=HealthBody)
     def healthz() -> dict[str, str]:
         """Whether the server answers; the camera is in /v1/status."""
         return {"status": "ok"}
@@ -365,18 +286,18 @@ async def _send_news(websocket: WebSocket, site: Site) -> int:
     """Until the viewer does what ends it; the code to close with."""
     loop, news = asyncio.get_running_loop(), asyncio.Event()
     position, shown, status_due = 0, None, 0.0
-    with site.monitor.listening(lambda: loop.call_soon_threadsafe(news.set)):
+    with site.feed.listening(lambda: loop.call_soon_threadsafe(news.set)):
         while site.access.may_enter(websocket):  # its login may end meanwhile
             news.clear()
-            latest = site.monitor.latest
+            latest = site.feed.latest
             has_picture = latest is not None and latest is not shown
-            update = site.monitor.since(position)
+            update = site.feed.since(position)
             message = _message(update, latest)
             if has_status := time.monotonic() >= status_due:
                 status_due = time.monotonic() + STATUS_INTERVAL
                 message["status"] = await run_sync(site.status)
             if has_picture or has_status or update.position != position:
-                jpeg = await run_sync(site.monitor.picture, latest) if has_picture and latest else b""
+                jpeg = await run_sync(site.feed.picture, latest) if has_picture and latest else b""
                 if latest:
                     message["age_ms"] = round((time.monotonic() - latest.frame.captured) * 1e3, 1)
                 await websocket.send_text(json.dumps({**message, "picture": has_picture}, allow_nan=False))
@@ -395,7 +316,7 @@ async def _send_news(websocket: WebSocket, site: Site) -> int:
     return LOGGED_OUT
 
 
-def _message(update: Update, latest: Result | None) -> dict[str, Any]:
+def _message(update: Update, latest: Record | None) -> dict[str, Any]:
     """What the page is told; `result` is of the picture, `scores` hold what came between two pictures too."""
     result = None
     if latest:

@@ -12,18 +12,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
-from numpy.typing import NDArray
-
-from fbclip.errors import FBClipError
-from fbclip.runtime.live.records import Notice, Result
+from fbclip.images import encode
+from fbclip.runtime.live.records import Notice, Record
 from fbclip.runtime.live.sinks.events import event_folders
 
 SCORES = 4096  # results that the graph goes back
 NOTICES = 200
 EVENTS = 60  # alarms whose picture is kept in memory, about 100 kB each
 SHOWN_SIDE = 1280  # pixels of the longer side of a picture on the page
-JPEG_QUALITY = 85
 RECORD = (
     "source",
     "index",
@@ -33,14 +29,14 @@ RECORD = (
     "is_anomalous",
     "regions",
     "alarm",
-    "stages_ms",
-)  # of a Result
-LATER = ("verdict", "overruled", "unusable")  # of a Result too, which older events don't have
+    "timings_ms",
+)  # of a Record
+LATER = ("verdict", "overruled", "unusable")  # of a Record too, which older events don't have
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Alarm:
+class Event:
     """An alarm with its picture.
 
     Attributes:
@@ -70,10 +66,10 @@ class Update:
     position: int
     scores: list[tuple[float, float, bool]]
     notices: list[Notice]
-    alarms: list[Alarm]
+    alarms: list[Event]
 
 
-class Monitor:
+class Feed:
     """A sink that remembers for viewers; any thread may ask it. Pictures are drawn when somebody looks.
 
     Args:
@@ -89,15 +85,15 @@ class Monitor:
         self._position = 1  # of what is there from the start
         self._scores: deque[tuple[int, tuple[float, float, bool]]] = deque(maxlen=SCORES)
         self._notices: deque[tuple[int, Notice]] = deque(maxlen=NOTICES)
-        self._alarms: deque[tuple[int, Alarm]] = deque(maxlen=EVENTS)
+        self._alarms: deque[tuple[int, Event]] = deque(maxlen=EVENTS)
         self._raised = 0
         for result, jpeg in _recorded(events) if events else ():
             if _is_whole(result):
                 self._remember(result, jpeg)
-        self._latest: Result | None = None
-        self._drawn: tuple[Result, bytes] | None = None
+        self._latest: Record | None = None
+        self._drawn: tuple[Record, bytes] | None = None
 
-    def write(self, result: Result) -> None:
+    def write(self, result: Record) -> None:
         jpeg = self.picture(result) if result.alarm_began else None
         with self._lock:
             self._position += 1
@@ -106,23 +102,23 @@ class Monitor:
             self._scores.append((self._position, score))
             if jpeg:
                 self._remember(result.to_dict(), jpeg)
-        self._tell()
+        self._call()
 
     def notify(self, notice: Notice) -> None:
         with self._lock:
             self._position += 1
             self._notices.append((self._position, notice))
-        self._tell()
+        self._call()
 
     def close(self) -> None:
         """Nothing to release: what came stays to be seen after the source has ended."""
 
     @property
-    def latest(self) -> Result | None:
+    def latest(self) -> Record | None:
         return self._latest
 
     @property
-    def alarms(self) -> list[Alarm]:
+    def alarms(self) -> list[Event]:
         """The last alarms, newest first."""
         with self._lock:
             return [alarm for _, alarm in reversed(self._alarms)]
@@ -137,11 +133,11 @@ class Monitor:
                 _after(self._alarms, position),
             )
 
-    def picture(self, result: Result) -> bytes:
+    def picture(self, result: Record) -> bytes:
         """The overlay of a result as JPEG; drawn once for all who look at the same one."""
         with self._drawing:
             if self._drawn is None or self._drawn[0] is not result:
-                self._drawn = result, encode(result.overlay(SHOWN_SIDE), ".jpg")
+                self._drawn = result, encode(result.draw(SHOWN_SIDE), ".jpg")
             return self._drawn[1]
 
     @contextmanager
@@ -157,9 +153,9 @@ class Monitor:
 
     def _remember(self, result: dict[str, Any], jpeg: bytes) -> None:
         self._raised += 1
-        self._alarms.append((self._position, Alarm(self._raised, result, jpeg)))
+        self._alarms.append((self._position, Event(self._raised, result, jpeg)))
 
-    def _tell(self) -> None:
+    def _call(self) -> None:
         with self._lock:
             listeners = list(self._listeners)
         for callback in listeners:
@@ -172,6 +168,7 @@ def _recorded(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
         try:
             description = json.loads((event / "event.json").read_text("utf-8"))
             raised = next(frame for frame in description["frames"] if frame["index"] == description["alarms"][0])
+            raised.setdefault("timings_ms", raised.get("stages_ms"))  # as older events call it
             record = {name: raised[name] for name in RECORD}
             yield (
                 record | {name: raised[name] for name in LATER if name in raised},
@@ -184,7 +181,7 @@ def _recorded(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 def _is_whole(record: dict[str, Any]) -> bool:
     """Whether what a file says of a frame can be shown: somebody may have written in it."""
     try:
-        numbers = [*(record[name] for name in ("index", "time", "score", "threshold")), *record["stages_ms"].values()]
+        numbers = [*(record[name] for name in ("index", "time", "score", "threshold")), *record["timings_ms"].values()]
         numbers += [value for region in record["regions"] for value in (*region["box"], region["peak"], region["area"])]
         flags = (record["is_anomalous"], record["alarm"])
         return (
@@ -200,22 +197,3 @@ def _is_whole(record: dict[str, Any]) -> bool:
 
 def _after(kept: deque[tuple[int, T]], position: int) -> list[T]:
     return [item for number, item in kept if number > position]
-
-
-def encode(image: NDArray[Any], suffix: str) -> bytes:
-    """RGB uint8 (H, W, 3) or grey uint16 (H, W) as ".jpg" or ".png".
-
-    Raises:
-        FBClipError: OpenCV can't, for it is too large.
-    """
-    if image.ndim == 3:
-        image = image[..., ::-1]
-    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if suffix == ".jpg" else []
-    try:
-        done, data = cv2.imencode(suffix, image, options)
-    except cv2.error:
-        done = False
-    if not done:
-        height, width = image.shape[:2]
-        raise FBClipError(f"a picture of {width} × {height} can't be written as {suffix}: send a smaller one")
-    return data.tobytes()

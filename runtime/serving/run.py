@@ -16,15 +16,17 @@ from pathlib import Path
 from rich.console import Console
 
 from fbclip.errors import UsageError
-from fbclip.runtime.live.pipeline import LiveSummary, Pipeline
-from fbclip.runtime.live.run import Stream, insist_on_all, make_pipeline, print_summary
-from fbclip.runtime.live.sinks.network import Metrics
+from fbclip.runtime.live.console import NoticeLog, print_summary
+from fbclip.runtime.live.pipeline import Pipeline
+from fbclip.runtime.live.run import Inspection, insist_on_all, make_pipeline
+from fbclip.runtime.live.sinks.metrics import Metrics
 from fbclip.runtime.live.sources import open_source
+from fbclip.runtime.live.status import Summary
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.serving.access import Access
 from fbclip.runtime.serving.app import create_app
 from fbclip.runtime.serving.connections import WebServer
-from fbclip.runtime.serving.feed import Monitor
+from fbclip.runtime.serving.feed import Feed
 from fbclip.runtime.serving.uploads import InTurn
 from fbclip.stopping import StopRequest
 from fbclip.terminal import say
@@ -37,7 +39,7 @@ LINES, MINUTE_S = 10, 60.0  # of the log: so many a minute of each kind, whateve
 
 
 @dataclass(frozen=True)
-class Address:
+class Endpoint:
     """Where to listen, and the secret that clients need; None for none."""
 
     host: str
@@ -45,7 +47,7 @@ class Address:
     token: str | None
 
 
-def serve(predictor: Predictor, stream: Stream | None, address: Address, console: Console) -> None:
+def serve(predictor: Predictor, inspection: Inspection | None, endpoint: Endpoint, console: Console) -> None:
     """Serve a page on a stream, or without one for uploads alone, until SIGINT or SIGTERM.
 
     A source that ends leaves the page running: what it showed stays to be seen.
@@ -57,18 +59,20 @@ def serve(predictor: Predictor, stream: Stream | None, address: Address, console
     """
     predictor.backend = InTurn(predictor.backend)
     with ExitStack() as stack:
-        listening = stack.enter_context(listen(address.host, address.port))
+        listening = stack.enter_context(listen(endpoint.host, endpoint.port))
         ip, port = listening.getsockname()[:2]
-        access = Access(ip, port, address.token)
-        monitor = Monitor(stream.events if stream else None)
+        access = Access(ip, port, endpoint.token)
+        feed = Feed(inspection.sinks.events if inspection else None)
         pipeline = None
-        if stream:
-            source = stack.enter_context(open_source(stream.source, stream.capture))
+        if inspection:
+            source = stack.enter_context(open_source(inspection.source, inspection.capture))
+            if source.still:
+                raise UsageError(f"what is watched is a camera, stream, video or folder; {source.name} is images")
             metrics = Metrics(lambda: source.counters)
-            pipeline = make_pipeline(source, predictor, stream, console, [monitor, metrics])
+            pipeline = make_pipeline(source, predictor, inspection, NoticeLog(console), feed, metrics)
         else:
             metrics = Metrics(dict)
-        server = WebServer(create_app(predictor, access, monitor, pipeline, metrics))
+        server = WebServer(create_app(predictor, access, feed, pipeline, metrics))
         stack.enter_context(short_log())
         say(console, f"serving on {_url(ip, port)}")
         summary = _run(listening, server, pipeline)
@@ -97,7 +101,7 @@ def _url(ip: str, port: int) -> str:
     return f"http://{host}:{port}"
 
 
-def _run(listening: socket.socket, server: WebServer, pipeline: Pipeline | None) -> LiveSummary | None:
+def _run(listening: socket.socket, server: WebServer, pipeline: Pipeline | None) -> Summary | None:
     # threads of their own, so that the main thread, which Python gives the signals, is never held
     with StopRequest(None) as stop, ThreadPoolExecutor(2, "serve") as pool:
         web = pool.submit(server.run, [listening])

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect, Request
 
 from fbclip.errors import FBClipError, ImageError
-from fbclip.images import decode_image
+from fbclip.images import decode_image, encode
 from fbclip.runtime.backends import Backend
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
-from fbclip.runtime.serving.feed import SHOWN_SIDE, encode
+from fbclip.runtime.serving.feed import SHOWN_SIDE
 
 MAP_SCALE = 65535  # of a map's value 1 in its 16-bit picture
 # gives the system what is free: glibc would keep blocks of a large picture, some 200 MB, for the next one
@@ -32,7 +32,7 @@ TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux
 
 
 @dataclass(frozen=True)
-class Limits:
+class UploadLimits:
     """What the server takes from clients.
 
     Attributes:
@@ -54,7 +54,7 @@ class Limits:
 class Uploads:
     """Scores images of clients, one after the other, away from the event loop."""
 
-    def __init__(self, predictor: Predictor, limits: Limits) -> None:
+    def __init__(self, predictor: Predictor, limits: UploadLimits) -> None:
         self.predictor = predictor
         self.limits = limits
         self.under_way = 0

@@ -231,9 +231,9 @@ def test_a_checkpoint_on_the_command_line_wins_over_the_bundle_of_the_environmen
         (["--nothing"], "no such option: --nothing"),
         (["calibrate"], r"GOOD\.\.\. is missing; see fbclip calibrate -h"),
         (["data", "a", "b"], "got unexpected extra argument"),
-        (["export", "--frame-size", "3"], "--frame-size: HEIGHTxWIDTH in pixels"),
+        (["export", "--frame-size", "3"], "--frame-size: a frame size is HEIGHTxWIDTH in pixels"),
         (["export", "--frame-size", "3x3", "--resolution", "3x3"], "--frame-size is the older form of --resolution"),
-        (["bench", "--batch", "0"], "--batch: numbers from 1 with commas, like 1,4; got '0'"),
+        (["bench", "--batch", "0"], "--batch: images at once are numbers from 1 with commas, like 1,4; got '0'"),
         (["calibrate", "part.fbclip"], r"beside the bundle .*: fbclip calibrate GOOD\.\.\. --bundle part\.fbclip"),
     ],
 )

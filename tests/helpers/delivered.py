@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.runtime.live.records import Frame, Notice, Result
+from fbclip.runtime.live.records import Frame, Notice, Record
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.regions import find_regions
 
 
 def result(
     index: int = 0, score: float = 0.25, alarm: bool = False, size: tuple[int, int] = (320, 320), name: str = "camera:0"
-) -> Result:
+) -> Record:
     """A grey frame (width, height) with a brighter square, which is anomalous."""
     width, height = size
     image = np.full((height, width, 3), 90, np.uint8)
@@ -25,10 +25,10 @@ def result(
         score, 0.5, anomaly_map, anomaly_map, find_regions(anomaly_map, 0.5), {"model": 30.0}, image
     )
     frame = Frame(image, name, index, time.monotonic() - 0.04, time.time())
-    return Result(frame, prediction, alarm, alarm, {"wait": 1.0, "preprocess": 2.0, "model": 30.0, "postprocess": 4.0})
+    return Record(frame, prediction, alarm, alarm, {"wait": 1.0, "preprocess": 2.0, "model": 30.0, "postprocess": 4.0})
 
 
-def let_off() -> Result:
+def let_off() -> Record:
     """A result whose score reaches the threshold, but whose regions were left out as too small: it is good."""
     reaching = result(score=0.75, alarm=True, size=(1280, 960))
     return replace(reaching, prediction=replace(reaching.prediction, regions=(), overruled="min_area"))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.runtime.live.pipeline import Limits, Pipeline
-from fbclip.runtime.live.records import Frame, Notice, Result
+from fbclip.runtime.live.records import Frame, Notice, Record
 from helpers.waiting import PATIENCE_S
 
 STRIPE = slice(40, 48)  # rows, darker than the rest of a picture, which would be unusable without
@@ -20,16 +20,22 @@ STRIPE = slice(40, 48)  # rows, darker than the rest of a picture, which would b
 IMAGE = np.full((48, 64, 3), 90, np.uint8)
 
 
-PATIENT = Limits(close_s=PATIENCE_S)  # for sinks that do take what waits: they are not waited for any longer
+QUICK = (0.001, 0.01)  # seconds between attempts of a failing sink
+PATIENT = Limits(
+    close_s=PATIENCE_S, pauses_s=QUICK
+)  # for sinks that do take what waits: they are not waited for any longer
 
 
 class Frames:
     """A source of pictures; a live one may be told to wait after them, as a camera does that shows nothing."""
 
     name = "pictures"
+    total = None
 
-    def __init__(self, images: Iterable[NDArray[np.uint8]], live: bool = False, waits: bool = False) -> None:
-        self.images, self.live, self.waits = images, live, waits
+    def __init__(
+        self, images: Iterable[NDArray[np.uint8]], live: bool = False, waits: bool = False, still: bool = False
+    ) -> None:
+        self.images, self.live, self.waits, self.still = images, live, waits, still
         self.taken = 0
         self.closed = threading.Event()
         self.callbacks: list[Callable[[Notice], None]] = []
@@ -57,7 +63,7 @@ class Memory:
 
     def __init__(self, name: str = "memory", faults: int = 0, error: Exception | None = None) -> None:
         self.name, self.faults, self.error = name, faults, error or OSError(28, "No space left on device")
-        self.results: list[Result] = []
+        self.results: list[Record] = []
         self.notices: list[Notice] = []
         self.threads: set[int] = set()
         self.closed = 0
@@ -65,7 +71,7 @@ class Memory:
         self.gate.set()
         self.entered = threading.Event()
 
-    def write(self, result: Result) -> None:
+    def write(self, result: Record) -> None:
         self.threads.add(threading.get_ident())
         self.entered.set()
         assert self.gate.wait(PATIENCE_S)

@@ -27,13 +27,13 @@ from fbclip.assets import SAMPLES
 from fbclip.images import read_image
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.records import Frame, Notice
-from fbclip.runtime.live.sinks.network import Metrics
+from fbclip.runtime.live.sinks.metrics import Metrics
 from fbclip.runtime.serving.access import Access
 from fbclip.runtime.serving.app import create_app
 from fbclip.runtime.serving.connections import WebServer
-from fbclip.runtime.serving.feed import Monitor
+from fbclip.runtime.serving.feed import Feed
 from fbclip.runtime.serving.run import listen
-from fbclip.runtime.serving.uploads import InTurn, Limits
+from fbclip.runtime.serving.uploads import InTurn, UploadLimits
 from helpers.waiting import PATIENCE_S, eventually
 
 GOOD, SCRATCH = (SAMPLES / f"brushed-steel-{name}.jpg" for name in ("good", "scratch"))
@@ -45,6 +45,8 @@ class Belt:
 
     name = "belt"
     live = True
+    still = False
+    total = None
 
     def __init__(self) -> None:
         self.parts: queue.Queue[Path | None] = queue.Queue()
@@ -114,15 +116,15 @@ def shared_predictor() -> Predictor:
 
 @contextmanager
 def running(
-    token: str | None = None, limits: Limits | None = None, live: bool = True, predictor: Predictor | None = None
+    token: str | None = None, limits: UploadLimits | None = None, live: bool = True, predictor: Predictor | None = None
 ) -> Iterator[Server]:
-    belt, monitor, predictor = Belt(), Monitor(), predictor or shared_predictor()
+    belt, feed, predictor = Belt(), Feed(), predictor or shared_predictor()
     predictor.threshold = 0.6
     metrics = Metrics(lambda: belt.counters)
-    pipeline = Pipeline(belt, predictor, [monitor, metrics]) if live else None
+    pipeline = Pipeline(belt, predictor, [feed, metrics]) if live else None
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
-    app = create_app(predictor, Access("127.0.0.1", port, token), monitor, pipeline, metrics, limits)
+    app = create_app(predictor, Access("127.0.0.1", port, token), feed, pipeline, metrics, limits)
     server = WebServer(app)
     with ThreadPoolExecutor(2) as threads:
         web = threads.submit(server.run, [listening])

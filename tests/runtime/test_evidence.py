@@ -148,7 +148,7 @@ def test_nothing_outside_a_region_of_interest_is_marked(tmp_path: Path) -> None:
 def test_a_run_counts_what_overruled_the_score() -> None:
     image, sink = read_image(SCRATCH), Memory()
     summary = Pipeline(Frames([image] * 2), Predictor(min_area=10**6), [sink], limits=PATIENT).run()
-    assert (summary.anomalous, summary.overruled, summary.status["overruled"]) == (0, 2, 2)
+    assert (summary.status.anomalous, summary.status.overruled) == (0, 2)
     assert [result.to_dict()["overruled"] for result in sink.results] == ["min_area"] * 2
     assert "overruled 2" in status_text(summary.status).plain
 
@@ -178,7 +178,7 @@ def test_the_command_says_both(fbclip: Run, calibrated: Path, tmp_path: Path) ->
     assert (row["verdict"], row["weak"], row["reason"], row["regions"]) == ("defect", "True", "", "1")
     done = fbclip("infer", SCRATCH, "--min-area", 10**6, "--no-save", "--csv", "s.csv")
     assert "good (min_area)" in done.stdout
-    assert "good against their score, which reaches the threshold: 1; all regions are smaller than --min-area" in (
+    assert "good against their score, which reaches the threshold: 1; all regions are smaller than the least area" in (
         done.stdout
     )
     (row,) = csv.DictReader((tmp_path / "s.csv").open())

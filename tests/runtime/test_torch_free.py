@@ -163,7 +163,8 @@ def test_a_folder_with_broken_files(fbclip: Run, tmp_path: Path) -> None:
     assert len(records) == 9
     for record in records:
         verdict = ["score", "threshold", "is_anomalous", "verdict", "overruled", "unusable", "regions"]
-        assert list(record) == ["source", *verdict, "overlay", "map", "timings_ms"]
+        frame = ["kind", "source", "index", "time"]
+        assert list(record) == [*frame, *verdict, "alarm", "overlay", "map", "timings_ms"]
         assert (tmp_path / record["overlay"]).is_file()
         assert record["is_anomalous"] == (record["score"] >= record["threshold"])
         assert np.load(tmp_path / record["map"]).shape == read_image(tmp_path / record["source"]).shape[:2]
@@ -185,13 +186,13 @@ def test_samples_json_on_stdout_and_numbered_runs(fbclip: Run, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["infer", "nowhere.png"], "matches none"),
-        (["infer", "--threshold", "high"], "--threshold: auto, or a probability"),
+        (["infer", "nowhere.png"], "there is no nowhere.png"),
+        (["infer", "--threshold", "high"], "--threshold: a threshold is auto, or a probability"),
         (["infer", "--device", "gpu"], "--device is auto, cpu, cuda, tensorrt"),
         (["infer", "--device", "ort-tensorrt"], "needs ONNX Runtime's TensorrtExecutionProvider"),
         (["infer", "--bundle", "nowhere.fbclip"], "fbclip export"),
         (["export", "--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
-        (["export", "--feature-layers", "1;2"], "--feature-layers: numbers"),
+        (["export", "--feature-layers", "1;2"], "--feature-layers: feature layers are numbers"),
         (["train", "--clip", "ViT-L-15"], "a frozen CLIP needs weights"),
     ],
 )

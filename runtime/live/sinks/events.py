@@ -14,18 +14,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-
 from fbclip.errors import UsageError
 from fbclip.files import new_folder, remove_folder, require_writable, sweep
-from fbclip.runtime.live.records import Notice, Result
+from fbclip.images import encode
+from fbclip.runtime.live.records import Notice, Record
 
 BEFORE, AFTER = 10, 10  # frames kept around the one that raised an alarm
 LONGEST = 60  # frames of one event, however many alarms follow each other
 UNSAVED = 4  # events kept while the disk takes none: at most some 60 MB at 1920x1080
-JPEG_QUALITY = 85
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 LEAST = 10**6  # bytes of all events together that a recorder agrees to
 
@@ -47,12 +43,12 @@ class _Event:
         self.overlay = b""  # of the first of them
         self.missing = AFTER
 
-    def add(self, shot: _Shot, result: Result) -> None:
+    def add(self, shot: _Shot, record: Record) -> None:
         self.shots.append(shot)
         self.missing -= 1
-        if result.alarm_began:
-            self.alarms.append(result.frame.index)
-            self.overlay = self.overlay or _jpeg(result.overlay())
+        if record.alarm_began:
+            self.alarms.append(record.frame.index)
+            self.overlay = self.overlay or encode(record.draw())
             self.missing = AFTER
 
     @property
@@ -78,20 +74,20 @@ class EventRecorder:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         if max_bytes < LEAST:
-            raise UsageError(f"--events-size is at least 1MB; got {max_bytes} bytes")
+            raise UsageError(f"events take at least 1MB; got {max_bytes} bytes", option="events_size")
         self.folder, self.max_bytes = folder, max_bytes
         self.saved = self.lost = 0
         self._ring: deque[_Shot] = deque(maxlen=BEFORE)
         self._event: _Event | None = None
         self._unsaved: deque[_Event] = deque()
-        self._last: Result | None = None
+        self._last: Record | None = None
         require_writable(folder, room=False)
         sweep(folder)
 
-    def write(self, result: Result) -> None:
-        if result is not self._last:  # the same one comes again after a failure
-            self._last = result
-            self._take(result)
+    def write(self, record: Record) -> None:
+        if record is not self._last:  # the same one comes again after a failure
+            self._last = record
+            self._take(record)
         self._save_all()
 
     def notify(self, notice: Notice) -> None:
@@ -104,14 +100,14 @@ class EventRecorder:
         self._finish()
         self._save_all()
 
-    def _take(self, result: Result) -> None:
-        shot = _Shot(result.to_dict(), _jpeg(result.frame.image))
-        if result.alarm_began and self._event is None:
+    def _take(self, record: Record) -> None:
+        shot = _Shot(record.to_dict(), encode(record.frame.image))
+        if record.alarm_began and self._event is None:
             self._event = _Event(list(self._ring))
         if self._event is None:
             self._ring.append(shot)
             return
-        self._event.add(shot, result)
+        self._event.add(shot, record)
         if self._event.whole:
             self._finish()
 
@@ -171,7 +167,9 @@ def parse_size(text: str) -> int:
     """
     units = "|".join(UNITS)
     if not (match := re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({units})\s*", text, re.IGNORECASE)):
-        raise UsageError(f"--events-size is a number with {', '.join(UNITS)}, like 500MB or 2GB; got {text!r}")
+        raise UsageError(
+            f"a size is a number with {', '.join(UNITS)}, like 500MB or 2GB; got {text!r}", option="events_size"
+        )
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -186,8 +184,3 @@ def _nearest(event: _Event, max_bytes: int) -> list[_Shot]:
             break
         kept.append(i)
     return [event.shots[i] for i in sorted(kept)]
-
-
-def _jpeg(image_rgb: NDArray[np.uint8]) -> bytes:
-    bgr = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()

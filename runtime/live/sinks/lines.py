@@ -1,21 +1,26 @@
-"""Files that grow by whole lines: JSON lines and CSV."""
+"""Records as lines: JSON and CSV, in files that grow by whole lines, or on standard output."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fbclip.errors import UsageError
 from fbclip.files import lock, unlock, write_error
+from fbclip.runtime.live.records import Notice, Record
 
-LONGEST_LINE = 1 << 20  # bytes that are looked at of a file that is there
+LOOKED_AT = 4096  # bytes of a file that is there
+# of lines of records and notices; the others are those of earlier releases
+JSON_BEGINS = (b'{"kind": "', b'{"source": "', b'{"time": ')
 
 
 class Lines(Protocol):
@@ -36,32 +41,24 @@ class LineFile:
 
     Args:
         header: first line of each file, if any.
-        limit: bytes a file may have before it is put aside.
+        limit: bytes a file may have before it is put aside; None for any number.
         keep: how many files put aside stay, at least 1.
-        fresh: for one list of images: what was in the file goes, it is never put aside, and no other process may write
-            to it meanwhile.
 
     Raises:
         FBClipError, UsageError: the file can't be written, is another's, or begins with another header.
     """
 
-    def __init__(
-        self, path: Path, header: str = "", limit: int = 100_000_000, keep: int = 5, fresh: bool = False
-    ) -> None:
-        if limit < 1 or keep < 1:
+    def __init__(self, path: Path, header: str = "", limit: int | None = 100_000_000, keep: int = 5) -> None:
+        if (limit is not None and limit < 1) or keep < 1:
             raise UsageError(f"{path} takes at least a byte and 1 file put aside; got {limit} bytes and {keep} files")
-        self.path, self._keep, self._fresh = path, keep, fresh
-        self._limit = None if fresh else limit
+        self.path, self._limit, self._keep = path, limit, keep
         self._header = f"{header}\n".encode() if header else b""
         self._fd: int | None = None
         try:
             with self._alone() as fd:
                 size = _size(fd)
-                begin = os.pread(fd, LONGEST_LINE, 0) if size else self._header
-                fits = _is_ours(begin, self._header) if fresh and size else begin.startswith(self._header)
-                if fits and fresh and size:
-                    os.ftruncate(fd, 0)
-                if fits and (fresh or size is None):
+                fits = not size or _is_ours(os.pread(fd, LOOKED_AT, 0), self._header)
+                if not size:
                     _write_all(fd, self._header)
         except OSError as error:
             self.close()
@@ -94,7 +91,7 @@ class LineFile:
     def _write(self, fd: int, size: int | None, data: bytes) -> None:
         if size == 0:
             data = self._header + data
-        elif size and not self._fresh and os.pread(fd, 1, size - 1) != b"\n":
+        elif size and os.pread(fd, 1, size - 1) != b"\n":
             data = b"\n" + data
         try:
             _write_all(fd, data)
@@ -108,15 +105,15 @@ class LineFile:
         """Descriptor of the file that has the name, which no other process writes to or puts aside meanwhile."""
         while True:
             fd = self._current()
-            if _size(fd) is not None and not lock(fd, wait=not self._fresh):
-                raise UsageError(f"another fbclip is writing to {self.path}; choose another file")
+            if _size(fd) is not None:
+                lock(fd, wait=True)
             if self._is_named(fd):
                 break
             self.close()  # it was put aside while this waited
         try:
             yield fd
         finally:
-            if not self._fresh and self._fd is not None:
+            if self._fd is not None:
                 unlock(self._fd)
 
     def _current(self) -> int:
@@ -160,15 +157,8 @@ class StandardOutput:
 
 
 def _is_ours(begin: bytes, header: bytes) -> bool:
-    """Whether a file that begins so holds results, which a new run replaces; anything else may be dear to somebody."""
-    first = begin.partition(b"\n")[0]
-    if header:  # columns were added over time, none before the first
-        return first.partition(b",")[0] == header.partition(b",")[0]
-    try:
-        record = json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and not {"source", "kind"}.isdisjoint(record)
+    """Whether a file that begins so holds what would be added to it; anything else may be dear to somebody."""
+    return begin.startswith(header or JSON_BEGINS)
 
 
 def _size(fd: int) -> int | None:
@@ -180,3 +170,95 @@ def _size(fd: int) -> int | None:
 def _write_all(fd: int, data: bytes) -> None:
     while data:  # once, but where the disk fills up (then the rest raises) or a pipe is narrow
         data = data[os.write(fd, data) :]
+
+
+COLUMNS = (
+    "time",
+    "index",
+    "source",
+    "score",
+    "threshold",
+    "is_anomalous",
+    "verdict",
+    "reason",
+    "regions",
+    "weak",
+    "largest_peak",
+    "model_ms",
+    "alarm",
+)
+
+
+def csv_line(values: Sequence[Any]) -> str:
+    """A row of a CSV table, without the end of the line."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="\r\n").writerow(values)  # both kinds of line ends are quoted in names
+    return row.getvalue().removesuffix("\r\n")
+
+
+def csv_row(record: Record) -> list[Any]:
+    """The values of COLUMNS."""
+    prediction = record.prediction
+    regions = prediction.regions
+    return [
+        record.frame.wall,
+        record.frame.index,
+        record.frame.name,
+        prediction.score,
+        prediction.threshold,
+        prediction.is_anomalous,
+        prediction.verdict,
+        prediction.unusable or prediction.overruled or "",
+        len(regions),
+        any(region.weak for region in regions),
+        max((region.peak for region in regions), default=""),
+        round(record.timings_ms["model"], 3),
+        record.alarm,
+    ]
+
+
+def to_json(item: Record | Notice) -> str:
+    """One line of JSON; `kind` is "result", or what the notice is about."""
+    kind = item.kind if isinstance(item, Notice) else "result"
+    return json.dumps({"kind": kind, **item.to_dict()}, allow_nan=False)
+
+
+class JsonLines:
+    """Records and notices, one JSON object a line.
+
+    Args:
+        notices: whether notices are written too.
+    """
+
+    name = "json"
+
+    def __init__(self, lines: Lines, notices: bool = True) -> None:
+        self._lines, self._notices = lines, notices
+
+    def write(self, record: Record) -> None:
+        self._lines.append(to_json(record))
+
+    def notify(self, notice: Notice) -> None:
+        if self._notices:
+            self._lines.append(to_json(notice))
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class Csv:
+    """A row for each record; a table has no place for notices."""
+
+    name = "csv"
+
+    def __init__(self, lines: LineFile) -> None:
+        self._lines = lines
+
+    def write(self, record: Record) -> None:
+        self._lines.append(csv_line(csv_row(record)))
+
+    def notify(self, notice: Notice) -> None:
+        pass
+
+    def close(self) -> None:
+        self._lines.close()

@@ -1,4 +1,4 @@
-"""Where frames come from: `open_source("0", options)`, a stream, a video, a folder, as an iterator of `Frame`."""
+"""Where frames come from: `open_source("0")`, a stream, a video, a folder, a list of images, as an iterator of `Frame`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from fbclip.folders import list_images
 from fbclip.images import SUFFIXES, is_image, note_of_pages, read_image
 from fbclip.runtime.live.records import Frame
 from fbclip.runtime.live.sources import devices
-from fbclip.runtime.live.sources.capture import CaptureOptions, LiveSource, Source
+from fbclip.runtime.live.sources.capture import BaseSource, CaptureOptions, LiveSource
 from fbclip.runtime.live.sources.devices import Device, Fault
 from fbclip.runtime.live.sources.watch import arrivals
 
-__all__ = ["CaptureOptions", "FileSource", "Source", "open_source"]
+__all__ = ["BaseSource", "CaptureOptions", "FileSource", "WatchSource", "open_source"]
 
 KINDS = "a camera (0, /dev/video0, csi://0), a stream (rtsp://, http://), a video, or images (file, folder, glob)"
 MOTION_JPEG = frozenset({".mjpeg", ".mjpg"})  # videos that begin as an image does
@@ -33,19 +33,21 @@ Retrieve = Callable[[], NDArray[np.uint8]]
 Connect = Callable[[], Device]
 
 
-class FileSource(Source):
+class FileSource(BaseSource):
     """Images and videos, one after the other, none dropped. What can't be read is reported and skipped.
 
     Args:
-        paths: their files. Read lazily: it may go on for ever.
+        paths: their files.
         notes: told before the first frame.
 
     Iterating raises UsageError at the end where nothing could be read.
     """
 
-    def __init__(self, name: str, paths: Iterable[Path], options: CaptureOptions, notes: Iterable[str] = ()) -> None:
+    def __init__(self, name: str, paths: Sequence[Path], options: CaptureOptions, notes: Iterable[str] = ()) -> None:
         super().__init__(name, options)
-        self._paths = paths
+        self.paths = paths
+        self.still = not any(is_video(path) for path in paths)
+        self.total = len(range(0, len(paths), options.every)) if self.still else None
         self._notes = notes
         self._frames = self._read()
         self._turn = Lock()  # whoever is in the generator has it
@@ -70,24 +72,29 @@ class FileSource(Source):
     def _read(self) -> Generator[Frame]:
         skipped = ""
         for note in self._notes:
-            self._tell("live", note)
-        pictures = (picture for path in self._paths for picture in _pictures(path, self._tell))
+            self._notify("live", note)
+        pictures = (picture for path in self._files() for picture in _pictures(path, self._notify))
         for index, (name, retrieve) in enumerate(pictures):
             if self._closed.is_set():
                 return
             if index % self.options.every:
                 continue
+            start = time.perf_counter()
             try:
                 image = retrieve()
             except (ImageError, Fault) as error:
                 skipped = f"{name}: {error}" if isinstance(error, Fault) else str(error)
                 self._counters["garbage"] += 1
-                self._tell("live", f"skipped {skipped}")
+                self._notify("live", f"skipped {skipped}")
             else:
-                yield Frame(image, name, index, time.monotonic(), time.time())
+                read_ms = (time.perf_counter() - start) * 1e3
+                yield Frame(image, name, index, time.monotonic(), time.time(), read_ms)
         if skipped and not self._counters["frames"] and not self._closed.is_set():
             raise UsageError(f"nothing of {self.name} could be read: {skipped}")
-        self._tell("ended", f"{self._counters['frames']} frames")
+        self._notify("ended", f"{self._counters['frames']} frames")
+
+    def _files(self) -> Iterable[Path]:
+        return self.paths
 
 
 class WatchSource(FileSource):
@@ -95,12 +102,16 @@ class WatchSource(FileSource):
 
     def __init__(self, folder: Path, options: CaptureOptions) -> None:
         super().__init__(str(folder), (), options)
-        self._paths = arrivals(folder, self._closed, self._tell, options.give_up)
+        self.still, self.total = False, None
+        self._folder = folder
+
+    def _files(self) -> Iterable[Path]:
+        return arrivals(self._folder, self._closed, self._notify, self.options.give_up)
 
 
 def _pictures(path: Path, tell: Callable[[str, str], None]) -> Iterator[tuple[str, Retrieve]]:
     """Name of each picture in a file, one or a video's, and what reads it, raising ImageError or Fault."""
-    if not os.path.isfile(path) or not is_video(path):  # noqa: PTH113 (never raises)
+    if not is_video(path):
         yield str(path), partial(_first_page, path, tell)
         return
     try:
@@ -128,29 +139,22 @@ def _first_page(path: Path, tell: Callable[[str, str], None]) -> NDArray[np.uint
 def is_video(path: Path) -> bool:
     """Whether a file is tried as a video: it is no image, by its name or its content."""
     suffix = path.suffix.lower()
-    return suffix in MOTION_JPEG or not (suffix in SUFFIXES or is_image(path))
-
-
-def opens_as_video(path: Path) -> bool:
-    """Whether a file is a video that FFmpeg can read."""
-    devices.prepare_opencv()
-    try:
-        devices.open_ffmpeg(str(path), patience=0).close()
-    except Fault:
+    if suffix in SUFFIXES or not os.path.isfile(path):  # noqa: PTH113 (never raises)
         return False
-    return True
+    return suffix in MOTION_JPEG or not is_image(path)
 
 
 def _refuse(path: Path) -> NDArray[np.uint8]:
     raise ImageError(f"{path} is neither an image that Pillow nor a video that FFmpeg can read")
 
 
-def open_source(text: str, options: CaptureOptions | None = None) -> Source:
+def open_source(text: str | Sequence[str], options: CaptureOptions | None = None) -> BaseSource:
     """A camera, stream, video or images by what the command line calls them. Cameras and streams open at the first frame.
 
     Args:
         text: a camera's number or device file, `csi://N`, `rtsp://…`, `http://…`, a video, an image, a folder, a glob;
-            with `options.watch` the folder to watch.
+            with `options.watch` the folder to watch. Or several files, folders and globs, one after the other; none are
+            the sample images.
         options: how to read it.
 
     Raises:
@@ -159,26 +163,64 @@ def open_source(text: str, options: CaptureOptions | None = None) -> Source:
     """
     devices.prepare_opencv()
     options = options or CaptureOptions()
-    if not options.watch and (camera := _camera(text, options)):
+    texts = [text] if isinstance(text, str) else list(text)
+    if alone := [text for text in texts if options.watch or is_stream(text)]:
+        if len(texts) > 1:
+            raise UsageError(
+                f"a camera, stream or watched folder is inspected alone; got {', '.join(map(shown, texts))}"
+            )
+        return _open_watched(alone[0], options) if options.watch else _open_stream(alone[0], options)
+    if options.watch:
+        raise UsageError("the folder to watch is missing: name it", option="watch")
+    return _open_files(texts, options)
+
+
+def is_stream(text: str) -> bool:
+    """Whether a text names a camera or an address, and no files."""
+    if "://" in text or text.startswith("/dev/") or re.fullmatch(r"\d{1,3}", text):
+        return True
+    return not os.path.lexists(text) and shown(text) != text  # an address without its //
+
+
+def _open_files(texts: list[str], options: CaptureOptions) -> FileSource:
+    name = shown(texts[0]) if len(texts) == 1 else f"{len(texts)} sources" if texts else "the samples"
+    _refuse_camera_options(name, options)
+    for text in texts:
+        if text and not os.path.lexists(text) and not glob.has_magic(text):
+            raise UsageError(f"SOURCE is {KINDS}; there is no {shown(text)}")
+    notes: list[str] = []
+    return FileSource(name, list_images(texts, notes.append), options, notes)
+
+
+def _open_watched(text: str, options: CaptureOptions) -> WatchSource:
+    _refuse_camera_options(text, options)
+    if not text or not os.path.isdir(text):  # noqa: PTH112 (never raises)
+        raise UsageError(
+            f"what is watched is the folder that images are dropped into; make {shown(text) or 'it'} first",
+            option="watch",
+        )
+    return WatchSource(Path(text), options)
+
+
+def _open_stream(text: str, options: CaptureOptions) -> LiveSource:
+    if camera := _camera(text, options):
         return camera
-    stream = "://" in text and not options.watch
-    name = devices.stream_address(text).name if stream else text
+    name = devices.stream_address(text).name
     if options.resolution or options.fps:
-        raise UsageError(f"--resolution and --fps are asked of cameras; {name} has its own: leave them out")
-    if stream:
-        return LiveSource(name, partial(devices.connect_stream, text, options.stall), options)
+        asked = "resolution" if options.resolution else "fps"
+        raise UsageError(f"a size and a rate are asked of cameras; {name} has its own: leave them out", option=asked)
+    return LiveSource(name, partial(devices.connect_stream, text, options.stall), options)
+
+
+def _refuse_camera_options(name: str, options: CaptureOptions) -> None:
+    if options.resolution or options.fps:
+        asked = "resolution" if options.resolution else "fps"
+        raise UsageError(f"a size and a rate are asked of cameras; {name} has its own: leave them out", option=asked)
     if options.skip_first:
         raise UsageError(
-            f"--skip-first is for cameras and streams, which are connected to; {name} is none: leave it out"
+            f"first frames are left out of cameras and streams, which are connected to; {name} is none: leave it out",
+            option="skip_first",
         )
-    if options.watch:
-        if not text or not os.path.isdir(text):  # noqa: PTH112 (never raises)
-            raise UsageError(f"--watch takes the folder that images are dropped into; make {shown(text) or 'it'} first")
-        return WatchSource(Path(text), options)
-    if text and not os.path.lexists(text) and (not glob.has_magic(text) or shown(text) != text):
-        raise UsageError(f"SOURCE is {KINDS}; there is no {shown(text)}")
-    notes: list[str] = []
-    return FileSource(text, list_images([text], notes.append), options, notes)
 
 
 def _camera(text: str, options: CaptureOptions) -> LiveSource | None:

@@ -49,26 +49,28 @@ class CaptureOptions:
 
     def __post_init__(self) -> None:
         if self.resolution and min(self.resolution) < 1:
-            raise UsageError("--resolution is WIDTHxHEIGHT in pixels; got {}x{}".format(*self.resolution))
+            raise UsageError(
+                "a resolution is WIDTHxHEIGHT in pixels; got {}x{}".format(*self.resolution), option="resolution"
+            )
         if self.fps is not None and not 0 < self.fps <= 1000:
-            raise UsageError(f"--fps is above 0, up to 1000 frames per second; got {self.fps:g}")
+            raise UsageError(f"a rate is above 0, up to 1000 frames per second; got {self.fps:g}", option="fps")
         if self.every < 1:
-            raise UsageError(f"--every is 1 (every frame) or more; got {self.every}")
+            raise UsageError(f"1 is every frame, 2 every second one; got {self.every}", option="every")
         if self.skip_first < 0:
-            raise UsageError(f"--skip-first is a number of frames, 0 or more; got {self.skip_first}")
+            raise UsageError(f"a number of frames is 0 or more; got {self.skip_first}", option="skip_first")
         if self.give_up is not None and not self.give_up > 0:
-            raise UsageError(f"--give-up is seconds, above 0; got {self.give_up:g}")
+            raise UsageError(f"a time to give up after is above 0 s; got {self.give_up:g}", option="give_up")
 
 
-class Source:
+class BaseSource:
     """An iterator of frames. Close it (or leave its `with`) when done.
 
-    Attributes:
-        name: as results and notices call it, without passwords.
-        live: whether frames that nobody took in time are dropped.
+    What it is besides a `Source`: options, counters, listeners.
     """
 
     live = False
+    still = False
+    total: int | None = None
 
     def __init__(self, name: str, options: CaptureOptions) -> None:
         self.name = name
@@ -86,7 +88,7 @@ class Source:
         """Call back at each transition, from a thread of the source: quickly, and before the first frame to miss none."""
         self._listeners.append(callback)
 
-    def _tell(self, state: str, message: str) -> None:
+    def _notify(self, state: str, message: str) -> None:
         notice = Notice(time.time(), "source", self.name, state, message, self.counters)
         for callback in self._listeners:
             callback(notice)
@@ -95,7 +97,7 @@ class Source:
         """End the iteration and release everything; from any thread, more than once."""
         self._closed.set()
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> BaseSource:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -119,7 +121,7 @@ class _Link:
         self.skipped = self.frames = self.garbage = 0  # skipped: of `skip_first`, which count as no frames
 
 
-class LiveSource(Source):
+class LiveSource(BaseSource):
     """The newest frame of a camera or stream, for ever.
 
     A reader thread has the device to itself and may hang in it. A supervisor thread waits for it no longer than a frame
@@ -183,16 +185,16 @@ class LiveSource(Source):
     def _supervise(self) -> None:
         try:
             self._keep_connected()
-            self._tell("ended", "closed")
+            self._notify("ended", "closed")
         except BaseException as error:  # what listeners raise too: whoever iterates must not wait for ever
             with self._lock:
                 self._failure = error
                 self._link.abandoned = True
                 self._arrived.notify_all()
-            self._tell("ended", reason(error))
+            self._notify("ended", reason(error))
 
     def _keep_connected(self) -> None:
-        self._tell("connecting", f"connecting to {self.name}")
+        self._notify("connecting", f"connecting to {self.name}")
         self._lost = time.monotonic()
         told: set[str] = set()  # causes since the last frame: an outage of a month is a line or two
         delay = RETRY_S[0]
@@ -208,10 +210,12 @@ class LiveSource(Source):
                 told.add(fault.cause)
                 with self._lock:
                     self._counters[fault.cause] += 1
-                self._tell("lost", f"{fault}; trying again every {RETRY_S[1]:g} s")
+                self._notify("lost", f"{fault}; trying again every {RETRY_S[1]:g} s")
             left = self._give_up_at() - time.monotonic()
             if left <= 0:
-                raise FBClipError(f"{self.name} gave no frame for {self.options.give_up:g} s (--give-up): {fault}")
+                raise FBClipError(
+                    f"{self.name} gave no frame for {self.options.give_up:g} s: {fault}", option="give_up"
+                )
             self._closed.wait(min(delay, left))
             delay = min(2 * delay, RETRY_S[1])
 
@@ -253,7 +257,7 @@ class LiveSource(Source):
                     self._trouble.wait(left)
                 news, self._news = self._news, []
             for message in news:
-                self._tell("live", message)
+                self._notify("live", message)
 
     def _read(self, link: _Link) -> None:
         """Thread: open the device and hand its frames over until it fails or is abandoned."""
@@ -262,7 +266,7 @@ class LiveSource(Source):
             with closing(self._connect()) as device:
                 while not link.abandoned:
                     device.grab()
-                    self._hand_over(link, device)
+                    self._publish(link, device)
         except Fault as error:
             fault = error
         except Exception as error:  # cv2.error, and whatever else a driver makes of a pulled plug
@@ -271,7 +275,7 @@ class LiveSource(Source):
             link.fault = fault
             self._trouble.notify()
 
-    def _hand_over(self, link: _Link, device: Device) -> None:
+    def _publish(self, link: _Link, device: Device) -> None:
         captured, wall = time.monotonic(), time.time()
         if link.skipped < self.options.skip_first:
             with self._lock:
@@ -281,9 +285,12 @@ class LiveSource(Source):
                     link.last = captured
             return
         image = fault = None
+        read_ms = 0.0
         if link.frames % self.options.every == 0:  # the first of each connection among them: no waiting after an outage
             try:
+                start = time.perf_counter()
                 image = device.retrieve()
+                read_ms = (time.perf_counter() - start) * 1e3
             except Fault as error:
                 fault = error
         with self._lock:
@@ -304,16 +311,16 @@ class LiveSource(Source):
             size = (image.shape[1], image.shape[0])
             if link.frames == 1:
                 link.first = captured
-                self._greet(size)
+                self._announce(size)
             elif size != self._size:
                 self._report(f"frames are {_by(size)} now, were {_by(self._size)}")
             self._counters["resized"] += self._size not in (None, size)
             self._size = size
             self._counters["dropped"] += self._slot is not None
-            self._slot = Frame(image, f"{self.name}#{index}", index, captured, wall)
+            self._slot = Frame(image, f"{self.name}#{index}", index, captured, wall, read_ms)
             self._arrived.notify()
 
-    def _greet(self, size: tuple[int, int]) -> None:
+    def _announce(self, size: tuple[int, int]) -> None:
         asked = self.options.resolution
         but = f" (asked for {_by(asked)})" if asked not in (None, size) else ""
         but += f" (after {self.options.skip_first} frames left out)" if self.options.skip_first else ""

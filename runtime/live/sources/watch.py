@@ -60,7 +60,7 @@ def arrivals(
                 gone_since = began
                 tell("lost", f"the folder can't be read ({error.strerror or error}); waiting for it")
             if give_up is not None and began - gone_since >= give_up:
-                raise FBClipError(f"{folder} was gone for {give_up:g} s (--give-up)") from error
+                raise FBClipError(f"{folder} was gone for {give_up:g} s", option="give_up") from error
         else:
             if gone_since is not None:
                 tell("live", f"the folder is back after {began - gone_since:.1f} s")

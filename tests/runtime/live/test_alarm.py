@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fbclip.errors import UsageError
 from fbclip.runtime.live.alarm import (
     UNLUCKY,
-    Decider,
+    Alarm,
     Drift,
     Vote,
     chance,
@@ -45,20 +45,20 @@ def literal_alarms(anomalous: list[bool], needed: int, of: int) -> list[bool]:
     st.lists(st.booleans(), max_size=60), st.integers(1, 8).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n)))
 )
 def test_the_vote_against_its_words(anomalous: list[bool], vote: tuple[int, int]) -> None:
-    decider = Decider(Vote(*vote))
-    got = [decider.decide(prediction(0.9 if bad else 0.1)) for bad in anomalous]
+    alarm = Alarm(Vote(*vote))
+    got = [alarm.decide(prediction(0.9 if bad else 0.1)) for bad in anomalous]
     assert got == literal_alarms(anomalous, *vote)
 
 
 def test_one_of_one_follows_every_frame() -> None:
-    decider = Decider()
-    assert [decider.decide(prediction(s)) for s in (0.1, 0.5, 0.4, 0.9)] == [False, True, False, True]
-    assert "1 of the last 1 frames anomalous" in decider.explain(prediction(0.9))
+    alarm = Alarm()
+    assert [alarm.decide(prediction(s)) for s in (0.1, 0.5, 0.4, 0.9)] == [False, True, False, True]
+    assert "1 of the last 1 frames anomalous" in alarm.explain(prediction(0.9))
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "-1/2", "1/99999"])
 def test_votes_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="--vote is K/N"):
+    with pytest.raises(UsageError, match="a vote is K/N"):
         Vote.parse(text)
     assert Vote.parse(" 3 / 5 ") == Vote(3, 5)
 

@@ -9,7 +9,7 @@ import pytest
 
 from fbclip.runtime.live import delivery
 from fbclip.runtime.live.delivery import Delivery
-from fbclip.runtime.live.records import Notice, Result
+from fbclip.runtime.live.records import Notice, Record
 from helpers.delivered import result
 from helpers.waiting import PATIENCE_S, eventually
 
@@ -24,7 +24,7 @@ class Disk:
         self.room, self.entered = threading.Event(), threading.Event()
         self.written: list[int] = []
 
-    def write(self, result: Result) -> None:
+    def write(self, result: Record) -> None:
         self.entered.set()
         if self.fails and not self.room.is_set():
             raise OSError(28, "No space left on device")

@@ -14,20 +14,20 @@ from PIL import Image
 
 from fbclip import files
 from fbclip.errors import FBClipError, UsageError
-from fbclip.runtime.live.records import Frame, Notice, Result
-from fbclip.runtime.live.sinks import events
-from fbclip.runtime.live.sinks.events import AFTER, BEFORE, LONGEST, EventRecorder, event_folders, parse_size
+from fbclip.images import encode
+from fbclip.runtime.live.records import Frame, Notice, Record
+from fbclip.runtime.live.sinks.events import AFTER, BEFORE, LONGEST, UNSAVED, EventRecorder, event_folders, parse_size
 from fbclip.runtime.prediction import Prediction
 from helpers.disks import tiny_disk
 
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 
 
-def result(index: int, began: bool = False, image: np.ndarray = NOISE) -> Result:
+def result(index: int, began: bool = False, image: np.ndarray = NOISE) -> Record:
     score = 0.9 if began else 0.1
     frame = Frame(image, f"camera 0 #{index}", index, float(index), 1.7e9 + index)
     anomaly_map = np.full(image.shape[:2], score, np.float32)
-    return Result(frame, Prediction(score, 0.5, anomaly_map, anomaly_map, (), {}, image), began, began, {})
+    return Record(frame, Prediction(score, 0.5, anomaly_map, anomaly_map, (), {}, image), began, began, {})
 
 
 def indices(event: Path) -> list[int]:
@@ -137,10 +137,10 @@ def test_events_wait_in_bounded_memory_while_the_disk_takes_none(tmp_path: Path)
             recorder.write(result(i, began=i % 40 == 20))
         except UsageError:
             continue
-    assert recorder.lost == 10 - events.UNSAVED
+    assert recorder.lost == 10 - UNSAVED
     (tmp_path / "events").unlink()
     recorder.close()
-    assert len(event_folders(tmp_path / "events")) == events.UNSAVED
+    assert len(event_folders(tmp_path / "events")) == UNSAVED
 
 
 def test_a_camera_that_leaves_ends_the_event(tmp_path: Path) -> None:
@@ -168,14 +168,14 @@ def test_leftovers_of_a_killed_run_go_and_what_another_run_writes_stays(
 def test_pictures_keep_their_colours(tmp_path: Path) -> None:
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 200
-    shown = np.asarray(Image.open(io.BytesIO(events._jpeg(red))))
+    shown = np.asarray(Image.open(io.BytesIO(encode(red))))
     assert shown[..., 0].mean() > 180 > 60 > shown[..., 2].mean()
 
 
 def test_sizes() -> None:
     assert (parse_size("500MB"), parse_size("1.5 gb")) == (500 * 10**6, 1_500_000_000)
     for text in ("500", "1PB", "-1MB", "MB"):
-        with pytest.raises(UsageError, match="--events-size is a number with"):
+        with pytest.raises(UsageError, match="a size is a number with"):
             parse_size(text)
 
 

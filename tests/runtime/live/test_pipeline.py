@@ -22,18 +22,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fbclip
+from fbclip.commands.values import parse_resolution
 from fbclip.errors import FBClipError, ImageError, UsageError
 from fbclip.runtime.live import delivery
 from fbclip.runtime.live import run as live_infer
-from fbclip.runtime.live.alarm import Decider, Vote
+from fbclip.runtime.live.alarm import Alarm, Vote
+from fbclip.runtime.live.console import status_text
 from fbclip.runtime.live.pipeline import Limits, Pipeline, ahead
-from fbclip.runtime.live.records import Frame, Notice, Result
-from fbclip.runtime.live.run import find_stream, parse_resolution, run, status_text
+from fbclip.runtime.live.records import Frame, Notice, Record
+from fbclip.runtime.live.run import run
+from fbclip.runtime.live.sources import CaptureOptions, open_source
 from fbclip.runtime.live.timing import WINDOW, Percentiles
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
 from fbclip.terminal import make_console
-from helpers.live import IMAGE, PATIENT, STRIPE, Background, Frames, Memory
+from helpers.live import IMAGE, PATIENT, QUICK, STRIPE, Background, Frames, Memory
 from helpers.waiting import PATIENCE_S, eventually
 
 SAMPLES = Path(fbclip.__file__).parent / "assets" / "samples"
@@ -83,11 +86,6 @@ def no_thread_stays() -> Iterator[None]:
     assert set(threading.enumerate()) <= before
 
 
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "PAUSES_S", (0.001, 0.01))
-
-
 @pytest.mark.usefixtures("no_thread_stays")
 def test_results_are_the_predictors_own_in_order_and_each_stage_has_its_thread() -> None:
     images = [np.asarray(Image.open(path)) for path in sorted(SAMPLES.glob("*.jpg"))]
@@ -99,9 +97,9 @@ def test_results_are_the_predictors_own_in_order_and_each_stage_has_its_thread()
         assert result.prediction.score == alone.score
         assert (result.prediction.anomaly_map == alone.anomaly_map).all()
         assert result.prediction.regions == alone.regions
-        assert list(result.stages_ms) == ["wait", "preprocess", "model", "postprocess"]
-    assert summary.frames == 4
-    assert summary.anomalous == sum(result.prediction.is_anomalous for result in sink.results)
+        assert list(result.timings_ms) == ["read", "wait", "preprocess", "model", "postprocess"]
+    assert summary.status.frames == 4
+    assert summary.status.anomalous == sum(result.prediction.is_anomalous for result in sink.results)
     assert (sink.closed, len(sink.threads)) == (1, 1)
 
 
@@ -113,32 +111,32 @@ def test_the_model_has_one_thread_which_is_not_the_sinks() -> None:
     assert not predict.backend.threads & sink.threads
 
 
-def test_a_file_waits_for_a_slow_sink_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "STUCK_S", PATIENCE_S)
+def test_a_file_waits_for_a_slow_sink_and_loses_nothing() -> None:
     source, slow = Frames([IMAGE] * 200), Memory("slow")
     slow.gate.clear()
-    pipeline = Pipeline(source, predictor(), [slow], limits=Limits(room=4, close_s=PATIENCE_S))
+    pipeline = Pipeline(source, predictor(), [slow], limits=Limits(room=4, close_s=PATIENCE_S, stuck_s=PATIENCE_S))
     with Background(pipeline) as run:
         assert slow.entered.wait(PATIENCE_S)
-        eventually(lambda: pipeline.status()["sinks"]["slow"]["waiting"] == 4)
+        eventually(lambda: pipeline.status().sinks["slow"].waiting == 4)
         # in the sink 1, waiting 4, and one in each of the stages' hands and between them
-        assert run.settled(lambda: source.taken) <= 1 + 4 + 4
+        assert run.settled(lambda: source.taken) <= 1 + 4 + 6
         slow.gate.set()
         summary = run.result()
     assert slow.indices == list(range(200))
-    assert summary.status["sinks"]["slow"]["dropped"] == 0
+    assert summary.status.sinks["slow"].dropped == 0
 
 
-def test_a_camera_does_not_wait_for_a_sink_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "STUCK_S", 0.0)
+def test_a_camera_does_not_wait_for_a_sink_that_hangs() -> None:
     hanging, other = Memory("hanging"), Memory("other")
     hanging.gate.clear()
     source = Frames(frames(1, hanging.entered.is_set, 99, lambda: other.told("sink")), live=True)
-    summary = Pipeline(source, predictor(), [hanging, other], limits=Limits(None, None, 8, 2.0)).run()
-    assert summary.frames == 100
-    state = summary.status["sinks"]["hanging"]
-    assert (state["state"], state["delivered"]) == ("failing", 0)
-    assert state["dropped"] > 100  # the one in its hands too, and the notice of the end
+    summary = Pipeline(
+        source, predictor(), [hanging, other], limits=Limits(close_s=2.0, pauses_s=QUICK, stuck_s=0.0)
+    ).run()
+    assert summary.status.frames == 100
+    state = summary.status.sinks["hanging"]
+    assert (state.state, state.delivered) == ("failing", 0)
+    assert state.dropped > 100  # the one in its hands too, and the notice of the end
     assert other.told("sink") == [("hanging", "failing")]
     hanging.gate.set()
 
@@ -155,14 +153,14 @@ def test_a_failing_sink_is_reported_once_recovers_and_gets_what_waited() -> None
 def test_a_sink_that_fails_for_ever_stops_nothing() -> None:
     for live in (False, True):
         failing, other = Memory("disk", faults=10**9), Memory("other")
-        limits = Limits(room=4, close_s=2.0)
+        limits = Limits(room=4, close_s=2.0, pauses_s=QUICK)
         began = time.monotonic()
         source = Frames(frames(50, lambda other=other: other.indices[-1:] == [49]), live)
         summary = Pipeline(source, predictor(), [failing, other], limits=limits).run()
         assert time.monotonic() - began < PATIENCE_S
-        assert summary.frames == 50
+        assert summary.status.frames == 50
         assert other.indices[-1] == 49
-        assert summary.status["sinks"]["disk"]["dropped"] >= 50 - 4
+        assert summary.status.sinks["disk"].dropped >= 50 - 4
         assert eventually(lambda failing=failing: failing.closed) == 1
 
 
@@ -178,7 +176,7 @@ def test_a_status_that_nobody_can_read_stops_nothing(monkeypatch: pytest.MonkeyP
     console = make_console()
     console.file = Gone()
     summary, _ = run(Pipeline(Frames(frames(1, tried.is_set, 1)), predictor(), []), console)
-    assert summary.frames == 2
+    assert summary.status.frames == 2
 
 
 def test_a_faulty_sink_skips_what_it_chokes_on() -> None:
@@ -194,11 +192,11 @@ def test_notices_do_not_fill_the_memory_of_a_sink_that_hangs() -> None:
     hanging.gate.clear()
     queue = delivery.Delivery(hanging, 4, False, lambda *_: None)
     frame = Frame(IMAGE, "", 0, 0.0, 0.0)
-    queue.put(Result(frame, predictor()(IMAGE), False, False, {}))
+    queue.put(Record(frame, predictor()(IMAGE), False, False, {}))
     assert hanging.entered.wait(PATIENCE_S)
     for i in range(3 * delivery.NOTICES):
         queue.put(Notice(float(i), "source", "camera", "lost", "", {}))
-    assert queue.state()["waiting"] == delivery.NOTICES
+    assert queue.status().waiting == delivery.NOTICES
     hanging.gate.set()
     queue.drain(time.monotonic() + PATIENCE_S)
     queue.wait_drained()
@@ -218,7 +216,7 @@ def test_a_sink_that_answered_late_is_not_stuck_any_more() -> None:
     late = Memory("late")
     late.gate.clear()
     queue = delivery.Delivery(late, 4, False, report)
-    result = Result(Frame(IMAGE, "", 0, 0.0, 0.0), predictor()(IMAGE), False, False, {})
+    result = Record(Frame(IMAGE, "", 0, 0.0, 0.0), predictor()(IMAGE), False, False, {})
     queue.put(result)
     assert late.entered.wait(PATIENCE_S)
     queue._busy_since = time.monotonic() - delivery.STUCK_S - 1
@@ -240,8 +238,8 @@ def test_stop_ends_a_camera_that_shows_nothing() -> None:
         eventually(lambda: len(sink.results) == 3)
         pipeline.stop()
         summary = run.result()
-    assert summary.frames == 3
-    assert summary.status["source"]["state"] == "connecting"  # a camera says itself when it is live
+    assert summary.status.frames == 3
+    assert summary.status.source.state == "connecting"  # a camera says itself when it is live
     assert sink.notices[-1].state == "ended"
 
 
@@ -249,7 +247,7 @@ def test_stop_ends_a_camera_that_shows_nothing() -> None:
 def test_limits() -> None:
     sink = Memory()
     limits = Limits(max_frames=4, close_s=PATIENCE_S)
-    assert Pipeline(Frames([IMAGE] * 9), predictor(), [sink], limits=limits).run().frames == 4
+    assert Pipeline(Frames([IMAGE] * 9), predictor(), [sink], limits=limits).run().status.frames == 4
     waiting = Frames([IMAGE], live=True, waits=True)
     assert Pipeline(waiting, predictor(), [], limits=Limits(duration=0.1)).run().seconds < PATIENCE_S / 2
 
@@ -272,9 +270,9 @@ def test_frames_that_do_not_fit() -> None:
     predict, odd = predictor(roi=Roi.parse("0,0,64,48")), np.zeros((20, 20, 3), np.uint8)
     sink = Memory()
     summary = Pipeline(Frames([IMAGE, odd, odd, IMAGE]), predict, [sink], limits=PATIENT).run()
-    assert (sink.indices, summary.unfit) == ([0, 3], 2)
+    assert (sink.indices, summary.status.rejected) == ([0, 3], 2)
     assert sink.told("source") == [("pictures", "lost"), ("pictures", "live")]
-    assert "reaches beyond" in summary.misfit
+    assert "reaches beyond" in summary.rejection
     with pytest.raises(ImageError, match="reaches beyond"):  # a camera's frames stay as they are
         Pipeline(Frames([odd] * 3, live=True), predict, [Memory()]).run()
 
@@ -283,27 +281,26 @@ def test_alarms_are_raised_once_and_told() -> None:
     values = [10, 200, 200, 200, 10, 10, 10, 200, 200]
     sink = Memory()
     source = Frames([grey(v) for v in values])
-    summary = Pipeline(source, predictor(), [sink], Decider(Vote(2, 3)), PATIENT).run()
+    summary = Pipeline(source, predictor(), [sink], Alarm(Vote(2, 3)), PATIENT).run()
     assert [result.alarm for result in sink.results] == [False, False, True, True, True, False, False, False, True]
     assert [result.frame.index for result in sink.results if result.alarm_began] == [2, 8]
-    assert summary.alarms == 2
+    assert summary.status.alarms == 2
     assert [state for _, state in sink.told("alarm")] == ["on", "off", "on"]
 
 
 def test_the_threshold_moves_at_once_and_the_status_is_plain_values() -> None:
     sink = Memory()
     pipeline = Pipeline(Frames([grey(100)] * 5), predictor(), [sink], limits=PATIENT)
-    with pytest.raises(UsageError, match="between 0 and 1"):
-        pipeline.set_threshold(2)
-    pipeline.set_threshold(0.3)
-    status = json.loads(json.dumps(pipeline.run().status))
+    pipeline.predictor.threshold = 0.3
+    done = pipeline.run().status
+    status = json.loads(json.dumps(done.to_dict()))
     assert all(result.prediction.is_anomalous for result in sink.results)
     assert status["threshold"] == 0.3
     assert status["score"] == pytest.approx(100 / 255)
     for ages in (status["age_ms"], status["sinks"]["memory"]["age_ms"], *status["stages_ms"].values()):
         assert 0 <= ages["p50"] <= ages["p95"] <= ages["p99"]
-    assert sink.results[0].to_dict()["stages_ms"].keys() == {"wait", "preprocess", "model", "postprocess"}
-    line = status_text(status).plain
+    assert sink.results[0].to_dict()["timings_ms"].keys() == {"read", "wait", "preprocess", "model", "postprocess"}
+    line = status_text(done).plain
     assert "0.392 ≥ 0.300" in line
     assert "ALARM" in line
 
@@ -337,17 +334,28 @@ def test_ahead_is_one_item_ahead_and_hands_errors_on() -> None:
 
 
 def test_what_is_a_stream(tmp_path: Path) -> None:
-    video, folder = tmp_path / "a.MP4", tmp_path / "3d"
-    video.touch()
+    video, folder, image = tmp_path / "a.avi", tmp_path / "3d", tmp_path / "3d" / "a.png"
+    write_video(video, ["good"])
     folder.mkdir()
-    assert find_stream([str(video)], None, False) == str(video)
-    assert find_stream([], "0", False) == "0"
-    assert find_stream([str(folder)], None, True) == str(folder)
-    for images in (["a.png", "b.png"], [str(folder)], []):
-        assert find_stream(images, None, False) is None
-    for wrong in ((["0", "a.png"], None, False), (["a.png"], "0", False), ([], None, True)):
+    Image.fromarray(IMAGE).save(image)
+    for texts, live, still in (
+        ([str(video)], False, False),
+        ([str(video), str(image)], False, False),
+        ("0", True, False),
+        (["/dev/video7"], True, False),
+        ([str(folder)], False, True),
+        ([str(image), str(folder)], False, True),
+        ([], False, True),
+    ):
+        source = open_source(texts)
+        assert (source.live, source.still) == (live, still)
+    watched = open_source([str(folder)], CaptureOptions(watch=True))
+    assert (watched.live, watched.still) == (False, False)
+    for wrong, watch in ((["0", "a.png"], False), (["a.png", "0"], False), (["in", "out"], True)):
         with pytest.raises(UsageError, match="inspected alone"):
-            find_stream(*wrong)
+            open_source(wrong, CaptureOptions(watch=watch))
+    with pytest.raises(UsageError, match="folder to watch is missing"):
+        open_source([], CaptureOptions(watch=True))
     assert parse_resolution("1280x720") == (1280, 720)
     with pytest.raises(UsageError, match="WIDTHxHEIGHT"):
         parse_resolution("720p")
@@ -429,7 +437,7 @@ def test_a_signal_finishes_and_closes_everything(tmp_path: Path, number: signal.
         process.send_signal(number)
         rest, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + number
-    assert errors.splitlines()[-1] == f"fbclip: stopped by {number.name}; everything is written"
+    assert errors.splitlines()[-1] == f"fbclip: stopped by {number.name}; what was inspected is written"
     text = "".join(seen) + rest
     assert records(text, "run")[-1]["state"] == "ended"
     assert len((tmp_path / "r.csv").read_text().splitlines()) == 2
@@ -441,14 +449,14 @@ def test_a_signal_finishes_and_closes_everything(tmp_path: Path, number: signal.
     ("arguments", "message"),
     [
         (["--vote", "2/3"], "--vote"),
-        (["--skip-first", "2"], "--skip-first"),
-        (["--events", "e", "--every", "2"], "--every, --events"),
-        (["--camera", "0", "--save-map"], "--save-map"),
+        (["--skip-first", "2"], "--skip-first: first frames are left out of cameras"),
+        (["--events", "e"], "--events"),
+        (["--camera", "0", "--batch", "2"], "--batch: several images at once are for files"),
         (["0", "a.png"], "inspected alone"),
-        (["--camera", "0", "--vote", "3/2"], "--vote is K/N"),
-        (["--camera", "0", "--events-size", "big"], "--events-size is a number"),
-        (["--camera", "0", "--resolution", "720p"], "--resolution: WIDTHxHEIGHT"),
-        (["--camera", "0", "--events", "e", "--events-size", "1KB"], "--events-size is at least 1MB"),
+        (["--camera", "0", "--vote", "3/2"], "--vote: a vote is K/N"),
+        (["--camera", "0", "--events-size", "big"], "--events-size: a size is a number"),
+        (["--camera", "0", "--resolution", "720p"], "--resolution: a resolution is WIDTHxHEIGHT"),
+        (["--camera", "0", "--events", "e", "--events-size", "1KB"], "--events-size: events take at least 1MB"),
     ],
 )
 def test_wrong_usage_is_one_line(fbclip: Run, arguments: list[str], message: str) -> None:

@@ -35,10 +35,10 @@ from websockets.sync.client import connect
 from fbclip import Predictor
 from fbclip.errors import UsageError
 from fbclip.runtime.serving.access import Access
-from fbclip.runtime.serving.app import Event
-from fbclip.runtime.serving.feed import Monitor
+from fbclip.runtime.serving.feed import Feed
 from fbclip.runtime.serving.run import listen
-from fbclip.runtime.serving.uploads import InTurn, Limits
+from fbclip.runtime.serving.schemas import EventBody
+from fbclip.runtime.serving.uploads import InTurn, UploadLimits
 from helpers.delivered import drawn_verdict
 from helpers.serving import GOOD, SCRATCH, TOKEN, Server, command, news, png, running, until
 from helpers.waiting import PATIENCE_S, eventually
@@ -98,7 +98,7 @@ def chunks(total: int) -> Iterator[bytes]:
     ids=["text", "empty", "cut", "eps", "multipart", "pixels", "width", "height", "bytes", "chunked"],
 )
 def test_what_is_not_taken(body: bytes | Iterator[bytes], kind: str, status: int, message: str) -> None:
-    with running(limits=Limits(upload_bytes=400_000, upload_pixels=1_000_000), live=False) as server:
+    with running(limits=UploadLimits(upload_bytes=400_000, upload_pixels=1_000_000), live=False) as server:
         headers = (
             {"Content_Type": kind}
             if isinstance(body, bytes)
@@ -113,7 +113,7 @@ def test_what_is_not_taken(body: bytes | Iterator[bytes], kind: str, status: int
 
 
 def test_a_body_that_takes_too_long() -> None:
-    with running(limits=Limits(upload_seconds=0.05, queue=1), live=False) as server:
+    with running(limits=UploadLimits(upload_seconds=0.05, queue=1), live=False) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as slow:
             slow.sendall(
                 b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\nx"
@@ -148,7 +148,10 @@ def test_a_full_queue_says_so() -> None:
     predictor = Predictor()
     held = Held(predictor.backend)
     predictor.backend = held
-    with running(limits=Limits(queue=3), live=False, predictor=predictor) as server, ThreadPoolExecutor(3) as clients:
+    with (
+        running(limits=UploadLimits(queue=3), live=False, predictor=predictor) as server,
+        ThreadPoolExecutor(3) as clients,
+    ):
         waiting = [clients.submit(server.predict, png(8, 8)) for _ in range(3)]
         eventually(lambda: server.json("/v1/status")["uploads"] == 3)  # answered meanwhile
         status, problem = server.predict(png(8, 8))
@@ -308,7 +311,7 @@ def test_pictures_show_the_verdict_that_a_least_area_leaves() -> None:
 
 
 def test_too_many_viewers() -> None:
-    with running(limits=Limits(viewers=1)) as server:
+    with running(limits=UploadLimits(viewers=1)) as server:
         with server.watch() as first, server.watch() as second:
             assert news(first)[0]["status"]
             with pytest.raises(Exception, match="1013"):
@@ -379,7 +382,7 @@ def test_addresses_and_tokens() -> None:
 
 def test_the_api_keeps_its_word() -> None:
     """Requests made from the description; answers, statuses and errors are as described, none is 5xx."""
-    with running(limits=Limits(upload_seconds=2)) as server:
+    with running(limits=UploadLimits(upload_seconds=2)) as server:
         server.belt.parts.put(SCRATCH)
         eventually(lambda: server.json("/v1/events"))
         api = schemathesis.openapi.from_url(server.url + "/openapi.json")
@@ -413,7 +416,7 @@ def test_events_that_are_torn_are_not_shown(tmp_path: Path) -> None:
         "is_anomalous": True,
         "alarm": True,
         "regions": [{"box": [1, 2, 3, 4], "peak": 0.9, "area": 4}],
-        "stages_ms": {"model": 30.0},
+        "timings_ms": {"model": 30.0},
     }
     written = [
         {"score": "x"},
@@ -421,7 +424,7 @@ def test_events_that_are_torn_are_not_shown(tmp_path: Path) -> None:
         {"index": 0.5},
         {"source": 5},
         {"regions": [{"box": [1]}]},
-        {"stages_ms": []},
+        {"timings_ms": []},
     ]
     for number, changes in enumerate([*written, {}]):
         event = tmp_path / f"event-{100 + number}"
@@ -430,18 +433,18 @@ def test_events_that_are_torn_are_not_shown(tmp_path: Path) -> None:
             json.dumps({"alarms": [3], "frames": [{**record, **changes}]}).replace('"index": 0.5', '"index": 3.0')
         )
         (event / "overlay.jpg").write_bytes(GOOD.read_bytes())
-    assert [alarm.result["score"] for alarm in Monitor(tmp_path).alarms] == [0.9]
-    assert Monitor(tmp_path / "not there yet").alarms == []
+    assert [alarm.result["score"] for alarm in Feed(tmp_path).alarms] == [0.9]
+    assert Feed(tmp_path / "not there yet").alarms == []
 
 
 def test_events_of_earlier_versions_are_shown(tmp_path: Path) -> None:
     """They know nothing of weak regions and verdicts."""
     region = {"box": [1, 2, 3, 4], "peak": 0.9, "area": 4}
     frame = {"index": 3, "source": "camera#3", "time": 1.0, "score": 0.9, "threshold": 0.5, "is_anomalous": True}
-    frame |= {"regions": [region], "alarm": True, "stages_ms": {}}
+    frame |= {"regions": [region], "alarm": True, "timings_ms": {}}
     (tmp_path / "event").mkdir()
     (tmp_path / "event" / "event.json").write_text(json.dumps({"alarms": [3], "frames": [frame]}))
     (tmp_path / "event" / "overlay.jpg").write_bytes(b"")
-    (alarm,) = Monitor(tmp_path).alarms
-    shown = Event.model_validate(alarm.to_dict())
+    (alarm,) = Feed(tmp_path).alarms
+    shown = EventBody.model_validate(alarm.to_dict())
     assert (shown.verdict, shown.regions[0].weak, shown.overruled) == ("defect", False, None)

@@ -22,7 +22,7 @@ from fbclip.runtime.serving import access as guard
 from fbclip.runtime.serving import connections
 from fbclip.runtime.serving.connections import PER_ADDRESS, RESERVE, origin_of
 from fbclip.runtime.serving.run import LINES, short_log
-from fbclip.runtime.serving.uploads import InTurn, Limits
+from fbclip.runtime.serving.uploads import InTurn, UploadLimits
 from helpers.serving import GOOD, SCRATCH, TOKEN, Server, command, news, png, running
 from helpers.waiting import PATIENCE_S, eventually
 
@@ -151,7 +151,7 @@ def test_strangers_at_many_addresses_make_room(monkeypatch: pytest.MonkeyPatch) 
 
 def test_too_many_requests_of_the_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_PLACES", 32)
-    with running(token=TOKEN, limits=Limits(viewers=24)) as server, ExitStack() as stack:
+    with running(token=TOKEN, limits=UploadLimits(viewers=24)) as server, ExitStack() as stack:
         for _ in range(24):  # three quarters of the places
             news(stack.enter_context(server.watch(additional_headers=OWNER)))
         status, problem = server.ask("/v1/status", **OWNER)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,20 +26,15 @@ from paho.mqtt.reasoncodes import ReasonCode
 from fbclip.runtime.live.delivery import Delivery, Lost, Queued
 from fbclip.runtime.live.records import Notice
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks
-from fbclip.runtime.live.sinks import network as sinks_network
-from fbclip.runtime.live.sinks.network import Mqtt
+from fbclip.runtime.live.sinks.mqtt import Mqtt, Patience
 from helpers.delivered import notice, result
+from helpers.live import Frames
 from helpers.stream_faults import bound
 from helpers.waiting import PATIENCE_S, eventually
 
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A broker on a busy machine may take its time."""
-    monkeypatch.setattr(sinks_network, "GRACE_S", PATIENCE_S)
-    monkeypatch.setattr(sinks_network, "FLUSH_S", PATIENCE_S)
-    monkeypatch.setattr(sinks_network, "CONNECT_S", PATIENCE_S)
-    monkeypatch.setattr(sinks_network, "RETRY_S", (0.05, 0.1))
+# a broker on a busy machine may take its time
+CALM = Patience(grace_s=PATIENCE_S, flush_s=PATIENCE_S, connect_s=PATIENCE_S, retry_s=(0.05, 0.1))
+STRICT = replace(CALM, grace_s=0)  # without a broker it counts as failing at once
 
 
 class Ledger:
@@ -110,20 +106,17 @@ def in_order(indices: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("lossless", [False, True])
-def test_a_broker_that_is_away_gets_all_that_waited(
-    ledger: Ledger, lossless: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broker_that_is_away_gets_all_that_waited(ledger: Ledger, lossless: bool) -> None:
     """However long it is away: here it counts as failing at once."""
-    monkeypatch.setattr(sinks_network, "GRACE_S", 0)
     told: list[Notice] = []
-    sink = Mqtt(ledger.url)
+    sink = Mqtt(ledger.url, STRICT)
     queue = Delivery(sink, 8, lossless, lambda _, notice: told.append(notice))
 
     def put(first: int, last: int) -> None:
         for index in range(first, last):
             queue.put(result(index))
             if not lossless:  # a camera is not faster than that
-                eventually(lambda: queue.state()["waiting"] == 0)
+                eventually(lambda: queue.status().waiting == 0)
 
     eventually(lambda: sink._away_since is None)
     put(0, 10)
@@ -131,10 +124,10 @@ def test_a_broker_that_is_away_gets_all_that_waited(
     ledger.stop()
     eventually(lambda: sink._away_since is not None)
     put(10, 300)
-    eventually(lambda: queue.state()["delivered"] == 300)
-    state = queue.state()
-    assert (state["state"], state["dropped"]) == ("failing", 0)
-    assert f"no connection to the MQTT broker 127.0.0.1:{ledger.port} for" in state["error"]
+    eventually(lambda: queue.status().delivered == 300)
+    state = queue.status()
+    assert (state.state, state.dropped) == ("failing", 0)
+    assert f"no connection to the MQTT broker 127.0.0.1:{ledger.port} for" in state.error
     assert [notice.state for notice in told] == ["failing"]
     ledger.start()
     eventually(lambda: sink._away_since is None)
@@ -144,29 +137,27 @@ def test_a_broker_that_is_away_gets_all_that_waited(
     assert [notice.state for notice in told] == ["failing", "working"]
     queue.close()
     queue.join(PATIENCE_S)
-    assert queue.state()["dropped"] == 0
+    assert queue.status().dropped == 0
 
 
-def test_a_broker_that_comes_back_in_the_end_gets_it_all(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks_network, "GRACE_S", 0)
+def test_a_broker_that_comes_back_in_the_end_gets_it_all(ledger: Ledger) -> None:
     ledger.stop()
-    queue = Delivery(Mqtt(ledger.url), 8, True, lambda *_: None)
+    queue = Delivery(Mqtt(ledger.url, STRICT), 8, True, lambda *_: None)
     for index in range(20):
         queue.put(result(index))
-    eventually(lambda: queue.state()["delivered"] == 20)
-    assert queue.state()["state"] == "failing"
+    eventually(lambda: queue.status().delivered == 20)
+    assert queue.status().state == "failing"
     queue.close()
     ledger.start()
     queue.join(PATIENCE_S)
     assert in_order(ledger.indices) == list(range(20))
-    state = queue.state()
-    assert (state["state"], state["error"], state["dropped"]) == ("working", None, 0)
+    state = queue.status()
+    assert (state.state, state.error, state.dropped) == ("working", None, 0)
 
 
-def test_what_is_left_in_the_end_is_told(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks_network, "FLUSH_S", 0)
+def test_what_is_left_in_the_end_is_told(ledger: Ledger) -> None:
     ledger.stop()
-    queue = Delivery(Mqtt(ledger.url), 8, True, lambda *_: None)
+    queue = Delivery(Mqtt(ledger.url, replace(CALM, flush_s=0)), 8, True, lambda *_: None)
     for index in range(20):
         queue.put(result(index))
     queue.put(notice())
@@ -174,28 +165,24 @@ def test_what_is_left_in_the_end_is_told(ledger: Ledger, monkeypatch: pytest.Mon
     queue.wait_drained()
     queue.close()
     queue.join(PATIENCE_S)
-    state = queue.state()
-    assert (state["state"], state["dropped"]) == ("failing", 21)
-    assert state["dropped_because"] == state["error"]
-    assert f"no connection to the MQTT broker 127.0.0.1:{ledger.port}" in state["error"]
+    state = queue.status()
+    assert (state.state, state.dropped) == ("failing", 21)
+    assert state.dropped_because == state.error
+    assert f"no connection to the MQTT broker 127.0.0.1:{ledger.port}" in state.error
 
 
-def test_only_what_comes_when_a_thousand_wait_is_lost_and_counted(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert sinks_network.QUEUED == 1000
-    monkeypatch.setattr(sinks_network, "QUEUED", 30)
-    monkeypatch.setattr(sinks_network, "GRACE_S", 0)
+def test_only_what_comes_when_a_thousand_wait_is_lost_and_counted(ledger: Ledger) -> None:
+    assert Patience().queued == 1000
     ledger.stop()
-    sink = Mqtt(ledger.url)
+    sink = Mqtt(ledger.url, replace(STRICT, queued=30))
     queue = Delivery(sink, 8, True, lambda *_: None)
     for index in range(40):
         queue.put(result(index))
-        eventually(lambda index=index: queue.state()["delivered"] + queue.state()["dropped"] == index + 1)
-    state = queue.state()
-    assert (state["delivered"], state["dropped"]) == (30, 10)
-    assert "no connection to the MQTT broker" in state["dropped_because"]
-    assert state["dropped_because"].endswith("; 30 messages wait for it, which is all that may")
+        eventually(lambda index=index: queue.status().delivered + queue.status().dropped == index + 1)
+    state = queue.status()
+    assert (state.delivered, state.dropped) == (30, 10)
+    assert "no connection to the MQTT broker" in state.dropped_because
+    assert state.dropped_because.endswith("; 30 messages wait for it, which is all that may")
     ledger.start()
     eventually(lambda: len(in_order(ledger.indices)) == 30)
     eventually(lambda: sink._client.is_connected())
@@ -205,15 +192,13 @@ def test_only_what_comes_when_a_thousand_wait_is_lost_and_counted(
     queue.close()
     queue.join(PATIENCE_S)
     assert in_order(ledger.indices) == [*range(30), 40]
-    state = queue.state()
-    assert (state["state"], state["dropped"]) == ("working", 10)
-    assert "no connection" in state["dropped_because"]  # and not that it was too slow, though it works again
+    state = queue.status()
+    assert (state.state, state.dropped) == ("working", 10)
+    assert "no connection" in state.dropped_because  # and not that it was too slow, though it works again
 
 
-def test_a_broker_that_is_there_and_slow_is_waited_for(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks_network, "QUEUED", 3)
-    monkeypatch.setattr(sinks_network, "ROOM_S", PATIENCE_S)
-    sink = Mqtt(ledger.url)
+def test_a_broker_that_is_there_and_slow_is_waited_for(ledger: Ledger) -> None:
+    sink = Mqtt(ledger.url, replace(CALM, queued=3, room_s=PATIENCE_S))
     eventually(lambda: sink._away_since is None)
     for index in range(100):
         sink.write(result(index))
@@ -319,7 +304,7 @@ def listener(broker: Broker) -> Iterator[Listener]:
 
 def test_results_notices_and_status(broker: Broker, listener: Listener) -> None:
     before = set(threading.enumerate())
-    (sink,) = make_sinks(SinkOptions(mqtt=broker.url))
+    (sink,) = make_sinks(SinkOptions(mqtt=broker.url), Frames([], live=True))
     assert listener.next() == ("status", "online", False)
     sink.write(result(5, 0.75, alarm=True))
     sink.notify(notice())
@@ -339,7 +324,7 @@ def test_results_notices_and_status(broker: Broker, listener: Listener) -> None:
 
 
 def test_last_will_of_a_killed_process(broker: Broker, listener: Listener) -> None:
-    work = f"from fbclip.runtime.live.sinks.network import Mqtt; Mqtt({broker.url!r}); import signal; signal.pause()"
+    work = f"from fbclip.runtime.live.sinks.mqtt import Mqtt; Mqtt({broker.url!r}); import signal; signal.pause()"
     process = subprocess.Popen([sys.executable, "-c", work])
     assert listener.next() == ("status", "online", False)
     process.kill()
@@ -348,7 +333,7 @@ def test_last_will_of_a_killed_process(broker: Broker, listener: Listener) -> No
 
 
 def test_a_broker_that_restarts_gets_what_waited(broker: Broker, listener: Listener) -> None:
-    sink = Mqtt(broker.url)
+    sink = Mqtt(broker.url, CALM)
     assert listener.next() == ("status", "online", False)
     sink.write(result(0))
     assert json.loads(listener.next()[1])["index"] == 0
@@ -365,10 +350,9 @@ def test_a_broker_that_restarts_gets_what_waited(broker: Broker, listener: Liste
     assert set(range(1, 51)) <= set(indices)  # once more may come what was not acknowledged
 
 
-def test_an_absent_broker_is_an_error_until_it_comes(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks_network, "GRACE_S", 0)
+def test_an_absent_broker_is_an_error_until_it_comes(broker: Broker) -> None:
     before = set(threading.enumerate())
-    sink = Mqtt(broker.url)
+    sink = Mqtt(broker.url, STRICT)
     with pytest.raises(Queued, match=f"no connection to the MQTT broker 127.0.0.1:{broker.port} for"):
         sink.write(result(0))
     broker.start()
@@ -381,14 +365,9 @@ def test_an_absent_broker_is_an_error_until_it_comes(broker: Broker, monkeypatch
     assert set(threading.enumerate()) <= before
 
 
-def test_a_broker_that_hangs_fills_the_queue_and_does_not_hold_up_the_end(
-    broker: Broker, listener: Listener, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sinks_network, "QUEUED", 30)
-    monkeypatch.setattr(sinks_network, "FLUSH_S", 0.1)
-    monkeypatch.setattr(sinks_network, "ROOM_S", 0.1)
+def test_a_broker_that_hangs_fills_the_queue_and_does_not_hold_up_the_end(broker: Broker, listener: Listener) -> None:
     before = set(threading.enumerate())
-    sink = Mqtt(broker.url)
+    sink = Mqtt(broker.url, replace(CALM, queued=30, flush_s=0.1, room_s=0.1))
     assert listener.next() == ("status", "online", False)
     assert broker.process
     broker.process.send_signal(signal.SIGSTOP)
@@ -404,7 +383,7 @@ def test_a_broker_that_hangs_fills_the_queue_and_does_not_hold_up_the_end(
     assert set(threading.enumerate()) <= before
 
 
-def refused(sink: Mqtt, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def refused(sink: Mqtt, reason: str) -> None:
     """Write until the background connection knows why it fails; close, which tells it, too."""
 
     def is_known() -> bool:
@@ -413,27 +392,23 @@ def refused(sink: Mqtt, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return reason in str(caught.value)
 
     eventually(is_known)
-    with monkeypatch.context() as patch, pytest.raises(Lost, match=reason):
-        patch.setattr(sinks_network, "FLUSH_S", 0)
+    with pytest.raises(Lost, match=reason):
         sink.close()
 
 
-def test_password(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks_network, "GRACE_S", 0)
+def test_password(broker: Broker) -> None:
     passwords = broker.folder / "passwords"
     subprocess.run([program("mosquitto_passwd"), "-b", "-c", str(passwords), "cam", "s/ecret"], check=True)
     broker.settings = ["allow_anonymous false", f"password_file {passwords}"]
     broker.start()
-    wrong = Mqtt(f"mqtt://cam:wrong@127.0.0.1:{broker.port}")
-    refused(wrong, "Not authorized", monkeypatch)
-    right = Mqtt(f"mqtt://cam:s%2Fecret@127.0.0.1:{broker.port}")
-    monkeypatch.setattr(sinks_network, "GRACE_S", PATIENCE_S)
+    wrong = Mqtt(f"mqtt://cam:wrong@127.0.0.1:{broker.port}", replace(STRICT, flush_s=0))
+    refused(wrong, "Not authorized")
+    right = Mqtt(f"mqtt://cam:s%2Fecret@127.0.0.1:{broker.port}", CALM)
     right.write(result())
     right.close()  # which is an error unless the broker has acknowledged it
 
 
 def test_tls_only_with_a_certificate_that_is_trusted(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks_network, "GRACE_S", 0)
     key, certificate = broker.folder / "key.pem", broker.folder / "certificate.pem"
     options = ["-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     options += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
@@ -441,10 +416,9 @@ def test_tls_only_with_a_certificate_that_is_trusted(broker: Broker, monkeypatch
     broker.settings = ["allow_anonymous true", f"keyfile {key}", f"certfile {certificate}"]
     broker.start()
     url = f"mqtts://127.0.0.1:{broker.port}"
-    untrusted = Mqtt(url)
-    refused(untrusted, "certificate verify failed", monkeypatch)
+    untrusted = Mqtt(url, replace(STRICT, flush_s=0))
+    refused(untrusted, "certificate verify failed")
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    monkeypatch.setattr(sinks_network, "GRACE_S", PATIENCE_S)
-    trusted = Mqtt(url)
+    trusted = Mqtt(url, CALM)
     trusted.write(result())
     trusted.close()  # which is an error unless the broker has acknowledged it

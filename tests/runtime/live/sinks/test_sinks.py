@@ -27,17 +27,22 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fbclip.errors import FBClipError, UsageError
 from fbclip.runtime import prediction
-from fbclip.runtime.live import sinks
-from fbclip.runtime.live.records import Result
-from fbclip.runtime.live.sinks import LineFile, SinkOptions, Video, Window, make_sinks
-from fbclip.runtime.live.sinks import network as sinks_network
+from fbclip.runtime.live.records import Record
+from fbclip.runtime.live.sinks import SinkOptions, make_sinks, window
 from fbclip.runtime.live.sinks.events import EventRecorder, event_folders
-from fbclip.runtime.live.sinks.network import Metrics, Webhook
-from fbclip.runtime.serving.feed import Monitor
+from fbclip.runtime.live.sinks.lines import LineFile
+from fbclip.runtime.live.sinks.metrics import Metrics
+from fbclip.runtime.live.sinks.video import Video
+from fbclip.runtime.live.sinks.webhook import Webhook
+from fbclip.runtime.live.sinks.window import Window
+from fbclip.runtime.serving.feed import Feed
 from helpers.delivered import drawn_verdict, has_outlines, let_off, notice, result
 from helpers.disks import largest_file, read_only, tiny_disk
+from helpers.live import Frames
 from helpers.stream_faults import bound, serving
 from helpers.waiting import PATIENCE_S, eventually
+
+CAMERA = Frames([], live=True)
 
 
 def killed(work: Callable[[Callable[[int], None]], None], least: int, seconds: float) -> int:
@@ -71,7 +76,7 @@ def _acknowledge(writer: int, number: int) -> None:
 
 
 def test_json_lines_hold_results_and_notices(tmp_path: Path) -> None:
-    (sink,) = make_sinks(SinkOptions(json=str(tmp_path / "logs" / "live.jsonl")))
+    (sink,) = make_sinks(SinkOptions(json=str(tmp_path / "logs" / "live.jsonl")), CAMERA)
     sink.write(result(3, 0.75, alarm=True))
     sink.notify(notice())
     lines = (tmp_path / "logs" / "live.jsonl").read_text().splitlines()  # flushed without close
@@ -85,7 +90,7 @@ def test_json_lines_hold_results_and_notices(tmp_path: Path) -> None:
 def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     options = SinkOptions(json=str(folder / "live.jsonl"), csv=folder / "live.csv", video=folder / "live.avi")
-    made = make_sinks(options)
+    made = make_sinks(options, CAMERA)
     for index in range(2):
         for sink in made:
             sink.write(result(index))
@@ -123,8 +128,8 @@ def test_processes_that_write_lines_to_one_file_lose_and_tear_none(tmp_path: Pat
 
 def test_json_lines_go_to_standard_output() -> None:
     program = (
-        "from helpers.delivered import *; from fbclip.runtime.live.sinks import *\n"
-        "(sink,) = make_sinks(SinkOptions(json='-')); sink.write(result(5)); sink.notify(notice()); sink.close()"
+        "from helpers.delivered import *; from helpers.live import Frames; from fbclip.runtime.live.sinks import *\n"
+        "(sink,) = make_sinks(SinkOptions(json='-'), Frames([], live=True)); sink.write(result(5)); sink.notify(notice()); sink.close()"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[3], check=True
@@ -141,7 +146,11 @@ def test_kill_at_random_times_tears_at_most_the_line_under_way(tmp_path: Path) -
             lines = LineFile(path, limit=200_000, keep=5000)  # some are killed while the file is put aside
             number = 0
             while True:
-                lines.append(json.dumps({"run": run, "number": number, "padding": "x" * (number * 7919 % 20_000)}))
+                lines.append(
+                    json.dumps(
+                        {"kind": "test", "run": run, "number": number, "padding": "x" * (number * 7919 % 20_000)}
+                    )
+                )
                 acknowledge(number)
                 number += 1
 
@@ -166,11 +175,11 @@ def test_kill_at_random_times_tears_at_most_the_line_under_way(tmp_path: Path) -
 
 def test_a_torn_tail_stays_alone(tmp_path: Path) -> None:
     path = tmp_path / "live.jsonl"
-    path.write_text('{"number": 0}\n{"num')
+    path.write_text('{"kind": "a", "number": 0}\n{"num')
     lines = LineFile(path)
     lines.append('{"number": 1}')
     lines.append('{"number": 2}')
-    assert path.read_text() == '{"number": 0}\n{"num\n{"number": 1}\n{"number": 2}\n'
+    assert path.read_text() == '{"kind": "a", "number": 0}\n{"num\n{"number": 1}\n{"number": 2}\n'
     lines.close()
 
 
@@ -217,7 +226,7 @@ def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_full_disk_is_reported_and_recovers(tmp_path: Path, kind: str) -> None:
     with tiny_disk(tmp_path, "64k"):
         path = tmp_path / "live"
-        (sink,) = make_sinks(SinkOptions(**{kind: str(path) if kind == "json" else path}))
+        (sink,) = make_sinks(SinkOptions(**{kind: str(path) if kind == "json" else path}), CAMERA)
         (tmp_path / "ballast").write_bytes(bytes(40_000))
         written = []
         with pytest.raises(FBClipError, match=r"^the disk is full: can't write .*/live;"):
@@ -235,7 +244,7 @@ def test_a_full_disk_is_reported_and_recovers(tmp_path: Path, kind: str) -> None
 def test_csv_rows_under_one_header(tmp_path: Path) -> None:
     path = tmp_path / "live.csv"
     for index in range(2):  # started twice
-        (sink,) = make_sinks(SinkOptions(csv=path))
+        (sink,) = make_sinks(SinkOptions(csv=path), CAMERA)
         sink.write(result(index, 0.75, alarm=bool(index), name='a "strange", name'))
         sink.notify(notice())
         sink.close()
@@ -252,7 +261,7 @@ def test_csv_of_other_columns_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("part,verdict\n7,good\n")
     with pytest.raises(UsageError, match="does not begin with 'time,index,source"):
-        make_sinks(SinkOptions(csv=path))
+        make_sinks(SinkOptions(csv=path), CAMERA)
     assert path.read_text() == "part,verdict\n7,good\n"
 
 
@@ -270,13 +279,13 @@ def test_a_video_that_can_not_be_written_is_told_at_the_start(tmp_path: Path) ->
     folder = tmp_path / "theirs"
     folder.mkdir()
     with read_only(folder), pytest.raises(UsageError, match="Read-only file system; choose another place"):
-        make_sinks(SinkOptions(video=folder / "live.avi"))
+        make_sinks(SinkOptions(video=folder / "live.avi"), CAMERA)
 
 
 def test_video_begins_anew_with_another_size_and_another_run(tmp_path: Path) -> None:
     path = tmp_path / "live.avi"
     for _ in range(2):
-        (sink,) = make_sinks(SinkOptions(video=path, video_fps=5))
+        (sink,) = make_sinks(SinkOptions(video=path, video_fps=5), CAMERA)
         for index, size in enumerate([(320, 320), (320, 320), (401, 333), (320, 320)]):
             sink.write(result(index, size=size))
         sink.close()
@@ -297,17 +306,17 @@ def test_every_picture_shows_the_results_own_verdict(tmp_path: Path, monkeypatch
             assert (drawn_verdict(picture), has_outlines(picture)) == (name, name == "defect"), kind
 
 
-def pictures_of(delivered: Result, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, NDArray[np.uint8]]:
+def pictures_of(delivered: Record, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, NDArray[np.uint8]]:
     """What each sink with pictures makes of a result, RGB."""
     shown: list[NDArray[np.uint8]] = []
     for name in ("namedWindow", "resizeWindow", "setWindowTitle", "destroyWindow"):
         monkeypatch.setattr(cv2, name, lambda *_: None)
     monkeypatch.setattr(cv2, "imshow", lambda _, picture: shown.append(picture))
     monkeypatch.setattr(cv2, "waitKey", lambda _: -1)
-    monkeypatch.setattr(sinks, "_is_shown", lambda: True)
-    monkeypatch.setattr(sinks, "_require_window", lambda: None)
-    monitor = Monitor()
-    made = [Video(folder / "live.avi", 10), Window(), EventRecorder(folder / "events", 10**7), monitor]
+    monkeypatch.setattr(window, "_is_shown", lambda: True)
+    monkeypatch.setattr(window, "require_window", lambda: None)
+    feed = Feed()
+    made = [Video(folder / "live.avi", 10), Window(), EventRecorder(folder / "events", 10**7), feed]
     for sink in made:
         sink.write(delivered)
     for sink in made:
@@ -317,7 +326,7 @@ def pictures_of(delivered: Result, folder: Path, monkeypatch: pytest.MonkeyPatch
         "video": cv2.VideoCapture(str(folder / "live.avi")).read()[1],
         "window": shown[0],
         "event": cv2.imread(str(event / "overlay.jpg")),
-        "page": cv2.imdecode(np.frombuffer(monitor.picture(delivered), np.uint8), cv2.IMREAD_COLOR),
+        "page": cv2.imdecode(np.frombuffer(feed.picture(delivered), np.uint8), cv2.IMREAD_COLOR),
     }
     return {kind: np.asarray(picture[..., ::-1]) for kind, picture in pictures.items()}
 
@@ -351,14 +360,14 @@ def test_sinks_share_a_picture(
 def test_a_picture_is_drawn_once_for_all_who_ask_at_the_same_time(drawings: list[int | None]) -> None:
     delivered = result(size=(1920, 1080))
     with ThreadPoolExecutor(8) as pool:
-        pictures = list(pool.map(lambda _: delivered.overlay(), range(8)))
+        pictures = list(pool.map(lambda _: delivered.draw(), range(8)))
     assert len(drawings) == 1
     assert all(picture is pictures[0] for picture in pictures)
 
 
 def test_no_picture_is_drawn_that_nobody_looks_at(drawings: list[int | None], tmp_path: Path) -> None:
-    made = make_sinks(SinkOptions(json=str(tmp_path / "live.jsonl"), csv=tmp_path / "live.csv"))
-    for sink in [*made, EventRecorder(tmp_path / "events", 10**7), Monitor()]:
+    made = make_sinks(SinkOptions(json=str(tmp_path / "live.jsonl"), csv=tmp_path / "live.csv"), CAMERA)
+    for sink in [*made, EventRecorder(tmp_path / "events", 10**7), Feed()]:
         sink.write(result(score=0.75))  # no alarm began
         sink.close()
     assert drawings == []
@@ -415,7 +424,7 @@ def test_wrong_options_say_what_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message) as caught:
-        make_sinks(options)
+        make_sinks(options, CAMERA)
     assert "secret" not in str(caught.value)
 
 
@@ -429,15 +438,15 @@ def test_a_missing_package_is_named_by_its_extra(
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     extra = "mqtt" if package == "paho" else "metrics"
     with pytest.raises(UsageError, match=rf"pip install 'fbclip\[{extra}\]'"):
-        make_sinks(options)
+        make_sinks(options, CAMERA)
 
 
 def test_window_without_display_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     cure = "pip install opencv-python" if not cv2.currentUIFramework() else "run on a desktop"
-    with pytest.raises(UsageError, match=f"{cure}.*fbclip serve.*--video"):
-        make_sinks(SinkOptions(show=True))
+    with pytest.raises(UsageError, match=f"{cure}.*fbclip serve.*record a video"):
+        make_sinks(SinkOptions(show=True), CAMERA)
 
 
 def test_no_sink_stays_open_when_a_later_one_fails(tmp_path: Path) -> None:
@@ -448,11 +457,11 @@ def test_no_sink_stays_open_when_a_later_one_fails(tmp_path: Path) -> None:
                 found.append(descriptor.readlink())
         return any(tmp_path in path.parents for path in found)
 
-    kept = make_sinks(SinkOptions(json=str(tmp_path / "a.jsonl")))
+    kept = make_sinks(SinkOptions(json=str(tmp_path / "a.jsonl")), CAMERA)
     assert is_open()
     kept[0].close()
     with pytest.raises(UsageError):
-        make_sinks(SinkOptions(json=str(tmp_path / "a.jsonl"), csv=tmp_path / "b.csv", webhook="nonsense"))
+        make_sinks(SinkOptions(json=str(tmp_path / "a.jsonl"), csv=tmp_path / "b.csv", webhook="nonsense"), CAMERA)
     assert not is_open()
 
 
@@ -491,7 +500,6 @@ class Hook(BaseHTTPRequestHandler):
 @pytest.fixture
 def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(sinks_network, "TIMEOUT_S", PATIENCE_S)
     server = Receiver()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -502,7 +510,7 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
 
 
 def test_webhook_gets_notices_and_the_result_of_an_alarm(receiver: Receiver) -> None:
-    hook = Webhook(f"http://127.0.0.1:{receiver.server_port}/hook?token=secret")
+    hook = Webhook(f"http://127.0.0.1:{receiver.server_port}/hook?token=secret", PATIENCE_S)
     hook.write(result(0))
     hook.write(raised := result(1, 0.75, alarm=True))
     alarm = notice("alarm", "on", wall=raised.frame.wall)
@@ -595,5 +603,5 @@ def test_metrics_count_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_taken_metrics_port_is_an_error(receiver: Receiver) -> None:
-    with pytest.raises(UsageError, match=f"127.0.0.1:{receiver.server_port}.*another --metrics-port"):
-        make_sinks(SinkOptions(metrics_port=receiver.server_port))
+    with pytest.raises(UsageError, match=f"127.0.0.1:{receiver.server_port}.*choose another port"):
+        make_sinks(SinkOptions(metrics_port=receiver.server_port), CAMERA)

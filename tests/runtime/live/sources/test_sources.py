@@ -30,9 +30,8 @@ from fbclip.folders import list_images
 from fbclip.runtime.calibrate import good_images
 from fbclip.runtime.host import Machine
 from fbclip.runtime.live.records import Frame, Notice
-from fbclip.runtime.live.run import find_stream
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks
-from fbclip.runtime.live.sources import CaptureOptions, FileSource, Source, capture, open_source, watch
+from fbclip.runtime.live.sources import BaseSource, CaptureOptions, FileSource, capture, is_stream, open_source, watch
 from fbclip.runtime.live.sources.capture import LiveSource
 from fbclip.runtime.live.sources.devices import (
     Device,
@@ -45,6 +44,7 @@ from fbclip.runtime.live.sources.devices import (
     stream_address,
 )
 from fbclip.runtime.live.sources.watch import arrivals
+from helpers.live import Frames
 from helpers.stream_faults import SIZE, Camera, Proxy, filming, jpeg, serving
 from helpers.waiting import PATIENCE_S as SOON
 from helpers.waiting import eventually
@@ -53,7 +53,7 @@ from helpers.waiting import eventually
 class Notices:
     """What a source tells, to wait for."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: BaseSource) -> None:
         self.all: list[Notice] = []
         self._changed = threading.Condition()
         source.listen(self._add)
@@ -81,7 +81,7 @@ class Notices:
 class Drain:
     """Takes every frame of a source in a thread, as a pipeline does."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: BaseSource) -> None:
         self.frames: queue.Queue[Frame] = queue.Queue()
         self.error: BaseException | None = None
         self._source = source
@@ -163,7 +163,7 @@ def stall(source: LiveSource) -> None:
         source._trouble.notify()
 
 
-def give_up(source: Source) -> None:
+def give_up(source: BaseSource) -> None:
     """The seconds of --give-up are over, whatever the clock says."""
     assert isinstance(source, LiveSource)
     source._lost = -inf
@@ -189,13 +189,13 @@ def write_images(folder: Path, number: int) -> None:
         ("nowhere", {"watch": True}, "make nowhere first"),
         ("rtsp://host/video", {"fps": 10}, "asked of cameras"),
         ("http://me:secret@host/video", {"resolution": (640, 480)}, "asked of cameras; http://host/video has"),
-        ("0", {"every": 0}, "--every is 1"),
-        ("0", {"skip_first": -1}, "--skip-first is a number of frames"),
-        (".", {"skip_first": 1}, "--skip-first is for cameras and streams"),
-        (".", {"skip_first": 1, "watch": True}, "--skip-first is for cameras and streams"),
-        ("0", {"fps": float("nan")}, "--fps is above 0"),
-        ("0", {"resolution": (0, 480)}, "--resolution is WIDTHxHEIGHT"),
-        ("0", {"give_up": -1}, "--give-up is seconds"),
+        ("0", {"every": 0}, "1 is every frame"),
+        ("0", {"skip_first": -1}, "a number of frames is 0 or more"),
+        (".", {"skip_first": 1}, "first frames are left out of cameras and streams"),
+        (".", {"skip_first": 1, "watch": True}, "first frames are left out of cameras and streams"),
+        ("0", {"fps": float("nan")}, "a rate is above 0"),
+        ("0", {"resolution": (0, 480)}, "a resolution is WIDTHxHEIGHT"),
+        ("0", {"give_up": -1}, "a time to give up after"),
     ],
 )
 def test_wrong_usage(text: str, options: dict[str, Any], message: str) -> None:
@@ -238,11 +238,11 @@ PASSWORDS = [  # addresses as people write them, in which the parser of a URL se
 def test_no_password_of_a_malformed_address_is_shown(address: str) -> None:
     for scheme in ("rtsp", "http"):
         text = address.format(scheme)
-        assert find_stream([text], None, False) == text
+        assert is_stream(text)
         for use in (
             lambda text=text: open_source(text),
             lambda text=text: open_source(text, CaptureOptions(watch=True)),
-            lambda text=text: find_stream([text, "part.png"], None, False),
+            lambda text=text: open_source([text, "part.png"]),
             lambda text=text: list_images([text]),
         ):
             with pytest.raises(UsageError) as caught:
@@ -250,7 +250,9 @@ def test_no_password_of_a_malformed_address_is_shown(address: str) -> None:
             assert not re.search("secret|4711|me:", str(caught.value)), caught.value
     for sink in ("mqtt", "webhook"):
         with pytest.raises(UsageError) as caught:
-            make_sinks(SinkOptions(**{sink: address.format("mqtt" if sink == "mqtt" else "http")}))
+            make_sinks(
+                SinkOptions(**{sink: address.format("mqtt" if sink == "mqtt" else "http")}), Frames([], live=True)
+            )
         assert not re.search("secret|4711|me:", str(caught.value)), caught.value
 
 
@@ -406,11 +408,9 @@ def test_a_file_source_is_closed_while_another_thread_goes_on(tmp_path: Path) ->
 @pytest.mark.parametrize("suffix", ["", ".mpeg", ".3gp", ".flv", ".m2ts", ".dat"])
 def test_a_video_of_any_name_is_one(video: Path, suffix: str) -> None:
     path = video.rename(video.with_name(f"belt{suffix}"))
-    assert find_stream([str(path)], None, False) == str(path)
     with open_source(str(path)) as source:
+        assert not source.still
         assert len(list(source)) == 10
-    with pytest.raises(UsageError, match="inspected alone"):
-        find_stream([str(path), "part.png"], None, False)
 
 
 def test_motion_jpeg_is_a_video_and_an_image_of_any_name_is_none(tmp_path: Path) -> None:
@@ -418,11 +418,12 @@ def test_motion_jpeg_is_a_video_and_an_image_of_any_name_is_none(tmp_path: Path)
     pictures.write_bytes(b"".join(map(jpeg, range(5))))
     picture.write_bytes(jpeg(1))
     other.write_text("no video")
-    assert find_stream([str(pictures)], None, False)
     with open_source(str(pictures)) as source:
+        assert not source.still
         assert len(list(source)) == 5
-    assert find_stream([str(picture)], None, False) is None
-    assert find_stream([str(picture), str(other)], None, False) is None  # it is skipped, and the image inspected
+    assert open_source(str(picture)).still
+    with open_source([str(picture), str(other)]) as source:  # which is skipped, and the image inspected
+        assert len(list(source)) == 1
     with pytest.raises(UsageError, match="neither an image that Pillow nor a video that FFmpeg can read"):
         list(open_source(str(other)))
 
@@ -571,7 +572,7 @@ def test_watch_survives_the_folder_going(tmp_path: Path) -> None:
     assert names == ["a.png"]
     assert states == ["live", "lost", "live"]
     gone = arrivals(tmp_path / "gone", Steps(nothing), lambda *_: None, give_up=1e-9)  # type: ignore[arg-type]
-    with pytest.raises(FBClipError, match="--give-up"):
+    with pytest.raises(FBClipError, match="was gone for"):
         list(gone)
 
 
@@ -823,7 +824,7 @@ def test_connections_that_hang_for_ever_are_few(fake: Any, lives: bool) -> None:
         stall(source)
         notices.wait("lost", times=number + 1)
     assert drain.ends()
-    assert f"belt gave no frame for {SOON:g} s (--give-up): 4 connections hang" in str(drain.error)
+    assert f"belt gave no frame for {SOON:g} s: 4 connections hang" in str(drain.error)
     assert len(reading() - before) == capture.STUCK
     assert notices.states.count("lost") == source.counters["stalled"] == (capture.STUCK if lives else 1)
     for device in stuck:
@@ -863,7 +864,7 @@ def test_a_call_that_hangs_in_a_driver_does_not_abort_the_end() -> None:
                     process.stdin.flush()
             released.set()
             assert process.wait(SOON) == 1, process.stderr.read()
-            assert b"gave no frame for 1 s (--give-up)" in process.stderr.read()
+            assert b"gave no frame for 1 s: no frame for" in process.stderr.read()
 
 
 def test_garbage_is_skipped_and_counted(fake: Any) -> None:
@@ -936,7 +937,7 @@ def test_giving_up_on_a_camera(monkeypatch: pytest.MonkeyPatch) -> None:
         give_up(source)
         assert drain.ends() and isinstance(drain.error, FBClipError)
         assert drain.error.exit_code == 1
-        wanted = f"/dev/video987 gave no frame for {SOON:g} s (--give-up): there is no /dev/video987"
+        wanted = f"/dev/video987 gave no frame for {SOON:g} s: there is no /dev/video987"
         assert str(drain.error).startswith(wanted)
         notices.wait("ended")
     assert notices.states == ["connecting", "lost", "ended"] and source.counters["missing"] == 1
@@ -993,15 +994,15 @@ def test_a_listener_that_raises_ends_the_iteration(fake: Any) -> None:
 
 
 @pytest.fixture(params=["mjpeg", "ffmpeg", "rtsp"])
-def belt(request: pytest.FixtureRequest) -> Iterator[tuple[Camera, Proxy, Callable[..., Source]]]:
+def belt(request: pytest.FixtureRequest) -> Iterator[tuple[Camera, Proxy, Callable[..., BaseSource]]]:
     """A camera behind a proxy, and what opens it: our MJPEG reader, FFmpeg for the same stream, FFmpeg for RTSP."""
     camera = Camera()
     protocol = "rtsp" if request.param == "rtsp" else "http"
-    sources: list[Source] = []
+    sources: list[BaseSource] = []
     with filming(camera, protocol) as port, Proxy(port) as proxy:
         url = f"{protocol}://127.0.0.1:{proxy.port}/video"
 
-        def make(**options: Any) -> Source:
+        def make(**options: Any) -> BaseSource:
             opened = open_source(url, CaptureOptions(**{"stall": SOON, **options}))
             if request.param == "ffmpeg":
                 opened = LiveSource(url, partial(open_ffmpeg, url, opened.options.stall), opened.options)
