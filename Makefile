@@ -5,7 +5,7 @@ FBCLIP ?= fbclip
 BUNDLE ?= runs/bench-gpu.fbclip
 FUZZ_SEED ?= 0
 
-.PHONY: demo test fuzz test-gpu bench bench-gpu lint nano clean
+.PHONY: demo test fuzz test-gpu bench bench-gpu lint docs nano clean
 
 demo: $(DEMO)/.installed ## install the torch-free runtime and find the defects in the sample images
 	$(DEMO)/bin/fbclip infer
@@ -14,19 +14,19 @@ demo: $(DEMO)/.installed ## install the torch-free runtime and find the defects 
 test: $(DEV)/.installed ## everything that runs without a GPU
 	$(DEV)/bin/python -m pytest -n auto --dist loadfile
 
-fuzz: $(DEV)/.installed ## 300,000 mutated pictures and 10,000 of all else; FUZZ_SEED= draws others (see docs/robustness.md)
+fuzz: $(DEV)/.installed ## 300,000 mutated pictures and 10,000 of all else; FUZZ_SEED= draws others (see docs/reference/robustness.md)
 	$(DEV)/bin/python tests/helpers/fuzz.py pictures --count 300000 --seed $(FUZZ_SEED)
 	for kind in tables manifests streams bodies; do \
 		$(DEV)/bin/python tests/helpers/fuzz.py $$kind --count 10000 --seed $(FUZZ_SEED) || exit 1; \
 	done
 
-test-gpu: $(DEV)/.installed ## the tests of engines and of the TensorRT backend on this machine's GPU (see docs/tensorrt.md)
+test-gpu: $(DEV)/.installed ## the tests of engines and of the TensorRT backend on this machine's GPU (see docs/guides/tensorrt.md)
 	$(DEV)/bin/python -m pytest -m gpu -rs
 
 bench: $(DEV)/.installed ## every backend that runs here, on the embedded model (under a minute)
 	$(DEV)/bin/fbclip bench --profile
 
-# On a device the installed command is used, because docs/jetson.md sets its environment up; FBCLIP= names another.
+# On a device the installed command is used, because docs/guides/jetson.md sets its environment up; FBCLIP= names another.
 bench-gpu: $(BUNDLE) ## the same report on a device with a GPU, its engine built first; BUNDLE= names another model
 	$(FBCLIP) export --engine --bundle $(BUNDLE) --batch 1,1,4
 	$(FBCLIP) bench --bundle $(BUNDLE) --batch 1,4 --profile --project runs/bench-gpu
@@ -39,6 +39,9 @@ lint: $(DEV)/.installed
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy -p fbclip
+
+docs: $(DEV)/.installed ## build the documentation into build/site; fails on links that lead nowhere
+	NO_MKDOCS_2_WARNING=1 $(DEV)/bin/python -m mkdocs build --strict --quiet
 
 nano: $(DEV)/.installed ## train the embedded default anew and export it (minutes on 2 cores)
 	$(DEV)/bin/python benchmarks/make_nano.py

@@ -1,6 +1,6 @@
 """Expected time per image on devices that were not measured, calculated: python benchmarks/expected.py
 
-Prints the Markdown table of docs/performance.md. Time = operations / (published rate × assumed efficiency).
+Prints the Markdown table of docs/measurements/devices.md. Time = operations / (published rate × assumed efficiency).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train the embedded default model, choose its threshold and export its bundle: `make nano`. See docs/nano.md.
+"""Train the embedded default model, choose its threshold and export its bundle: `make nano`. See docs/measurements/nano.md.
 
 Interrupted, the same command goes on. The training is deterministic on one machine.
 """

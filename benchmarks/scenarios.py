@@ -9,7 +9,7 @@ frames    the embedded model from camera frames, resized by Pillow or in the gra
 precision the embedded model's graphs: fp32, fp16 and 8 bit
 
 Writes benchmarks/results/bench_SCENARIO.json: the reports of `fbclip bench` by label, and fitted exponents; with --show
-prints the recorded one as Markdown instead. Bundles that have to be made first are kept in runs/. docs/benchmarks.md
+prints the recorded one as Markdown instead. Bundles that have to be made first are kept in runs/. docs/guides/benchmarks.md
 explains the figures.
 """
 

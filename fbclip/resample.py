@@ -13,7 +13,7 @@ from PIL import Image
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-BLUR_SIGMA = 4.0  # pixels of the model's input, spec section 7
+BLUR_SIGMA = 4.0  # pixels of the model's input, docs/method.md, section 7
 BLUR_TRUNCATE = 4.0  # standard deviations
 
 BICUBIC_A = -0.5  # Pillow's, src/libImaging/Resample.c
@@ -25,7 +25,7 @@ COARSE_BITS = 10  # with the one before the point 11, what a float16 or TensorFl
 def resize(image_rgb: NDArray[np.uint8], size: int | tuple[int, int]) -> NDArray[np.uint8]:
     """Resize to the model's square input, the aspect ratio not kept.
 
-    Pillow's bicubic: antialiased, rounded to 8 bit after each of its two passes (spec, section 1).
+    Pillow's bicubic: antialiased, rounded to 8 bit after each of its two passes (docs/method.md, section 1).
 
     Args:
         image_rgb: uint8 (H, W, 3).

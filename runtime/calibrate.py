@@ -359,5 +359,5 @@ def report_misses(calibration: Calibration, interval: tuple[float, float], bad: 
     if c.missed >= HOPELESS * c.defects:
         say(
             "this model can't inspect this part: it passes most of these defects as good. Look only where defects can be, "
-            "accept a higher false-alarm rate, or train a model for it (fbclip train)"
+            "accept a higher false-alarm rate, or train a model for it (docs/guides/training.md)"
         )

@@ -1,4 +1,4 @@
-"""A minute of mutated foreign data in every run of the tests; `make fuzz` feeds more (see docs/robustness.md)."""
+"""A minute of mutated foreign data in every run of the tests; `make fuzz` feeds more (see docs/reference/robustness.md)."""
 
 from __future__ import annotations
 

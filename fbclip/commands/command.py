@@ -48,13 +48,20 @@ class Command(TyperCommand):
         return [*(str(p.metavar) for p in self.params if isinstance(p, TyperArgument)), "[OPTIONS]"]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        for title, rows in self.panels(ctx).items():
+            write_rows(formatter, title, rows)
+
+    def panels(self, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+        """The help's titles, and under each the names of options with their texts."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if not getattr(parameter, "hidden", False):
                 panels.setdefault(_panel(parameter), []).append((_name(parameter), _text(parameter)))
         named = panels.keys() - {ARGUMENTS, UNNAMED, OTHERS}
-        for title in sorted(panels, key=ARGUMENTS.__ne__):
-            write_rows(formatter, MOST_USED if named and title == UNNAMED else title, panels[title])
+        return {
+            MOST_USED if named and title == UNNAMED else title: panels[title]
+            for title in sorted(panels, key=ARGUMENTS.__ne__)
+        }
 
 
 class Commands(TyperGroup):
@@ -73,8 +80,12 @@ class Commands(TyperGroup):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         commands = [(name, self.commands[name].help or "") for name in self.list_commands(ctx)]
-        write_rows(formatter, "Commands", commands)
-        write_rows(formatter, "Options", [(_name(p), _text(p)) for p in self.get_params(ctx)])
+        for title, rows in {"Commands": commands, **self.panels(ctx)}.items():
+            write_rows(formatter, title, rows)
+
+    def panels(self, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+        """The options before a command, as `Command.panels` has them."""
+        return {UNNAMED: [(_name(parameter), _text(parameter)) for parameter in self.get_params(ctx)]}
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """They come first, with the options."""
@@ -89,7 +100,7 @@ def write_rows(formatter: Any, title: str, rows: Iterable[tuple[str, str]]) -> N
             formatter.write(f"  {name}\n")
             name = ""
         for line in lines or [""]:
-            formatter.write(f"  {name:{COLUMN - 2}}{line}".rstrip().replace(NO_BREAK, " ") + "\n")
+            formatter.write(f"  {name:{COLUMN - 2}}{line}".rstrip() + "\n")
             name = ""
 
 

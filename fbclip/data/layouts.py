@@ -1,6 +1,6 @@
 """Data sets by their published layouts: which tree is whose, and `open_dataset`, which recognises them.
 
-Trees and sources: docs/data.md. Needs neither torch nor open_clip.
+Trees and sources: docs/guides/data.md. Needs neither torch nor open_clip.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def open_dataset(path: Path, layout: str | None = None) -> Dataset:
         trees_of = " or ".join(row.tree for row in rows)
         raise UsageError(f"{printable(path)} is not laid out as {layout}: expected {trees_of}{columns}")
     raise UsageError(
-        f"{printable(path)} is laid out like none of {', '.join(NAMES)}: see docs/data.md for their trees, "
+        f"{printable(path)} is laid out like none of {', '.join(NAMES)}: see docs/guides/data.md for their trees, "
         f"and pass --layout NAME to read it as one of them{columns}"
     )
 

@@ -397,7 +397,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A matrix product in the precision of its weights, back in float32.
 
     This is the whole of mixed precision: weights typed float16 make float16 products between float32 islands
-    (spec, section 10). With float32 weights both casts vanish.
+    (docs/method.md, section 10). With float32 weights both casts vanish.
     """
     return F.linear(x.to(weight.dtype), weight, bias).float()
 
@@ -448,7 +448,7 @@ class VisionTower(nn.Module):
         self.grid = image_size // self.conv1.kernel_size[0]
 
     def positions(self) -> Tensor:
-        """The positional embedding (N, C) at this tower's grid: bilinear, the class position kept (spec, section 2)."""
+        """The positional embedding (N, C) at this tower's grid: bilinear, the class position kept (docs/method.md, section 2)."""
         positions = self.positional_embedding
         trained = round((positions.shape[0] - 1) ** 0.5)
         if trained == self.grid:
@@ -489,7 +489,7 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """CLIP's text transformer on embeddings, without a causal mask (spec, section 3)."""
+    """CLIP's text transformer on embeddings, without a causal mask (docs/method.md, section 3)."""
 
     def __init__(self, clip: open_clip.CLIP) -> None:
         super().__init__()

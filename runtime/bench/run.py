@@ -111,7 +111,7 @@ class Contender:
 
 
 def bench(bundle: Bundle, options: Options, console: Console) -> dict[str, Any]:
-    """Measure, and return the report that is written as JSON; its fields are described in docs/benchmarks.md.
+    """Measure, and return the report that is written as JSON; its fields are described in docs/guides/benchmarks.md.
 
     Raises:
         UsageError: a backend or precision that was named is not there.

@@ -45,9 +45,7 @@ def _provider(machine: Machine, name: str, provider: str, built_in: bool) -> Che
     elif "R36" in machine.read("etc/nv_tegra_release"):
         install = f"pip uninstall -y onnxruntime && pip install onnxruntime-gpu --index-url {JETPACK_6_WHEELS}"
     else:
-        install = (
-            "pip uninstall -y onnxruntime && pip install onnxruntime-gpu  # from where, by JetPack: docs/jetson.md"
-        )
+        install = "pip uninstall -y onnxruntime && pip install onnxruntime-gpu  # from where, by JetPack: docs/guides/jetson.md"
     if not built_in:
         if machine.has_gpu:
             return Check(topic, title, "missing", "not in this build", install)

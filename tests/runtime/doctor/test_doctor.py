@@ -142,7 +142,7 @@ def test_a_provider_that_falls_back_is_broken(monkeypatch: pytest.MonkeyPatch, t
     write(
         machine.root, "etc/nv_tegra_release", "# R38 (release), REVISION: 4.0, GCID: 1, BOARD: generic, EABI: aarch64"
     )
-    assert "docs/jetson.md" in by_name(check_onnxruntime(machine))["CUDA provider"].cure
+    assert "docs/guides/jetson.md" in by_name(check_onnxruntime(machine))["CUDA provider"].cure
 
 
 def test_a_damaged_bundle(fbclip: Run, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from conftest import Run
@@ -37,6 +36,7 @@ from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
 from fbclip.terminal import make_console
 from helpers.live import IMAGE, PATIENT, QUICK, STRIPE, Background, Frames, Memory
+from helpers.video import write_video
 from helpers.waiting import PATIENCE_S, eventually
 
 SAMPLES = Path(fbclip.__file__).parent / "assets" / "samples"
@@ -359,19 +359,6 @@ def test_what_is_a_stream(tmp_path: Path) -> None:
     assert parse_resolution("1280x720") == (1280, 720)
     with pytest.raises(UsageError, match="WIDTHxHEIGHT"):
         parse_resolution("720p")
-
-
-def write_video(path: Path, kinds: list[str]) -> None:
-    """Frames of brushed steel, good or scratched, at 10 per second."""
-    pictures = {
-        kind: np.ascontiguousarray(np.asarray(Image.open(SAMPLES / f"brushed-steel-{kind}.jpg"))[..., ::-1])
-        for kind in set(kinds)
-    }
-    height, width = pictures[kinds[0]].shape[:2]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (width, height))
-    for kind in kinds:
-        writer.write(pictures[kind])
-    writer.release()
 
 
 def records(text: str, kind: str) -> list[dict[str, Any]]:

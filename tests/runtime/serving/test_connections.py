@@ -422,7 +422,7 @@ def test_a_model_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         assert server.predict(png(8, 8))[0] == 200
         assert server.json("/v1/status")["fault"] is None
     (line,) = capsys.readouterr().err.splitlines()
-    assert "RuntimeError: not foreseen by anybody (test_strangers.py:" in line
+    assert "RuntimeError: not foreseen by anybody (test_connections.py:" in line
 
 
 def test_it_ends_at_once_among_viewers_that_sleep(tmp_path: Path) -> None:
