@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -194,10 +195,7 @@ def _export(
     from fbclip.terminal import say as print_line
 
     console = make_console()
-
-    def say(line: str) -> None:
-        print_line(console, line)
-
+    say = partial(print_line, console)
     paths, labels = find_proof(graphs.parity_images or [])
     ranges = find_calibration(graphs.calibration_images or []) if graphs.int8_static else []
     known = about(path)
@@ -238,8 +236,6 @@ def _quantization(
 
 def _deploy(bundle: Path, plan: PlanGroup, options: EngineOptions, name: str | None) -> None:
     """From a bundle: a Triton model, whose plan is built with `options`, or else an engine in the bundle."""
-    from functools import partial
-
     from fbclip.bundle import Bundle
     from fbclip.export.engine import build_engine, build_plan
     from fbclip.terminal import make_console, say

@@ -14,7 +14,10 @@ from fbclip.commands.values import find_checkpoint, need_train_extra
 from fbclip.errors import UsageError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from fbclip.data.holdout import Parts, Seen
+    from fbclip.model.network import FBCLIP
     from fbclip.training.loop import Execution
     from fbclip.training.step import Recipe
 
@@ -166,15 +169,13 @@ def _check_model(model: ModelGroup, schedule: ScheduleGroup, teaching: TeacherGr
 
 
 def _train(job: Job) -> None:
-    import torch
-
     from fbclip.data.dataset import Samples, SampleSet
     from fbclip.data.holdout import Seen
     from fbclip.data.procedural import ProceduralDefects
     from fbclip.model.checkpoint import About, about
     from fbclip.terminal import make_console
     from fbclip.terminal import say as print_line
-    from fbclip.training.loop import accelerator_for, start_model, train
+    from fbclip.training.loop import accelerator_for, train
 
     accelerator, console = accelerator_for(job.schedule.amp), make_console()
 
@@ -182,17 +183,7 @@ def _train(job: Job) -> None:
         if accelerator.is_main_process:
             print_line(console, line)
 
-    model_options, seed = job.model, job.schedule.seed
-    with accelerator.local_main_process_first():  # one process of a machine fetches the weights
-        torch.manual_seed(seed)  # every process starts from the same weights
-        model = start_model(
-            job.first,
-            model_options.clip,
-            model_options.clip_weights,
-            model_options.image_size,
-            model_options.layers,
-            job.schedule.train_tower,
-        )
+    model, seed = _start(job, accelerator), job.schedule.seed
     size = model.config.image_size
     before = about(job.first) if job.first else About(model.config.clip.name)
     say(f"starting from {before.name} at {size} px; --image-size sets another side")
@@ -210,6 +201,18 @@ def _train(job: Job) -> None:
     say(f"wrote {out / 'checkpoint.safetensors'}{', the best by the held-out images' if held_out else ''}")
     say(str(throughput))
     accelerator.end_training()
+
+
+def _start(job: Job, accelerator: Accelerator) -> FBCLIP:
+    """The model that training begins with, the same in every process."""
+    import torch
+
+    from fbclip.training.loop import start_model
+
+    m = job.model
+    with accelerator.local_main_process_first():  # one process of a machine fetches the weights
+        torch.manual_seed(job.schedule.seed)
+        return start_model(job.first, m.clip, m.clip_weights, m.image_size, m.layers, job.schedule.train_tower)
 
 
 def _origin(job: Job, seen: Seen) -> dict[str, object]:
