@@ -8,14 +8,11 @@
 from __future__ import annotations
 
 import re
-from itertools import groupby
 from typing import Any
 
 import typer
 
 COMMANDS = "<!-- the commands -->"
-ARGUMENTS = "Arguments"
-VARIABLES = re.compile(r" ?\[env var: [^;\]]*\]|env var: [^;\]]*; ")  # one rule names them all
 OUTSIDE = re.compile(
     r"\[([^\]]*)\]\((?:\.\./)+((?:benchmarks|runtime|export|fbclip|tests|cli\.py|CONTRIBUTING|README)[^)]*)\)"
 )
@@ -49,25 +46,17 @@ def _section(command: Any) -> str:
 
 
 def _parameters(command: Any, context: typer.Context) -> list[str]:
-    """A table for each panel of the help; `-h` itself is left out."""
-    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+    """A table for each panel of the help."""
     lines = []
-    panels = sorted(dict.fromkeys(map(_panel, shown)), key=ARGUMENTS.__ne__)
-    for panel, parameters in groupby(sorted(shown, key=lambda each: panels.index(_panel(each))), key=_panel):
-        lines += [f"\n**{panel}**\n", "| | |", "| --- | --- |"]
-        for parameter in parameters:
-            record = parameter.get_help_record(context) or (parameter.make_metavar(context), parameter.help or "")
-            names, text = (each.replace(" <list[str]>", "").replace("|", "\\|") for each in record)
-            lines.append(f"| `{names}` | {_escaped(text)} |")
+    for title, rows in command.panels(context).items():
+        lines += [f"\n**{title}**\n", "| | |", "| --- | --- |"]
+        for names, text in rows:
+            shown = names.replace("|", "\\|")
+            lines.append(f"| `{shown}` | {_escaped(text)} |")
     return lines
-
-
-def _panel(parameter: Any) -> str:
-    default = ARGUMENTS if parameter.param_type_name == "argument" else "Options"
-    return getattr(parameter, "rich_help_panel", None) or default
 
 
 def _escaped(text: str) -> str:
     """Help as Markdown: what looks like a tag, an option or an address is code."""
-    plain = VARIABLES.sub("", " ".join(text.split()))
+    plain = " ".join(text.split())
     return re.sub(r"(?<![\w`-])(--?[a-z][\w-]*|[a-z]+://[^\s,;)]*[^\s,;).]|[\w.]*\*[\w.*]*|<[^>]*>)", r"`\1`", plain)

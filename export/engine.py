@@ -21,7 +21,7 @@ from fbclip.errors import DeviceError, FBClipError, UsageError
 from fbclip.files import replacing, require_writable, write_text
 from fbclip.runtime.backends import resolve_precision
 from fbclip.runtime.backends.cuda import Gpu
-from fbclip.terminal import say
+from fbclip.terminal import progress, say
 
 MIB = 2**20
 MEMINFO = Path("/proc/meminfo")
@@ -163,13 +163,13 @@ def _build(
     cancelled = Event()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        progress(console, *columns) as bars,
         ThreadPoolExecutor(1) as thread,
     ):
 
         def build() -> tuple[memoryview, memoryview]:
             with gpu.current():
-                return _serialise(gpu, graph, options, timing_cache, _monitor(gpu.trt, progress, cancelled))
+                return _serialise(gpu, graph, options, timing_cache, _monitor(gpu.trt, bars, cancelled))
 
         work = thread.submit(build)
         try:
@@ -232,7 +232,7 @@ def _parser_error(parser: Any) -> str:
     return " ".join(lines[0].split()) if lines else "it gave no reason"
 
 
-def _monitor(trt: Any, progress: Progress, cancelled: Event) -> Any:
+def _monitor(trt: Any, bars: Progress, cancelled: Event) -> Any:
     """TensorRT's phases as bars; called from its threads, which no exception may leave."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -241,15 +241,15 @@ def _monitor(trt: Any, progress: Progress, cancelled: Event) -> Any:
             self.tasks: dict[str, TaskID] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.tasks[phase_name] = progress.add_task(phase_name, total=num_steps)
+            self.tasks[phase_name] = bars.add_task(phase_name, total=num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.tasks:
-                progress.update(self.tasks[phase_name], completed=step + 1)
+                bars.update(self.tasks[phase_name], completed=step + 1)
             return not cancelled.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self.tasks:
-                progress.remove_task(self.tasks.pop(phase_name))
+                bars.remove_task(self.tasks.pop(phase_name))
 
     return Monitor()

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fbclip.export.parity import Parity, Proof, Reference, thumbnail
 from fbclip.resample import resize
-from fbclip.terminal import say
+from fbclip.terminal import print_table, say
 
 SHOWN = 4  # images of the picture
 FULL_SCALE = 1e-6  # least difference that the picture's colours are stretched to
@@ -38,7 +38,7 @@ def print_parity(parities: list[Parity], console: Console) -> None:
             f"{p.seconds:.0f}",
             *([f"{p.auroc[1]:.4f}"] if p.auroc else []),
         )
-    console.print(table)
+    print_table(console, table)
     budgets = (
         f"{p.precision} {p.score_budget:g} and {p.map_budget:g}{f', AUROC {p.auroc_budget:.2g}' if p.auroc_budget else ''}"
         for p in parities

@@ -10,14 +10,22 @@ import codecs
 import io
 import os
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+    from rich.table import Table
     from rich.text import Text
 
+T = TypeVar("T")
+LINE_EVERY_S = 10.0  # of long work, where no terminal shows a bar
 SPELLED = "fbclip.spelled"  # error handler of text encodings: what one lacks is spelled in ASCII
+PIPE_WIDTH = 1000  # characters: a pipe has no width, and a name that is broken there is lost to who looks for it
 ASCII = {"…": "...", "–": "-", "—": "-", "×": "x", "·": "|", "≥": ">=", "≤": "<=", "→": "->", "±": "+-", "σ": "sigma"}
 
 
@@ -26,9 +34,35 @@ def printable(text: object) -> str:
     return "".join(character if character.isprintable() else _escaped(character) for character in str(text))
 
 
+def make_console(stderr: bool = False) -> Console:
+    """Where people read: no text can colour the terminal or move its cursor there, and a reader who leaves is an error.
+
+    Rich lets escape codes through, and where the reader of a console left it sends standard output nowhere, another's
+    JSON lines perhaps, and ends the thread that printed.
+    """
+    from rich.console import Console
+
+    class Harmless(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(text.translate(CONTROLS), **options)
+
+        def on_broken_pipe(self) -> None:
+            raise
+
+    console = Harmless(stderr=stderr, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
+    return console
+
+
 def say(console: Console, line: object, style: str = "") -> None:
     """Print one line, whatever is in it, unbroken."""
     console.print(cell(line, style), soft_wrap=True)
+
+
+def warn(console: Console, line: object) -> None:
+    """The same, of what was not as it should be."""
+    say(console, line, "yellow")
 
 
 def cell(text: object, style: str = "") -> Text:
@@ -38,10 +72,68 @@ def cell(text: object, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; its columns that have `no_wrap`, of names and figures, stay whole though it be wider than a screen."""
+    wide = console.options.update(width=PIPE_WIDTH)
+    for column in table.columns:
+        if column.no_wrap:
+            column.min_width = max(console.measure(c, options=wide).maximum for c in (column.header, *column.cells))
+    least = console.measure(table, options=wide).minimum
+    console.print(table, width=max(console.width, least), crop=False, highlight=False)
+
+
+def progress(console: Console, *columns: ProgressColumn, clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Bars that vanish at their end; where there is no terminal, a line every ten seconds instead.
+
+    Args:
+        columns: of the bars; rich's own if left out. A field `note` of a task is in its lines, too.
+        clock: seconds.
+    """
+    from rich.progress import Progress, TaskID
+
+    if console.is_terminal:
+        return Progress(*columns, console=console, transient=True)
+
+    class Lines(Progress):
+        last = clock()
+
+        def update(self, task_id: TaskID, **changes: Any) -> None:
+            super().update(task_id, **changes)
+            self._say(task_id)
+
+        def advance(self, task_id: TaskID, advance: float = 1) -> None:
+            super().advance(task_id, advance)
+            self._say(task_id)
+
+        def _say(self, task_id: TaskID) -> None:
+            now = clock()
+            if now - self.last >= LINE_EVERY_S:
+                self.last = now
+                task = self.tasks[self.task_ids.index(task_id)]
+                of = f" of {task.total:g}" if task.total else ""
+                left = task.time_remaining
+                about = f"about {timedelta(seconds=round(left))} left" if left else ""
+                parts = (f"{task.completed:g}{of}", task.fields.get("note"), about)
+                say(console, f"{task.description}: {', '.join(filter(None, parts))}")
+
+    return Lines(console=console, disable=True, auto_refresh=False, get_time=clock)
+
+
+def track(items: Iterable[T], what: str, console: Console, total: int | None = None) -> Iterator[T]:
+    """The items one by one, under `progress`."""
+    with progress(console) as bars:
+        yield from bars.track(items, total, description=what)
+
+
+def spelled(text: str) -> str:
+    """Text as standard output can show it; for those who write it past our streams."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, SPELLED).decode(encoding)
+
+
 def open_up() -> None:
     """Let standard output and error take any text, whatever their encoding is ("…" as "...", "ü" as "\\xfc"), and wait for
     a reader who is slow, though programs that share a pipe may have set it otherwise."""
-    codecs.register_error(SPELLED, _spell)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where it is closed, or captured
             stream.reconfigure(errors=SPELLED)
@@ -54,6 +146,9 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
         raise error
     missing = error.object[error.start : error.end]
     return "".join(ASCII.get(c) or ("*" if _is_drawing(c) else _escaped(c)) for c in missing), error.end
+
+
+codecs.register_error(SPELLED, _spell)
 
 
 def _is_drawing(character: str) -> bool:

@@ -16,7 +16,6 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 
 from fbclip.assets import EMBEDDED
 from fbclip.bundle import SUFFIX, Bundle, checked_name
@@ -37,6 +36,8 @@ from fbclip.runtime.histogram import write_histogram
 from fbclip.runtime.live.sources import BaseSource, CaptureOptions, open_source
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED
+from fbclip.terminal import say as print_line
+from fbclip.terminal import track, warn
 
 USUAL_RATE, USUAL_COUNT = 0.01, 99  # of false alarms where none is asked for, and the images that it needs
 GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in the first colour
@@ -71,14 +72,18 @@ class Scores:
     unusable: int = 0
 
 
-def choose_bundle(sources: list[str], name: str | None = None) -> tuple[Bundle, Path, list[str]]:
-    """What to calibrate, from the arguments `[BUNDLE] GOOD...`. Nothing is written yet.
+def choose_bundle(
+    sources: list[str], name: str | None = None, bundle: Path | None = None
+) -> tuple[Bundle, Path, list[str]]:
+    """What to calibrate. Nothing is written yet.
 
     Without a bundle it is a copy of the embedded one in the working folder: what is inside the installed package
     belongs to every project of the machine and is lost with the next upgrade.
 
     Args:
+        sources: images of good parts; before them perhaps the bundle, as older releases have it.
         name: of a copy in the working folder, of the bundle that is named or of the embedded one.
+        bundle: the one to calibrate.
 
     Returns:
         A bundle with the model, the path of the bundle that `write` gives the calibration to (which may not be there
@@ -88,21 +93,31 @@ def choose_bundle(sources: list[str], name: str | None = None) -> tuple[Bundle, 
         BundleError, UsageError: no such bundle, no good images, another bundle where the copy goes, or a place that
             can't be written to.
     """
-    first = Path(sources[0])
-    named = first.suffix == SUFFIX or os.path.isfile(first / "manifest.json")  # noqa: PTH113 - an address may be long
-    good = sources[1:] if named else sources
+    good = sources
+    if bundle is None and _is_bundle(sources[0]):
+        bundle, good = Path(sources[0]), sources[1:]
     if not good:
-        raise UsageError(f"after the bundle come images of good parts; got none: fbclip calibrate {first} GOOD...")
+        raise UsageError(f"beside the bundle there are no images of good parts: {_calibrating(bundle)}")
     for place in good:
-        if os.path.isfile(Path(place) / "manifest.json"):  # noqa: PTH113 - its pictures are no good parts
-            raise UsageError(f"{place} is a bundle: name it first, fbclip calibrate {place} GOOD...")
-    bundle = Bundle.load(first if named else None)
-    path = bundle.path
-    if name is not None or not named:
-        path = Path(f"{bundle.name if name is None else checked_name(name)}{SUFFIX}")
-    _require_same(bundle, path)
+        if _is_bundle(place):  # its pictures are no good parts
+            raise UsageError(f"{place} is a bundle, not good parts: to calibrate it, {_calibrating(place)}")
+    loaded = Bundle.load(bundle)
+    path = loaded.path
+    if name is not None or bundle is None:
+        path = Path(f"{loaded.name if name is None else checked_name(name)}{SUFFIX}")
+    _require_same(loaded, path)
     require_writable(path if path.exists() else path.parent)
-    return bundle, path, good
+    return loaded, path, good
+
+
+def _is_bundle(place: str) -> bool:
+    path = Path(place)
+    return path.suffix == SUFFIX or os.path.isfile(path / "manifest.json")  # noqa: PTH113 - an address may be long
+
+
+def _calibrating(bundle: object) -> str:
+    """The command that calibrates a bundle."""
+    return f"fbclip calibrate GOOD... --bundle {bundle}"
 
 
 def _require_same(bundle: Bundle, path: Path) -> None:
@@ -112,8 +127,8 @@ def _require_same(bundle: Bundle, path: Path) -> None:
     there = Bundle.load(path)
     if there.manifest != bundle.manifest:
         raise UsageError(
-            f"{path} is here and isn't {_described(bundle)}: fbclip calibrate {path} GOOD... to mean it, or pass --name "
-            f"for a copy of another name"
+            f"{path} is here and isn't {_described(bundle)}: {_calibrating(path)} to mean it, or choose another name",
+            option="name",
         )
     for name in WRITTEN:
         if os.path.lexists(place := there.inside(name)) and not place.is_file():
@@ -186,11 +201,14 @@ def good_images(
     if not skip_first and not any("://" in place for place in places) and all(pictures):
         images = list_images(places, say)[::every][:most]
         if len(images) > MOST_IMAGES:
-            raise UsageError(f"a calibration takes at most {MOST_IMAGES:,} images; got {len(images):,}: pass --every N")
+            raise UsageError(
+                f"a calibration takes at most {MOST_IMAGES:,} images; got {len(images):,}: take every Nth alone",
+                option="every",
+            )
         return images
     sources = [open_source(place, CaptureOptions(every=every, skip_first=skip_first)) for place in places]
     if most is None and (endless := [source.name for source in sources if source.live]):
-        raise UsageError(f"{endless[0]} never ends: pass --max-frames N")
+        raise UsageError(f"{endless[0]} never ends: say how many frames to take", option="max_frames")
     return islice(_frames(sources, say), min(most or MOST_IMAGES, MOST_IMAGES))
 
 
@@ -231,7 +249,7 @@ def calibrate(
     if rate is None and 1 < count < USUAL_COUNT:
         rate = lowest_rate(count)
         chosen = f"{count} images allow a false-alarm rate of {rate:g} at best, which is taken"
-        console.print(f"{chosen}; {USUAL_RATE:g} needs {USUAL_COUNT}", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"{chosen}; {USUAL_RATE:g} needs {USUAL_COUNT}")
     elif rate is None:
         rate = USUAL_RATE
     threshold = conformal_threshold(found.scores, rate)
@@ -262,18 +280,17 @@ def calibrate(
 def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], what: str, console: Console) -> Scores:
     found = Scores()
     total = len(images) if isinstance(images, Collection) else None
-    for image in track(images, what, total=total, console=console, disable=not console.is_terminal, transient=True):
+    for image in track(images, what, console, total):
         try:
             prediction = predictor(image)
         except ImageError as error:
             found.skipped += 1
-            console.print(f"skipped: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            warn(console, f"skipped: {error}")
             continue
         if prediction.unusable:
             found.unusable += 1
             if isinstance(image, Path):  # of a camera's there may be thousands, which are counted
-                text = f"left out: {image} is {EXPLAINED[prediction.unusable]}"
-                console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+                warn(console, f"left out: {image} is {EXPLAINED[prediction.unusable]}")
             continue
         digest = hashlib.sha256(repr(prediction.image.shape).encode() + prediction.image.tobytes()).hexdigest()
         if digest in found.digests:
@@ -341,6 +358,6 @@ def report_misses(calibration: Calibration, interval: tuple[float, float], bad: 
         )
     if c.missed >= HOPELESS * c.defects:
         say(
-            "this model can't inspect this part: it passes most of these defects as good. Look only where defects can be "
-            "(--roi), accept more false alarms (--false-alarm-rate), or train a model for it (docs/guides/training.md)"
+            "this model can't inspect this part: it passes most of these defects as good. Look only where defects can be, "
+            "accept a higher false-alarm rate, or train a model for it (docs/guides/training.md)"
         )

@@ -126,7 +126,7 @@ class Calibration:
         )
         return (
             f"{text}; they were scored in {self.precision}, and {precision} may differ{measured}: "
-            f"calibrate with --precision {precision} for the exact promise"
+            f"calibrate in {precision} for the exact promise"
         )
 
     def save(self, bundle: Bundle) -> None:
@@ -184,7 +184,7 @@ def checked_threshold(threshold: float) -> float:
         UsageError: no probability.
     """
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)) or not 0 <= threshold <= 1:
-        raise UsageError(f"--threshold is a probability between 0 and 1; got {threshold!r:.50}")
+        raise UsageError(f"a threshold is a probability between 0 and 1; got {threshold!r:.50}", option="threshold")
     return float(threshold)
 
 
@@ -214,15 +214,16 @@ def rank(count: int, rate: float) -> int:
     """
     if not LOWEST_RATE <= rate < 0.5:
         raise UsageError(
-            f"--false-alarm-rate is a probability above 0 and below 0.5, like 0.01, and {LOWEST_RATE:f} at least; "
-            f"got {rate:g}"
+            f"a false-alarm rate is above 0 and below 0.5, like 0.01, and {LOWEST_RATE:f} at least; got {rate:g}",
+            option="false_alarm_rate",
         )
     exact = Fraction(str(rate))
     if not (m := math.floor(exact * (count + 1))):
-        lowest = f"{count} images allow {lowest_rate(count):g} at best: --false-alarm-rate {lowest_rate(count, 2):g}"
+        lowest = f"{count} images allow {lowest_rate(count):g} at best: choose {lowest_rate(count, 2):g}"
         raise UsageError(
             f"a false-alarm rate of {rate:g} needs at least {math.ceil(1 / exact) - 1} good images; got {count}: "
-            f"give more" + (f" ({lowest})" if count > 1 else "")
+            f"give more" + (f" ({lowest})" if count > 1 else ""),
+            option="false_alarm_rate",
         )
     return m
 

@@ -2,74 +2,106 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.options import BundleOption, ClipOption, WeightsOption, make_console, parse_frame_size
+from fbclip.commands.groups import BundleOption, RunGroup
+from fbclip.commands.mount import mounted, option
+from fbclip.commands.values import parse_frame_hw, parse_names
+
+if TYPE_CHECKING:
+    from fbclip.runtime.bench.run import Options
 
 
-def bench(
-    bundle: BundleOption = None,
+@dataclass(frozen=True)
+class TimingGroup:
+    """What is timed."""
+
+    PANEL: ClassVar = "What is timed"
     backends: Annotated[
         str | None,
-        typer.Option(
-            help="With commas: torch-reference, torch, torch-compile, onnxruntime, onnxruntime-cuda, "
-            "onnxruntime-tensorrt, tensorrt; all; those that run here, without torch-compile, if left out."
+        option(
+            "With commas: torch-reference, torch, torch-compile, onnxruntime, onnxruntime-cuda, "
+            "onnxruntime-tensorrt, tensorrt; or all. Default: those that work here, except torch-compile.",
+            metavar="NAME,…",
         ),
-    ] = None,
-    precision: Annotated[str | None, typer.Option(help="Of the bundle, with commas; all it has if left out.")] = None,
-    batch: Annotated[str, typer.Option(help="Images per run, with commas.")] = "1",
-    frame_size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH of the frames in memory; resizing is timed, too.")
-    ] = None,
-    runs: Annotated[int, typer.Option(min=3, help="Timed runs of each, at least.")] = 50,
-    profile: Annotated[bool, typer.Option("--profile", help="Also list the costliest operators by stage.")] = False,
+    ] = None
+    precision: Annotated[
+        str | None, option("Graphs of the bundle, with commas. Default: all it has.", metavar="NAME,…")
+    ] = None
+    batch: Annotated[
+        str, option("Images at once, with commas, like 1,4.", "--batch", "--batch-size", metavar="N,…")
+    ] = "1"
+    resolution: Annotated[
+        str | None,
+        option("Width and height of the frames in memory: resizing them is timed, too.", metavar="WxH"),
+    ] = None
+    frame_size: Annotated[str | None, option("", metavar="HxW", hidden=True)] = None
+    runs: Annotated[int, option("Timed runs of each, at least.", metavar="N", min=3)] = 50
+    profile: Annotated[bool, option("Also list the costliest operators by stage.", "--profile")] = False
+
+
+@dataclass(frozen=True)
+class TorchGroup:
+    """What torch runs."""
+
+    PANEL: ClassVar = "Timings of torch"
     checkpoint: Annotated[
-        Path | None, typer.Option(help="What torch runs: the bundle's; the embedded model's if left out.")
-    ] = None,
-    clip: ClipOption = None,
-    clip_weights: WeightsOption = None,
+        Path | None,
+        option("Checkpoint of the same model, for the torch timings. Default: the embedded one.", metavar="PATH"),
+    ] = None
+    clip: Annotated[
+        str | None, option("CLIP model of an official checkpoint: its name in open_clip, or .json.", metavar="NAME")
+    ] = None
+    clip_weights: Annotated[
+        str | None, option("Weights of that CLIP model: a pretrained tag, or a file.", metavar="TAG|PATH")
+    ] = None
+
+
+@mounted(first=("bundle", "backends", "precision", "batch", "compare"))
+def bench(
+    timing: TimingGroup,
+    torch: TorchGroup,
+    run: RunGroup,
+    bundle: BundleOption = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="Two bench.json, before and after: what changed beyond noise.")
+        tuple[Path, Path] | None,
+        option("Two bench.json, before and after: say what changed beyond noise.", metavar="PATH PATH"),
     ] = None,
     fail_over: Annotated[
-        str | None, typer.Option(help="With --compare: exit with 1 where something is slower by more, like 5%.")
+        str | None,
+        option(
+            "With --compare: exit with code 1 where something is slower by more than this, like 5%.",
+            metavar="PERCENT",
+            panel="Comparison",
+        ),
     ] = None,
-    json: Annotated[str | None, typer.Option(help="Also write bench.json here, or - for standard output.")] = None,
-    project: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/bench"),
-    name: Annotated[str, typer.Option(help="Name of this run.")] = "exp",
-    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Write into the run's folder if it is there.")] = False,
+    json: Annotated[
+        str | None,
+        option("Also write bench.json here, or - for standard output.", metavar="PATH", panel=RunGroup.PANEL),
+    ] = None,
 ) -> None:
-    """Time backends side by side, with drift and distance to the machine's limit; compare recorded runs."""
+    """Time backends side by side, how far their results deviate, and how near the machine's limit they are."""
     from fbclip.bundle import Bundle
     from fbclip.errors import UsageError
-    from fbclip.files import new_run, require_file, write_text
+    from fbclip.files import require_file, write_text
     from fbclip.runtime.bench.compare import compare_files
     from fbclip.runtime.bench.report import show, to_json, write_bench
-    from fbclip.runtime.bench.run import Options, bench
-    from fbclip.terminal import say
+    from fbclip.runtime.bench.run import bench
+    from fbclip.terminal import make_console, say
 
     console = make_console(stderr=json == "-")
     if compare:
         raise typer.Exit(compare_files(*compare, fail_over, console))
     if fail_over:
         raise UsageError("--fail-over goes with --compare; got none")
-    options = Options(
-        _names(backends),
-        _names(precision),
-        _batches(batch),
-        parse_frame_size(frame_size),
-        runs,
-        profile,
-        checkpoint,
-        clip,
-        clip_weights,
-    )
+    options = _options(timing, torch)
     loaded = Bundle.load(bundle)
     require_file(json)
-    folder = new_run(project, name, exist_ok)
+    folder = run.folder("bench")
     report = bench(loaded, options, console)
     show(report, console)
     if missing := write_bench(report, folder):
@@ -79,8 +111,20 @@ def bench(
     say(console, f"results are in {folder}")
 
 
-def _names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(part.strip() for part in text.split(","))
+def _options(timing: TimingGroup, torch: TorchGroup) -> Options:
+    from fbclip.runtime.bench.run import Options
+
+    return Options(
+        parse_names(timing.backends),
+        parse_names(timing.precision),
+        _batches(timing.batch),
+        parse_frame_hw(timing.resolution, timing.frame_size),
+        timing.runs,
+        timing.profile,
+        torch.checkpoint,
+        torch.clip,
+        torch.clip_weights,
+    )
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -91,5 +135,5 @@ def _batches(text: str) -> tuple[int, ...]:
     except ValueError:
         batches = (0,)
     if min(batches) < 1:
-        raise UsageError(f"--batch takes numbers from 1 with commas, like 1,4; got {text!r}")
+        raise UsageError(f"images at once are numbers from 1 with commas, like 1,4; got {text!r}", option="batch")
     return batches

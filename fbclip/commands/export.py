@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import typer
-
-from fbclip.commands.options import (
-    ClipOption,
-    LayersOption,
-    SizeOption,
-    WeightsOption,
-    find_checkpoint,
-    make_console,
-    need_train_extra,
-    parse_frame_size,
-    parse_layers,
-)
+from fbclip.commands.groups import BATCH_NAMES, ModelGroup
+from fbclip.commands.mount import mounted, option
+from fbclip.commands.values import find_checkpoint, need_train_extra, parse_frame_hw
+from fbclip.errors import UsageError
 
 if TYPE_CHECKING:
     from fbclip.engines import EngineOptions
+    from fbclip.export.precision.int8 import Quantization
 
 
 class ChannelOrder(str, Enum):
@@ -29,163 +24,230 @@ class ChannelOrder(str, Enum):
     bgr = "bgr"
 
 
-def export(
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="An fbclip checkpoint or an official one; nano, the embedded one, if left out.")
-    ] = None,
-    clip: ClipOption = None,
-    clip_weights: WeightsOption = None,
-    image_size: SizeOption = None,
-    feature_layers: LayersOption = None,
-    object: Annotated[str, typer.Option(help="What the prompts call the inspected thing.")] = "object",
-    fp16: Annotated[bool, typer.Option("--fp16", "--half", help="Also write a half-precision graph.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Also write an 8-bit graph, for CPUs.")] = False,
+@dataclass(frozen=True)
+class GraphGroup:
+    """The graphs that are written, and how they are proven."""
+
+    PANEL: ClassVar = "Graphs of the bundle"
+    fp16: Annotated[bool, option("Also write a half-precision graph.", "--fp16", "--half")] = False
+    int8: Annotated[bool, option("Also write an 8-bit graph, for CPUs.", "--int8")] = False
     int8_static: Annotated[
-        bool, typer.Option("--int8-static", help="Also write an 8-bit graph with fixed ranges, for TensorRT.")
-    ] = False,
+        bool, option("Also write an 8-bit graph with fixed ranges, for TensorRT.", "--int8-static")
+    ] = False
     calibration_images: Annotated[
         list[str] | None,
-        typer.Option(help="Good images that --int8-static takes the ranges from, or a data set; else the samples."),
-    ] = None,
+        option(
+            "Good images that --int8-static takes the ranges from, or a data set. Default: the sample images.",
+            metavar="PATH",
+        ),
+    ] = None
     threshold: Annotated[
-        float | None, typer.Option(help="Scores from here on are anomalous; the checkpoint's, else 0.5.")
-    ] = None,
-    frame_size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH of the camera's frames: the graph takes them whole and resizes.")
-    ] = None,
+        float | None,
+        option(
+            "Threshold stored in the bundle. Default: the checkpoint's (0.535 for the embedded model), else 0.5.",
+            metavar="NUMBER",
+        ),
+    ] = None
+    object: Annotated[str, option("What the prompts call the inspected thing.", metavar="NOUN")] = "object"
+    resolution: Annotated[
+        str | None,
+        option(
+            "Width and height of the camera's frames, like 1920x1080: the graph takes them whole and resizes.",
+            metavar="WxH",
+        ),
+    ] = None
+    frame_size: Annotated[str | None, option("", metavar="HxW", hidden=True)] = None
     channel_order: Annotated[
-        ChannelOrder, typer.Option(help="Of the images that the graph takes; OpenCV and most cameras give bgr.")
-    ] = ChannelOrder.rgb,
+        ChannelOrder, option("Colour order of the input images. OpenCV gives bgr.", metavar="rgb|bgr")
+    ] = ChannelOrder.rgb
     parity_images: Annotated[
         list[str] | None,
-        typer.Option(
-            help="For the proof: images, folders, globs, or a data set (see fbclip data); the samples if left out."
+        option(
+            "Images that prove the graphs: files, folders, globs, or a data set (see fbclip data). Default: the sample "
+            "images.",
+            metavar="PATH",
         ),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Of the bundle, or with --triton of its model; the checkpoint's or bundle's.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Bundle folder to write; NAME.fbclip if left out.")] = None,
-    engine: Annotated[
-        bool, typer.Option("--engine", help="Build a TensorRT engine for the GPU here; with --triton as its model.")
-    ] = False,
+    ] = None
+
+    @property
+    def frame_hw(self) -> tuple[int, int] | None:
+        return parse_frame_hw(self.resolution, self.frame_size)
+
+
+@dataclass(frozen=True)
+class PlanGroup:
+    """What TensorRT builds."""
+
+    PANEL: ClassVar = "TensorRT engine, Triton model"
     bundle: Annotated[
         Path | None,
-        typer.Option(help="With --engine or --triton: use this bundle, which needs no torch; exports none."),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="Of the engine or the Triton model: auto, fp32, fp16 or int8.")
-    ] = "auto",
-    batch: Annotated[str, typer.Option(help="Images at once the engine takes: MIN,OPT,MAX.")] = "1,1,1",
-    workspace: Annotated[int | None, typer.Option(min=1, help="Limit of the engine's scratch memory in MiB.")] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option(min=0, max=5, help="0 builds the engine quickly, 5 makes it quick.")
-    ] = None,
-    hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="An engine for any GPU from Ampere on; not on Jetson.")
-    ] = False,
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="An engine for later TensorRT of the same major version, too.")
-    ] = False,
+        option(
+            "Use this existing bundle for --engine or --triton instead of exporting a checkpoint; needs no torch.",
+            metavar="PATH",
+        ),
+    ] = None
+    engine: Annotated[
+        bool, option("Build a TensorRT engine for the GPU here; with --triton as its model.", "--engine")
+    ] = False
     triton: Annotated[
-        Path | None, typer.Option(help="Also write the model into this NVIDIA Triton model repository.")
+        Path | None, option("Also write the model into this NVIDIA Triton model repository.", metavar="PATH")
+    ] = None
+    precision: Annotated[
+        str, option("Graph for the engine or the Triton model: auto, fp32, fp16 or int8.", metavar="NAME")
+    ] = "auto"
+    batch: Annotated[
+        str,
+        option("Images at once that the engine takes: N, or MIN,OPT,MAX.", *BATCH_NAMES, metavar="N"),
+    ] = "1"
+    workspace: Annotated[int | None, option("Limit of the engine's scratch memory in MiB.", metavar="N", min=1)] = None
+    optimization_level: Annotated[
+        int | None, option("0 builds the engine quickly, 5 makes it quick.", metavar="N", min=0, max=5)
+    ] = None
+    hardware_compatible: Annotated[
+        bool, option("Engine also runs on any GPU from Ampere on (not on Jetson).", "--hardware-compatible")
+    ] = False
+    version_compatible: Annotated[
+        bool,
+        option("Engine also runs on later TensorRT versions of the same major version.", "--version-compatible"),
+    ] = False
+
+    @property
+    def options(self) -> EngineOptions:
+        from fbclip.engines import EngineOptions
+        from fbclip.export.engine import parse_batch
+
+        batch = parse_batch(self.batch)
+        return EngineOptions(
+            batch, self.workspace, self.optimization_level, self.hardware_compatible, self.version_compatible
+        )
+
+
+@mounted(first=("checkpoint", "fp16", "int8", "engine", "out"))
+def export(
+    model: ModelGroup,
+    graphs: GraphGroup,
+    plan: PlanGroup,
+    checkpoint: Annotated[
+        Path | None,
+        option("Checkpoint to export: fbclip's FILE, nano, or an official one. Default: nano.", metavar="PATH"),
     ] = None,
+    name: Annotated[
+        str | None,
+        option(
+            "Name of the bundle, or with --triton of its model. Default: the checkpoint's or the bundle's.",
+            metavar="NAME",
+            panel="Graphs of the bundle",
+        ),
+    ] = None,
+    out: Annotated[Path | None, option("Bundle folder to write. Default: NAME.fbclip.", metavar="PATH")] = None,
 ) -> None:
-    """Write a bundle from a checkpoint and prove that it agrees with the model; build engines, write Triton models."""
+    """Write a bundle from a checkpoint and prove that it agrees with it; build engines, write Triton models."""
+    options = plan.options
+    if plan.bundle:
+        writes = checkpoint or model.clip or out or graphs.fp16 or graphs.int8 or graphs.int8_static
+        if writes or not (plan.engine or plan.triton):
+            raise UsageError("--bundle goes with --engine or --triton alone: it takes a bundle that is there")
+        if name is not None and not plan.triton:
+            raise UsageError("--name with --bundle is the name of a Triton model: pass --triton")
+        _deploy(plan.bundle, plan, options, name)
+        return
+    _check(graphs, plan, options)
+    path = _export(checkpoint, model, graphs, name, out)
+    if plan.engine or plan.triton:
+        _deploy(path, plan, options, name)
+
+
+def _check(graphs: GraphGroup, plan: PlanGroup, options: EngineOptions) -> None:
+    """Raise UsageError where options don't go together."""
     from importlib.util import find_spec
 
     from fbclip.engines import EngineOptions
-    from fbclip.errors import UsageError
-    from fbclip.export.engine import parse_batch
 
-    options = EngineOptions(parse_batch(batch), workspace, optimization_level, hardware_compatible, version_compatible)
-    if bundle:
-        if not (engine or triton) or checkpoint or clip or out or fp16 or int8 or int8_static:
-            raise UsageError("--bundle goes with --engine or --triton alone: it takes a bundle that is there")
-        if name is not None and not triton:
-            raise UsageError("--name with --bundle is the name of a Triton model: pass --triton")
-        _deploy(bundle, triton, precision, options if engine else None, name)
-        return
-    if not engine and options != EngineOptions():
+    deploys, precision = plan.engine or plan.triton, plan.precision
+    if not plan.engine and options != EngineOptions():
         raise UsageError("options of the engine need --engine")
-    if not (engine or triton) and precision != "auto":
+    if not deploys and precision != "auto":
         raise UsageError(f"--precision is an engine's or a Triton model's: pass --engine or --triton; got {precision}")
-    if (engine or triton) and find_spec("torch") is None:
+    if deploys and find_spec("torch") is None:
         raise UsageError("without --bundle a bundle is exported first, which needs torch: pass --bundle to use yours")
-    if int8 and int8_static:
+    if graphs.int8 and graphs.int8_static:
         raise UsageError("a bundle holds one 8-bit graph: pass --int8 (for CPUs) or --int8-static (for TensorRT)")
-    if calibration_images and not int8_static:
+    if graphs.calibration_images and not graphs.int8_static:
         raise UsageError("--calibration-images is for --int8-static; --int8 measures the ranges of each image itself")
-    from fbclip.bundle import DYNAMIC, STATIC, SUFFIX, checked_name, require_place
+
+
+def _export(
+    checkpoint: Path | None, network: ModelGroup, graphs: GraphGroup, name: str | None, out: Path | None
+) -> Path:
+    """Write a bundle and prove it; returns its folder."""
+    from fbclip.bundle import SUFFIX, checked_name, require_place
     from fbclip.runtime.calibration import checked_threshold
 
-    if threshold is not None:
-        checked_threshold(threshold)
+    if graphs.threshold is not None:
+        checked_threshold(graphs.threshold)
     need_train_extra()
+    path, layers, frame_hw = find_checkpoint(str(checkpoint or "nano"), "checkpoint"), network.layers, graphs.frame_hw
     from fbclip.export.bundle import Deployment, export_bundle
-    from fbclip.export.parity import find_calibration, find_proof, read_calibration, read_proof
-    from fbclip.export.precision.int8 import Quantization
+    from fbclip.export.parity import find_calibration, find_proof, read_proof
     from fbclip.export.report import print_parity
     from fbclip.model.checkpoint import about, load
+    from fbclip.terminal import make_console
+    from fbclip.terminal import say as print_line
 
     console = make_console()
-    frame_hw = parse_frame_size(frame_size)
-    paths, labels = find_proof(parity_images or [])
-    calibration_paths = find_calibration(calibration_images or []) if int8_static else []
-    path = find_checkpoint(str(checkpoint or "nano"), "--checkpoint")
+    say = partial(print_line, console)
+    paths, labels = find_proof(graphs.parity_images or [])
+    ranges = find_calibration(graphs.calibration_images or []) if graphs.int8_static else []
     known = about(path)
     own_name = known.name if name is None else checked_name(name)
     target = require_place(out or Path(f"{own_name}{SUFFIX}"))  # before the work, not after it
-    if threshold is None:
-        threshold = 0.5 if known.threshold is None else known.threshold
-    console.print(f"loading {path.name}", markup=False)
-    model = load(path, clip, clip_weights, image_size, parse_layers(feature_layers))
-    model.set_noun(object)
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    size = model.config.image_size
-    size_hw = frame_hw or (size, size)
+    threshold = next(value for value in (graphs.threshold, known.threshold, 0.5) if value is not None)
+    say(f"loading {path.name}")
+    model = load(path, network.clip, network.clip_weights, network.image_size, layers)
+    model.set_noun(graphs.object)
+    size_hw = frame_hw or (model.config.image_size,) * 2
     proof = read_proof(paths, labels, size_hw, say)
-    quantization = Quantization(DYNAMIC) if int8 else None
-    if int8_static:
-        quantization = Quantization(STATIC, read_calibration(calibration_paths, size_hw, say))
-    deployment = Deployment(
-        own_name,
-        fp16,
-        quantization,
-        frame_hw,
-        channel_order.value,
-        threshold,
-        {"checkpoint": path.name} | ({"seen": known.seen.to_dict()} if known.seen else {}),
-    )
+    quantization = _quantization(graphs, ranges, size_hw, say)
+    provenance = {"checkpoint": path.name} | ({"seen": known.seen.to_dict()} if known.seen else {})
+    order = graphs.channel_order.value
+    deployment = Deployment(own_name, graphs.fp16, quantization, frame_hw, order, threshold, provenance)
     was_calibrated = (target / "calibration.json").exists()
     exported, parities = export_bundle(model, target, proof, deployment, say)
     print_parity(parities, console)
     if was_calibrated:
-        say(f"the calibration of the bundle that was there is gone with it: fbclip calibrate {exported.path} GOOD...")
+        again = f"fbclip calibrate GOOD... --bundle {exported.path}"
+        say(f"the calibration of the bundle that was there is gone with it: {again}")
     say(f"wrote {exported.path}")
-    if engine or triton:
-        _deploy(exported.path, triton, precision, options if engine else None, name)
+    return exported.path
 
 
-def _deploy(bundle: Path, triton: Path | None, precision: str, options: EngineOptions | None, name: str | None) -> None:
+def _quantization(
+    graphs: GraphGroup, ranges: list[Path], size_hw: tuple[int, int], say: Callable[[str], None]
+) -> Quantization | None:
+    """How the 8-bit graph is written; None for none."""
+    from fbclip.bundle import DYNAMIC, STATIC
+    from fbclip.export.parity import read_calibration
+    from fbclip.export.precision.int8 import Quantization
+
+    if graphs.int8_static:
+        return Quantization(STATIC, read_calibration(ranges, size_hw, say))
+    return Quantization(DYNAMIC) if graphs.int8 else None
+
+
+def _deploy(bundle: Path, plan: PlanGroup, options: EngineOptions, name: str | None) -> None:
     """From a bundle: a Triton model, whose plan is built with `options`, or else an engine in the bundle."""
-    from functools import partial
-
     from fbclip.bundle import Bundle
     from fbclip.export.engine import build_engine, build_plan
-    from fbclip.terminal import say
+    from fbclip.terminal import make_console, say
 
     console = make_console()
-    if triton:
+    if plan.triton:
         from fbclip.export.triton import MAX_BATCH, write_model  # needs onnx, which an engine does not
 
-        max_batch = options.batch[2] if options and options.batch[2] > 1 else MAX_BATCH
-        build = partial(build_plan, options=options, max_batch=max_batch, console=console) if options else None
-        folder = write_model(Bundle.load(bundle), triton, precision, build, max_batch, name)
+        max_batch = options.batch[2] if plan.engine and options.batch[2] > 1 else MAX_BATCH
+        build = partial(build_plan, options=options, max_batch=max_batch, console=console) if plan.engine else None
+        folder = write_model(Bundle.load(bundle), plan.triton, plan.precision, build, max_batch, name)
         say(console, f"wrote {folder}; its README.md says how to serve it")
-    elif options:
-        plan = build_engine(Bundle.load(bundle), precision, options, console)
-        say(console, f"wrote {plan}; use it with --device tensorrt")
+    else:
+        built = build_engine(Bundle.load(bundle), plan.precision, options, console)
+        say(console, f"wrote {built}; use it with --device tensorrt")

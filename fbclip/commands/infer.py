@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.options import (
-    BundleOption,
-    DeviceOption,
-    RoiOption,
-    make_console,
-    parse_resolution,
-    parse_threshold,
-)
+from fbclip.commands.groups import BundleGroup, SinkGroup, SourceGroup, VerdictGroup
+from fbclip.commands.mount import IMAGES, STREAMS, mounted, option, refuse
 
-IMAGES, STREAMS = "Images", "Cameras, streams, videos, watched folders"
-OF_STREAMS = (
-    "resolution",
-    "fps",
-    "every",
-    "skip_first",
-    "give_up",
-    "duration",
-    "vote",
-    "events",
-    "events_size",
-    "show",
-    "video",
-    "mqtt",
-    "webhook",
-    "metrics_port",
-)
+if TYPE_CHECKING:
+    from fbclip.runtime.live.sinks import Saving
 
 
 class MapSize(str, Enum):
@@ -41,130 +21,95 @@ class MapSize(str, Enum):
     model = "model"
 
 
-def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+@dataclass(frozen=True)
+class PictureGroup:
+    """Pictures and maps of results: in PROJECT/NAME, then NAME2, NAME3, …"""
+
+    PANEL: ClassVar = "Pictures and maps"
+    save: Annotated[
+        bool | None,
+        option("Write overlay pictures, or don't. Default: of files and watched folders, not of cameras and streams."),
+    ] = None
+    save_map: Annotated[bool, option("Also write anomaly maps, float32 .npy.", "--save-map")] = False
+    map_size: Annotated[MapSize, option("Size of saved maps: the frame's or the model's.", metavar="frame|model")] = (
+        MapSize.frame
+    )
+    project: Annotated[Path, option("Folder of the runs.", metavar="PATH")] = Path("runs/infer")
+    name: Annotated[str, option("Name of this run: its folder.", metavar="NAME")] = "exp"
+    exist_ok: Annotated[bool, option("Write into the run's folder if it is there.", "--exist-ok")] = False
+
+    def saving(self, live: bool) -> Saving | None:
+        """What is written of a source, in a folder that is made for it; None for nothing."""
+        from fbclip.files import new_run
+        from fbclip.runtime.live.sinks import Saving
+
+        overlays = self.save if self.save is not None else not live
+        if not (overlays or self.save_map):
+            return None
+        folder = new_run(self.project, self.name, self.exist_ok)
+        return Saving(folder, overlays, self.save_map, self.map_size.value)
 
 
-# those that fbclip serve has too
-PrecisionOption = Annotated[str, typer.Option(help="auto, fp32, fp16 or int8.")]
-ThresholdOption = Annotated[str, typer.Option(help="auto (calibrated, else the bundle's), or 0 to 1.")]
-MinAreaOption = Annotated[
-    int, typer.Option(min=0, help="Ignore regions of fewer pixels; an image with no others is good.")
-]
-JsonOption = Annotated[
-    str | None,
-    typer.Option(help="Write JSON lines to this file (images: anew; streams: at its end), or - for standard output."),
-]
-CsvOption = Annotated[
-    Path | None, typer.Option(help="Write a CSV table to this file (images: anew; streams: at its end).")
-]
-CameraOption = Annotated[str | None, option(STREAMS, "The same as SOURCE: a camera's number, …")]
-WatchOption = Annotated[bool, option(STREAMS, "SOURCE is a folder: inspect images as they arrive.", "--watch")]
-ResolutionOption = Annotated[str | None, option(STREAMS, "WIDTHxHEIGHT to ask the camera for.")]
-FpsOption = Annotated[float | None, option(STREAMS, "Frames per second to ask the camera for.")]
-EveryOption = Annotated[int, option(STREAMS, "Inspect every Nth frame.", min=1)]
-SkipFirstOption = Annotated[int, option(STREAMS, "Leave out N frames after each connect to a camera.", min=0)]
-GiveUpOption = Annotated[
-    float | None, option(STREAMS, "Exit with code 1 after so many seconds without a frame. Default: keep trying.")
-]
-VoteOption = Annotated[str, option(STREAMS, "K/N: alarm where K of the last N frames are anomalous.")]
-EventsOption = Annotated[Path | None, option(STREAMS, "Save the frames around each alarm in this folder.")]
-EventsSizeOption = Annotated[str, option(STREAMS, "Largest size of that folder; the oldest events are deleted.")]
-MqttOption = Annotated[
-    str | None, option(STREAMS, "Publish results to this MQTT broker and topic prefix: mqtt://HOST/PREFIX.")
-]
-WebhookOption = Annotated[str | None, option(STREAMS, "Address that alarms and notices are posted to.")]
+@dataclass(frozen=True)
+class ViewGroup:
+    """What is seen of a stream, and when it ends."""
+
+    PANEL: ClassVar = SourceGroup.PANEL
+    duration: Annotated[float | None, option("End after this long.", metavar="SECONDS", min=0), STREAMS] = None
+    show: Annotated[
+        bool, option("Show the pictures in a window (needs opencv-python, not headless).", "--show"), STREAMS
+    ] = False
+    video: Annotated[
+        Path | None, option("Write the pictures to this Motion JPEG file (.avi).", metavar="PATH"), STREAMS
+    ] = None
 
 
+@dataclass(frozen=True)
+class WorkGroup:
+    """How much is inspected, and how much of it at once."""
+
+    PANEL: ClassVar = "Model and device"
+    max_frames: Annotated[int | None, option("End after N images or frames.", metavar="N", min=1)] = None
+    batch: Annotated[int, option("Images of files that the model is given at once.", metavar="N", min=1)] = 1
+
+
+@mounted(first=("bundle", "threshold", "json", "watch", "events"))
 def infer(
     context: typer.Context,
+    model: BundleGroup,
+    work: WorkGroup,
+    verdict: VerdictGroup,
+    reading: SourceGroup,
+    view: ViewGroup,
+    results: SinkGroup,
+    pictures: PictureGroup,
     source: Annotated[
         list[str] | None,
         typer.Argument(
+            metavar="[SOURCE...]",
             help="Images, folders, globs; or one stream: a camera's number, /dev/video0, csi://0, a video file, "
-            "rtsp://…, http://…. The sample images if left out."
+            "rtsp://…, http://…. Default: the sample images.",
         ),
     ] = None,
-    bundle: BundleOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    threshold: ThresholdOption = "auto",
-    roi: RoiOption = None,
-    min_area: MinAreaOption = 0,
-    max_frames: Annotated[int | None, typer.Option(min=1, help="End after so many images or frames.")] = None,
-    json: JsonOption = None,
-    csv: CsvOption = None,
-    save: Annotated[bool | None, option(IMAGES, "Write overlay pictures.")] = None,
-    batch: Annotated[int, option(IMAGES, "Images that the model is given at once.", min=1)] = 1,
-    save_map: Annotated[bool, option(IMAGES, "Write anomaly maps, float32 .npy.", "--save-map")] = False,
-    map_size: Annotated[MapSize, option(IMAGES, "Size of saved maps: the frame's or the model's.")] = MapSize.frame,
-    project: Annotated[Path, option(IMAGES, "Folder of the runs.")] = Path("runs/infer"),
-    name: Annotated[str, option(IMAGES, "Name of this run.")] = "exp",
-    exist_ok: Annotated[bool, option(IMAGES, "Write into the run's folder if it is there.", "--exist-ok")] = False,
-    camera: CameraOption = None,
-    watch: WatchOption = False,
-    resolution: ResolutionOption = None,
-    fps: FpsOption = None,
-    every: EveryOption = 1,
-    skip_first: SkipFirstOption = 0,
-    give_up: GiveUpOption = None,
-    duration: Annotated[float | None, option(STREAMS, "End after so many seconds.", min=0)] = None,
-    vote: VoteOption = "1/1",
-    events: EventsOption = None,
-    events_size: EventsSizeOption = "1GB",
-    show: Annotated[
-        bool, option(STREAMS, "Show the pictures in a window (needs opencv-python, not headless).", "--show")
-    ] = False,
-    video: Annotated[Path | None, option(STREAMS, "Write the overlays to this Motion JPEG file (.avi).")] = None,
-    mqtt: MqttOption = None,
-    webhook: WebhookOption = None,
-    metrics_port: Annotated[
-        int | None, option(STREAMS, "Serve Prometheus metrics on this port of 127.0.0.1.", min=1, max=65535)
-    ] = None,
 ) -> None:
-    """Score images, or the frames of a camera, and draw where the defects are."""
-    from fbclip.files import new_run, require_file
+    """Find defects in images or in the frames of a camera, and draw where they are."""
+    from fbclip.files import require_file
     from fbclip.runtime.live.alarm import Vote
     from fbclip.runtime.live.pipeline import Limits
     from fbclip.runtime.live.run import Inspection, inspect_source
-    from fbclip.runtime.live.sinks import Saving, SinkOptions
-    from fbclip.runtime.live.sinks.events import parse_size
-    from fbclip.runtime.live.sources import CaptureOptions, open_source
-    from fbclip.runtime.predictor import Predictor
-    from fbclip.runtime.roi import Roi
-    from fbclip.terminal import say
+    from fbclip.runtime.live.sources import open_source
+    from fbclip.terminal import make_console, say
 
-    console = make_console(stderr=json == "-")
-    texts = [*(source or []), *([camera] if camera else [])]
-    capture = CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch, skip_first=skip_first)
+    console = make_console(stderr=results.json == "-")
+    texts, capture = reading.texts(source), reading.capture
     with open_source(texts, capture) as opened:
-        refuse(context, *(("images", OF_STREAMS) if opened.still else ("a stream", ())))
-        region = Roi.parse(roi) if roi else None
-        given = parse_threshold(threshold)
-        predictor = Predictor(bundle, device, precision, given, roi=region, min_area=min_area, batch_size=batch)
-        if threshold == "auto":
+        refuse(context, IMAGES if opened.still else STREAMS, verdict, reading, view, results)
+        predictor = verdict.predictor(model, work.batch)
+        if verdict.threshold == "auto":
             say(console, predictor.explain_threshold())
-        for target in (json, csv):
+        for target in (results.json, results.csv):
             require_file(target)
-        saves = save if save is not None else not opened.live
-        saving = (
-            Saving(new_run(project, name, exist_ok), saves, save_map, map_size.value) if saves or save_map else None
-        )
-        sinks = SinkOptions(
-            json=json, csv=csv, saving=saving, show=show, video=video, mqtt=mqtt, webhook=webhook,
-            metrics_port=metrics_port, events=events, events_bytes=parse_size(events_size),
-        )  # fmt: skip
-        limits = Limits(max_frames, duration)
-        inspect_source(predictor, opened, Inspection(texts, capture, sinks, Vote.parse(vote), limits, batch), console)
-
-
-def refuse(context: typer.Context, source: str, options: tuple[str, ...]) -> None:
-    """Options that this kind of source would ignore."""
-    from fbclip.errors import UsageError
-
-    sources = {name: context.get_parameter_source(name) for name in options}
-    if given := [name for name, from_ in sources.items() if from_ and from_.name == "COMMANDLINE"]:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(
-            f"SOURCE is {source}, which {names} can't be used with: leave it out, or see fbclip {context.info_name} -h"
-        )
+        sinks = replace(results.sinks, saving=pictures.saving(opened.live), show=view.show, video=view.video)
+        limits = Limits(work.max_frames, view.duration)
+        inspection = Inspection(texts, capture, sinks, Vote.parse(verdict.vote), limits, work.batch)
+        inspect_source(predictor, opened, inspection, console)

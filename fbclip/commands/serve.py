@@ -2,137 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.infer import (
-    CameraOption,
-    CsvOption,
-    EventsOption,
-    EventsSizeOption,
-    EveryOption,
-    FpsOption,
-    GiveUpOption,
-    JsonOption,
-    MinAreaOption,
-    MqttOption,
-    PrecisionOption,
-    ResolutionOption,
-    SkipFirstOption,
-    ThresholdOption,
-    VoteOption,
-    WatchOption,
-    WebhookOption,
-    option,
-    refuse,
-)
-from fbclip.commands.options import (
-    BundleOption,
-    DeviceOption,
-    RoiOption,
-    make_console,
-    parse_resolution,
-    parse_threshold,
-)
-
-SERVER = "Server"
-OF_STREAMS = (
-    "resolution",
-    "fps",
-    "every",
-    "skip_first",
-    "give_up",
-    "vote",
-    "events",
-    "events_size",
-    "json",
-    "csv",
-    "mqtt",
-    "webhook",
-)
+from fbclip.commands.groups import BundleGroup, SinkGroup, SourceGroup, VerdictGroup
+from fbclip.commands.mount import NOTHING, mounted, option, refuse
+from fbclip.commands.values import need
 
 
+@dataclass(frozen=True)
+class ServerGroup:
+    """Where the page is."""
+
+    PANEL: ClassVar = "Server"
+    host: Annotated[
+        str, option("Address to listen on, 0.0.0.0 for all. One that others reach needs --token.", metavar="ADDRESS")
+    ] = "127.0.0.1"
+    port: Annotated[int, option("Port to listen on; 0 takes a free one.", metavar="N", min=0, max=65535)] = 8000
+    token: Annotated[
+        str | None,
+        option(
+            "Password that every client must send (16 characters or more); better given as FBCLIP_TOKEN.",
+            metavar="TEXT",
+            envvar="FBCLIP_TOKEN",
+        ),
+    ] = None
+
+
+@mounted(first=("bundle", "threshold", "host", "port", "token"))
 def serve(
     context: typer.Context,
+    model: BundleGroup,
+    verdict: VerdictGroup,
+    server: ServerGroup,
+    reading: SourceGroup,
+    results: SinkGroup,
     source: Annotated[
         list[str] | None,
         typer.Argument(
-            help="A camera's number, /dev/video0, csi://0, a video file, rtsp://…, http://…. If left out, only images "
-            "that are sent are inspected."
+            metavar="[SOURCE]",
+            help="A camera's number, /dev/video0, csi://0, a video file, rtsp://…, http://…. Default: none; only "
+            "images that are sent are inspected.",
         ),
     ] = None,
-    bundle: BundleOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    threshold: ThresholdOption = "auto",
-    roi: RoiOption = None,
-    min_area: MinAreaOption = 0,
-    host: Annotated[
-        str, option(SERVER, "Address to listen on, 0.0.0.0 for all; those that others reach need --token.")
-    ] = "127.0.0.1",
-    port: Annotated[int, option(SERVER, "0 takes a free one.", min=0, max=65535)] = 8000,
-    token: Annotated[
-        str | None,
-        option(SERVER, "Secret that every client must send, 16 characters or more.", "--token", envvar="FBCLIP_TOKEN"),
-    ] = None,
-    camera: CameraOption = None,
-    watch: WatchOption = False,
-    resolution: ResolutionOption = None,
-    fps: FpsOption = None,
-    every: EveryOption = 1,
-    skip_first: SkipFirstOption = 0,
-    give_up: GiveUpOption = None,
-    vote: VoteOption = "1/1",
-    events: EventsOption = None,
-    events_size: EventsSizeOption = "1GB",
-    json: JsonOption = None,
-    csv: CsvOption = None,
-    mqtt: MqttOption = None,
-    webhook: WebhookOption = None,
 ) -> None:
     """Watch a camera in a browser, and inspect images that are sent."""
-    _needs_serve_extra()
+    need(("fastapi", "uvicorn", "websockets", "prometheus_client"), "fbclip serve", ": pip install 'fbclip[serve]'")
     from fbclip.runtime.live.alarm import Vote
     from fbclip.runtime.live.run import Inspection
-    from fbclip.runtime.live.sinks import SinkOptions
-    from fbclip.runtime.live.sinks.events import parse_size
-    from fbclip.runtime.live.sources import CaptureOptions
-    from fbclip.runtime.predictor import Predictor
-    from fbclip.runtime.roi import Roi
     from fbclip.runtime.serving.run import Endpoint, serve
-    from fbclip.terminal import say
+    from fbclip.terminal import make_console, say
 
-    console = make_console(stderr=json == "-")
-    texts = [*(source or []), *([camera] if camera else [])]
+    console = make_console(stderr=results.json == "-")
+    texts = reading.texts(source)
     inspection = None
-    if texts or watch:
-        capture = CaptureOptions(parse_resolution(resolution), fps, every, give_up, watch, skip_first=skip_first)
-        sinks = SinkOptions(
-            json=json, csv=csv, mqtt=mqtt, webhook=webhook, events=events, events_bytes=parse_size(events_size)
-        )
-        inspection = Inspection(texts, capture, sinks, Vote.parse(vote))
+    if texts or reading.watch:
+        inspection = Inspection(texts, reading.capture, results.sinks, Vote.parse(verdict.vote))
     else:
-        refuse(context, "left out", OF_STREAMS)
-    predictor = Predictor(
-        bundle,
-        device,
-        precision,
-        parse_threshold(threshold),
-        roi=Roi.parse(roi) if roi else None,
-        min_area=min_area,
-    )
-    if threshold == "auto":
+        refuse(context, NOTHING, verdict, reading, results)
+    predictor = verdict.predictor(model)
+    if verdict.threshold == "auto":
         say(console, predictor.explain_threshold())
-    serve(predictor, inspection, Endpoint(host, port, token), console)
-
-
-def _needs_serve_extra() -> None:
-    from importlib.util import find_spec
-
-    from fbclip.errors import UsageError
-
-    if missing := [
-        name for name in ("fastapi", "uvicorn", "websockets", "prometheus_client") if find_spec(name) is None
-    ]:
-        raise UsageError(f"fbclip serve needs {', '.join(missing)}: pip install 'fbclip[serve]'")
+    serve(predictor, inspection, Endpoint(server.host, server.port, server.token), console)

@@ -1,215 +1,239 @@
-"""`fbclip train` and `fbclip eval`: their options."""
+"""`fbclip train`: its options."""
 
 from __future__ import annotations
 
-import signal
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.options import (
-    BundleOption,
-    ClipOption,
-    DeviceOption,
-    LayersOption,
-    SizeOption,
-    WeightsOption,
-    find_checkpoint,
-    make_console,
-    need_train_extra,
-    parse_layers,
-    parse_threshold,
-)
+from fbclip.commands.groups import BATCH_NAMES, ModelGroup
+from fbclip.commands.mount import mounted, option
+from fbclip.commands.values import find_checkpoint, need_train_extra
+from fbclip.errors import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fbclip.data.holdout import Parts, Seen
+    from fbclip.model.network import FBCLIP
+    from fbclip.training.loop import Execution
+    from fbclip.training.step import Recipe
 
 OUT = Path("runs/train/exp")
+PROCEDURAL = "procedural"
 
 
-def train(
-    source: Annotated[str, typer.Argument(help="A data set (see fbclip data), or 'procedural'.")] = "procedural",
-    clip: ClipOption = None,
-    clip_weights: WeightsOption = None,
-    image_size: SizeOption = None,
-    feature_layers: LayersOption = None,
-    start: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            help="Fine-tune this fbclip checkpoint: FILE, or nano, the embedded model. Default without --clip.",
-        ),
-    ] = None,
-    train_tower: Annotated[bool, typer.Option("--train-tower", help="Train the vision tower too.")] = False,
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass and process.")] = 4,
-    accumulate: Annotated[int, typer.Option(min=1, help="Forward passes that make up a step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 5e-5,
-    cosine: Annotated[bool, typer.Option("--cosine", help="Warm up, then decay the rate along a cosine.")] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Procedural images per epoch.")] = 10_000,
-    ramp: Annotated[int, typer.Option(min=0, help="Procedural images over which the variety grows.")] = 0,
-    variety: Annotated[
-        float,
-        typer.Option(min=0, max=2, help="Of procedural images: 0 plain, 1 varied, 2 irregular as photographs are."),
-    ] = 1.0,
-    seed: int = 0,
+@dataclass(frozen=True)
+class DataGroup:
+    """The images."""
+
+    PANEL: ClassVar = "Data"
     validation: Annotated[
         float | None,
-        typer.Option(
+        option(
+            "Share of the images that is held out to choose the best checkpoint; 0 trains on all, as published. "
+            "Default: 0.2 of a data set.",
+            metavar="SHARE",
             min=0,
             max=0.9,
-            help="Share of the images that is held out to choose the best checkpoint: 0.2 of a data set; 0 trains on all, "
-            "as published.",
+        ),
+    ] = None
+    samples: Annotated[int, option("Procedural images per epoch.", metavar="N", min=1)] = 10_000
+    ramp: Annotated[int, option("Procedural images over which the variety grows.", metavar="N", min=0)] = 0
+    variety: Annotated[
+        float,
+        option(
+            "How varied procedural images are: 0 plain, 1 varied, 2 irregular as photographs are.",
+            metavar="NUMBER",
+            min=0,
+            max=2,
+        ),
+    ] = 1.0
+    workers: Annotated[int, option("Processes that load images.", metavar="N", min=0)] = 1
+
+
+@dataclass(frozen=True)
+class ScheduleGroup:
+    """The recipe."""
+
+    PANEL: ClassVar = "Schedule"
+    epochs: Annotated[int, option("Times that all images are seen.", metavar="N", min=1)] = 3
+    batch: Annotated[int, option("Images per forward pass and process.", *BATCH_NAMES, metavar="N", min=1)] = 4
+    accumulate: Annotated[int, option("Forward passes that make up a step.", metavar="N", min=1)] = 1
+    lr: Annotated[float, option("Learning rate of Adam.", metavar="RATE")] = 5e-5
+    cosine: Annotated[bool, option("Warm up, then decay the rate along a cosine.", "--cosine")] = False
+    train_tower: Annotated[bool, option("Train the vision tower too.", "--train-tower")] = False
+    muon_lr: Annotated[
+        float | None,
+        option("Train the tower's matrices with Muon at this rate: quick from scratch.", metavar="RATE"),
+    ] = None
+    amp: Annotated[str, option("Mixed precision: no, bf16, fp16 or auto.", metavar="NAME")] = "no"
+    seed: Annotated[int, option("Seed of the weights, the order and the procedural images.", metavar="N")] = 0
+    cache_tokens: Annotated[
+        Path | None,
+        option("Keep the frozen backbone's tokens in this folder: later epochs skip it.", metavar="PATH"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class TeacherGroup:
+    """A network whose features the tower learns too."""
+
+    PANEL: ClassVar = "Teacher"
+    teacher: Annotated[
+        str | None,
+        option("Also teach the tower this network's features: efficientnet-lite0.", metavar="NAME"),
+    ] = None
+    teacher_weight: Annotated[
+        float, option("Weight of the teacher's loss, relative to the task's 1.", metavar="NUMBER")
+    ] = 1.0
+
+
+@dataclass(frozen=True)
+class OutputGroup:
+    """What is written."""
+
+    PANEL: ClassVar = "Output"
+    out: Annotated[Path, option("Folder for the checkpoint, metrics.jsonl and pictures.", metavar="PATH")] = OUT
+    resume: Annotated[bool, option("Go on from what --out holds.", "--resume")] = False
+    save_every: Annotated[int, option("Steps between checkpoints.", metavar="N", min=1)] = 200
+    tensorboard: Annotated[bool, option("Write event files to OUT/tensorboard.", "--tensorboard")] = False
+
+
+@mounted(first=("start", "epochs", "batch", "out", "resume"))
+def train(
+    model: ModelGroup,
+    data: DataGroup,
+    schedule: ScheduleGroup,
+    teaching: TeacherGroup,
+    output: OutputGroup,
+    source: Annotated[
+        str, typer.Argument(metavar="[DATA]", help="A data set (see fbclip data), or 'procedural'.")
+    ] = PROCEDURAL,
+    start: Annotated[
+        str | None,
+        option(
+            "Fine-tune from this fbclip checkpoint: FILE, or nano for the embedded model. Default: nano, unless --clip "
+            "names another model.",
+            "--from",
+            metavar="PATH",
         ),
     ] = None,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 1,
-    amp: Annotated[str, typer.Option(help="Mixed precision: no, bf16, fp16 or auto.")] = "no",
-    cache_tokens: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the frozen backbone's tokens: later epochs skip it.")
-    ] = None,
-    muon_lr: Annotated[
-        float | None, typer.Option(help="Train the tower's matrices with Muon at this rate: quick from scratch.")
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Also teach the tower this network's features: efficientnet-lite0.")
-    ] = None,
-    teacher_weight: Annotated[float, typer.Option(help="Of that loss beside the task's.")] = 1.0,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files to OUT/tensorboard.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what --out holds.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, metrics.jsonl and pictures.")] = OUT,
 ) -> None:
     """Train on a data set with masks, or on procedural defects."""
     need_train_extra()
-    from fbclip.data.dataset import Samples, SampleSet
-    from fbclip.data.holdout import SHARE, Seen, split
+    from fbclip.data.holdout import SHARE, split
     from fbclip.data.layouts import open_dataset
-    from fbclip.data.procedural import ProceduralDefects
-    from fbclip.errors import UsageError
     from fbclip.files import require_writable
 
     # whatever can be wrong is told before torch is imported, which takes seconds
-    if clip_weights and not clip and not start:
-        raise UsageError(f"--clip-weights are those of a --clip, like ViT-L-14-336; got {clip_weights} alone")
-    if clip and not start and not clip_weights and not train_tower:
-        raise UsageError(f"a frozen CLIP needs weights: pass --clip-weights TAG or FILE for {clip}, or --train-tower")
-    if teacher and (not train_tower or cache_tokens):
-        raise UsageError("--teacher teaches the tower: pass --train-tower, and no --cache-tokens")
-    procedural = source == "procedural"
-    if procedural and validation:
+    _check_model(model, schedule, teaching, start)
+    if source == PROCEDURAL and data.validation:
         raise UsageError("--validation holds out images of a data set; procedural ones are drawn anew for each run")
-    first = None if clip and not start else find_checkpoint(start or "nano", "--from")
+    first = None if model.clip and not start else find_checkpoint(start or "nano", "start")
     for file in ("checkpoint.safetensors", "last.safetensors"):
-        if not resume and (out / file).exists():
-            raise UsageError(f"{out} holds a {file} already: pass --resume, or another --out")
-    dataset = None if procedural else open_dataset(Path(source))
-    parts = split(dataset, SHARE if validation is None else validation) if dataset else None
-    require_writable(out)
-    import torch
+        if not output.resume and (output.out / file).exists():
+            raise UsageError(f"{output.out} holds a {file} already: pass --resume, or another --out")
+    dataset = None if source == PROCEDURAL else open_dataset(Path(source))
+    parts = split(dataset, SHARE if data.validation is None else data.validation) if dataset else None
+    require_writable(output.out)
+    own_name = dataset.root.name if dataset else source
+    _train(Job(model, data, schedule, teaching, output, first, parts, own_name))
 
+
+@dataclass(frozen=True)
+class Job:
+    """A training run that can begin: its options, the checkpoint it starts from, and the parts of its data set."""
+
+    model: ModelGroup
+    data: DataGroup
+    schedule: ScheduleGroup
+    teaching: TeacherGroup
+    output: OutputGroup
+    first: Path | None
+    parts: Parts | None
+    data_name: str
+
+
+def _check_model(model: ModelGroup, schedule: ScheduleGroup, teaching: TeacherGroup, start: str | None) -> None:
+    """Raise UsageError where the options of the model don't go together."""
+    clip, weights = model.clip, model.clip_weights
+    if weights and not clip and not start:
+        raise UsageError(f"--clip-weights are those of a --clip, like ViT-L-14-336; got {weights} alone")
+    if clip and not start and not weights and not schedule.train_tower:
+        raise UsageError(f"a frozen CLIP needs weights: pass --clip-weights TAG or FILE for {clip}, or --train-tower")
+    if teaching.teacher and (not schedule.train_tower or schedule.cache_tokens):
+        raise UsageError("--teacher teaches the tower: pass --train-tower, and no --cache-tokens")
+
+
+def _train(job: Job) -> None:
+    from fbclip.data.dataset import Samples, SampleSet
+    from fbclip.data.holdout import Seen
+    from fbclip.data.procedural import ProceduralDefects
     from fbclip.model.checkpoint import About, about
-    from fbclip.training.loop import Execution, accelerator_for, start_model, train
-    from fbclip.training.step import Recipe
+    from fbclip.terminal import make_console
+    from fbclip.terminal import say as print_line
+    from fbclip.training.loop import accelerator_for, train
 
-    accelerator, console = accelerator_for(amp), make_console()
+    accelerator, console = accelerator_for(job.schedule.amp), make_console()
 
     def say(line: str) -> None:
         if accelerator.is_main_process:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_line(console, line)
 
-    with accelerator.local_main_process_first():  # one process of a machine fetches the weights
-        torch.manual_seed(seed)  # every process starts from the same weights
-        model = start_model(first, clip, clip_weights, image_size, parse_layers(feature_layers), train_tower)
+    model, seed = _start(job, accelerator), job.schedule.seed
     size = model.config.image_size
-    before = about(first) if first else About(model.config.clip.name)
+    before = about(job.first) if job.first else About(model.config.clip.name)
     say(f"starting from {before.name} at {size} px; --image-size sets another side")
-    seen = before.seen or Seen()
-    data: SampleSet = ProceduralDefects(size, samples, seed, ramp, variety=variety)
-    held_out = None
-    origin: dict[str, object] = {}
-    if parts:
+    data: SampleSet = ProceduralDefects(size, job.data.samples, seed, job.data.ramp, variety=job.data.variety)
+    held_out, seen = None, before.seen or Seen()
+    if parts := job.parts:
         data, held_out = Samples(parts.trained, size), Samples(parts.held_out, size) if parts.held_out else None
         for line in parts.lines(seen):
             say(line)
-        seen, origin = seen | parts.seen, {"data": parts.to_dict()}
-    default_name = dataset.root.name if dataset else source
-    origin |= {"name": default_name if out == OUT else out.resolve().name, "seen": seen.to_dict()}
-    recipe = Recipe(
-        epochs, batch_size * accumulate * accelerator.num_processes, lr, cosine, seed, muon_lr, teacher, teacher_weight
+    recipe, execution = _recipe(job, accelerator.num_processes), _execution(job, console.is_terminal)
+    out = job.output.out
+    throughput = train(
+        model, data, recipe, out, execution, job.output.resume, accelerator, held_out, _origin(job, seen)
     )
-    execution = Execution(accumulate, workers, save_every, cache_tokens, tensorboard, console.is_terminal)
-    throughput = train(model, data, recipe, out, execution, resume, accelerator, held_out, origin)
     say(f"wrote {out / 'checkpoint.safetensors'}{', the best by the held-out images' if held_out else ''}")
     say(str(throughput))
     accelerator.end_training()
 
 
-def eval_(
-    path: Annotated[list[Path], typer.Argument(help="Data sets: folders, or an index file.")],
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Evaluate a torch model: an fbclip checkpoint, nano, or an official one.")
-    ] = None,
-    clip: ClipOption = None,
-    clip_weights: WeightsOption = None,
-    image_size: SizeOption = None,
-    feature_layers: LayersOption = None,
-    bundle: BundleOption = None,
-    device: DeviceOption = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or int8; of a bundle.")] = "auto",
-    threshold: Annotated[
-        str, typer.Option(help="auto (calibrated, else the bundle's; a checkpoint's is 0.5), or 0 to 1.")
-    ] = "auto",
-    layout: Annotated[str | None, typer.Option(help="Layout of the data sets; detected if left out.")] = None,
-    classes: Annotated[str | None, typer.Option(help="Only these classes, like bottle,cable.")] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images per call of the model: faster on a GPU, more memory.")
-    ] = 1,
-    report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
-    project: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/eval"),
-    name: Annotated[str, typer.Option(help="Name of this run.")] = "exp",
-    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Write into the run's folder if it is there.")] = False,
-) -> None:
-    """Measure a checkpoint or a deployed bundle on the test splits of data sets."""
-    from fbclip.data.layouts import open_dataset
-    from fbclip.errors import Interrupted, UsageError
-    from fbclip.files import new_run
-    from fbclip.runtime.evaluation.evaluate import bundle_subject, evaluate, to_evaluate
-    from fbclip.runtime.evaluation.html import require_report, write_report
-    from fbclip.runtime.evaluation.tables import show, stamp, write_results
-    from fbclip.terminal import say
+def _start(job: Job, accelerator: Accelerator) -> FBCLIP:
+    """The model that training begins with, the same in every process."""
+    import torch
 
-    if checkpoint and bundle:
-        raise UsageError("eval takes a --checkpoint or a --bundle; got both")
-    if not checkpoint and (clip or clip_weights or image_size or feature_layers):
-        raise UsageError("--clip, --clip-weights, --image-size and --feature-layers go with --checkpoint; got none")
-    if checkpoint and precision not in ("auto", "fp32"):
-        raise UsageError(
-            f"a checkpoint runs in fp32; got --precision {precision}: export it with --fp16, pass --bundle"
-        )
-    if report:
-        require_report()
-    if checkpoint:
-        checkpoint = find_checkpoint(str(checkpoint), "--checkpoint")
-    wanted = tuple(part.strip() for part in classes.split(",")) if classes else None
-    tests = [to_evaluate(open_dataset(place, layout), wanted) for place in path]
-    if checkpoint:
-        need_train_extra()
-        from fbclip.model.backend import checkpoint_subject
+    from fbclip.training.loop import start_model
 
-        subject = checkpoint_subject(
-            checkpoint, clip, clip_weights, image_size, parse_layers(feature_layers), device, parse_threshold(threshold)
-        )
-    else:
-        subject = bundle_subject(bundle, device, precision, parse_threshold(threshold), batch_size)
-    folder = new_run(project, name, exist_ok)
-    console = make_console()
-    say(console, subject.threshold_from)
-    evaluation = evaluate(subject, tests, batch_size, console)
-    stamped = stamp(evaluation)
-    show(evaluation, console, stamped["warnings"])
-    write_results(evaluation, stamped, folder)
-    if report:
-        write_report(evaluation, stamped, folder / "report.html")
-    say(console, f"results are in {folder}")
-    if not evaluation.complete:
-        raise Interrupted("stopped by Ctrl-C; the results hold the classes that were finished", signal.SIGINT)
-    if evaluation.skipped:
-        raise typer.Exit(2)
+    m = job.model
+    with accelerator.local_main_process_first():  # one process of a machine fetches the weights
+        torch.manual_seed(job.schedule.seed)
+        return start_model(job.first, m.clip, m.clip_weights, m.image_size, m.layers, job.schedule.train_tower)
+
+
+def _origin(job: Job, seen: Seen) -> dict[str, object]:
+    """What the checkpoint tells of itself: its name, its data, and the images that it and its ancestors have seen."""
+    out, parts = job.output.out, job.parts
+    name = job.data_name if out == OUT else out.resolve().name
+    if not parts:
+        return {"name": name, "seen": seen.to_dict()}
+    return {"data": parts.to_dict(), "name": name, "seen": (seen | parts.seen).to_dict()}
+
+
+def _recipe(job: Job, processes: int) -> Recipe:
+    from fbclip.training.step import Recipe
+
+    s, t = job.schedule, job.teaching
+    batch_size = s.batch * s.accumulate * processes
+    return Recipe(s.epochs, batch_size, s.lr, s.cosine, s.seed, s.muon_lr, t.teacher, t.teacher_weight)
+
+
+def _execution(job: Job, is_terminal: bool) -> Execution:
+    from fbclip.training.loop import Execution
+
+    s, o = job.schedule, job.output
+    return Execution(s.accumulate, job.data.workers, o.save_every, s.cache_tokens, o.tensorboard, is_terminal)

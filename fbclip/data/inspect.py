@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
 from fbclip.data.dataset import Dataset, Item, file_digest, parallel_map
 from fbclip.errors import ImageError
 from fbclip.files import write_text
 from fbclip.images import more_pages, read_image, union_of_masks
-from fbclip.terminal import printable
+from fbclip.terminal import cell, print_table, track
+from fbclip.terminal import say as print_line
 
 SHAPE_TOLERANCE = 0.02  # relative difference of aspect ratios that rounding to whole pixels explains
 SHOWN = 3  # files named on screen per finding; the JSON has all
@@ -98,17 +97,16 @@ def inspect(dataset: Dataset, console: Console | None = None) -> Report:
     """Read every file of a data set, in parallel, and report. A file that can't be read is a finding, no exception.
 
     Args:
-        console: shows a progress bar if it is a terminal.
+        console: told of the progress.
     """
     report = Report(dataset.name, dataset.layout, str(dataset.root), counts=_counts(dataset.items))
     report.notes = list(dataset.notes)
     report.masks = sum(item.label == 1 and item.mask is not None for item in dataset.items)
-    quiet = console is None or not console.is_terminal
     facts = parallel_map(look_at, dataset.items)
     digests: dict[Path, str] = {}
-    for item, seen in zip(
-        dataset.items, track(facts, "reading", len(dataset.items), console=console, disable=quiet), strict=True
-    ):
+    if console:
+        facts = track(facts, "reading", console, len(dataset.items))
+    for item, seen in zip(dataset.items, facts, strict=True):
         digests.update(seen.digests)
         if seen.size_hw is not None:
             sizes = [size for size in (seen.size_hw, report.smallest_hw, report.largest_hw) if size is not None]
@@ -219,23 +217,22 @@ def _lacking(labels: set[int]) -> str:
 def print_report(report: Report, console: Console) -> None:
     """A table of the classes, what was found with a few of the files, and what the data set is good for."""
 
-    def say(line: str, style: str | None = None) -> None:
-        text = Text(printable(line), style or "")  # a name may hold what Rich takes for markup or an emoji
-        console.print(text, soft_wrap=True)
+    def say(line: str, style: str = "") -> None:
+        print_line(console, line, style)
 
     say(f"{report.name} (layout {report.layout}) in {report.root}")
     table = Table(box=None, pad_edge=False)
     columns = list(next(iter(report.counts.values())))
-    table.add_column("class", overflow="fold")
+    table.add_column("class", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     for name, row in report.counts.items():
-        table.add_row(Text(printable(name)), *(str(row[column]) for column in columns))
+        table.add_row(cell(name), *(str(row[column]) for column in columns))
     if len(report.counts) > 1:
         table.add_section()
         totals = (str(sum(row[column] for row in report.counts.values())) for column in columns)
         table.add_row(f"{len(report.counts)} classes", *totals)
-    console.print(table, highlight=False)
+    print_table(console, table)
     if report.smallest_hw and report.largest_hw:
         sizes = dict.fromkeys(_size(size) for size in (report.smallest_hw, report.largest_hw))
         say(f"images {' to '.join(sizes)}; {report.masks} masks")

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fbclip.data.dataset import Samples, SampleSet
@@ -24,13 +25,12 @@ from fbclip.model import checkpoint
 from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS, default_config
 from fbclip.model.towers import load_clip
 from fbclip.stopping import StopRequest
+from fbclip.terminal import progress, say
 from fbclip.training.batches import Batch, ReadableSamples, load
 from fbclip.training.report import StepLog, Throughput, draw_epoch, samples_to_show
 from fbclip.training.step import Recipe, Trainer
 from fbclip.training.token_cache import TokenCache
 from fbclip.training.validation import NONE_YET, Validation, best_before
-
-LINE_EVERY_S = 60.0  # without a bar, within a long epoch
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Execution:
         save_every: steps between checkpoints.
         cache_tokens: folder for the frozen backbone's tokens.
         tensorboard: write event files.
-        progress: show bars; lines are printed in any case.
+        progress: show bars on a terminal, not lines.
     """
 
     accumulate: int = 1
@@ -93,7 +93,7 @@ def train(
     try:
         with (
             StopRequest("saving after this step" if main else None) as stop,
-            _progress(execution.progress and main) as bar,
+            _progress(main, execution.progress) as bar,
         ):
             source = _source(data, "", trainer, execution, stop, bar)
             validation = None
@@ -134,7 +134,7 @@ def _fill(cache: TokenCache, trainer: Trainer, execution: Execution, stop: StopR
     with torch.no_grad():
         for count, unreadable in cache.fill(trainer.tokens, mine, trainer.recipe.batch_size, execution.workers):
             for message in unreadable:
-                _say(bar, f"left out: {message}")
+                say(bar.console, f"left out: {message}")
             bar.update(task, advance=count)
             if stop.signal:
                 raise Interrupted(
@@ -163,17 +163,17 @@ def _steps(
         for message in dict.fromkeys(messages):
             if message not in told:
                 told.add(message)
-                _say(bar, f"left out: {message}")
+                say(bar.console, f"left out: {message}")
 
     if log:
-        _say(bar, f"training, step {done} of {steps}")
+        say(bar.console, f"training, step {done} of {steps}")
     if validation and not done:
         figures, unreadable = validation.judge(trainer)
         leave_out(unreadable)
         if log:
-            _say(bar, f"before training: validation {figures}")
+            say(bar.console, f"before training: validation {figures}")
     task = bar.add_task("training", total=steps, completed=done, note="")
-    began = last_line = time.perf_counter()
+    began = time.perf_counter()
     for number in range(done + 1, steps + 1):
         start = time.perf_counter()
         parts = [next(stream) for _ in range(execution.accumulate)]
@@ -199,12 +199,8 @@ def _steps(
         left = "" if number == steps else f"; {_clock((now - began) / (number - done) * (steps - number))} left"
         if log and number % per_epoch == 0:
             mean = statistics.fmean(r["total"] for r in log.rows if r["epoch"] == epoch)
-            _say(bar, f"epoch {epoch} of {recipe.epochs}: loss {mean:.4f}{verdict}{left}")
+            say(bar.console, f"epoch {epoch} of {recipe.epochs}: loss {mean:.4f}{verdict}{left}")
             draw_epoch(trainer.out / f"epoch-{epoch:03d}.png", log.rows, epoch, trainer.model, shown)
-            last_line = now
-        elif log and not execution.progress and now - last_line > LINE_EVERY_S:
-            _say(bar, f"step {number} of {steps}: loss {trainer.usual_loss:.4f}{left}")
-            last_line = now
         if stopping and number < steps:
             raise Interrupted(
                 f"stopped after step {number} of {steps}; {trainer.out} holds everything up to it: "
@@ -214,24 +210,23 @@ def _steps(
     return took
 
 
-def _say(bar: Progress, line: str) -> None:
-    bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _progress(shown: bool) -> Progress:
-    return Progress(
+def _progress(main: bool, bars: bool) -> Progress:
+    """Bars of the main process, or lines in their place; the other processes are silent."""
+    if not main:
+        return Progress(disable=True)
+    return progress(
+        Console(force_terminal=None if bars else False),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
-        disable=not shown,
     )
 
 

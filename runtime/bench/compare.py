@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fbclip.errors import UsageError
 from fbclip.runtime.bench.run import SCHEMA
-from fbclip.terminal import cell, say
+from fbclip.terminal import cell, print_table, say
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 LEAST_ROUNDS = 3  # fewer say nothing of noise
@@ -165,7 +165,7 @@ def compare_files(before: Path, after: Path, fail_over: str | None, console: Con
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column("subject", overflow="fold")
+    table.add_column("subject", no_wrap=True)
     for heading in ("before ms", "after ms", "ratio", "95 % interval", "verdict"):
         table.add_column(heading, justify="right", no_wrap=True)
     colours = {"slower": "red", "faster": "green", "same": ""}
@@ -179,7 +179,7 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
             change.verdict,
             style=colours[change.verdict],
         )
-    console.print(table)
+    print_table(console, table)
     for names, what in ((comparison.gone, "only before"), (comparison.new, "only after")):
         if names:
             say(console, f"{what}: {', '.join(names)}")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fbclip.files import replacing, write_text
 from fbclip.runtime.html import INK, chart, missing_packages, write_page
-from fbclip.terminal import cell, say
+from fbclip.terminal import cell, print_table, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,25 +99,25 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     cells = rows(report)
     used = {k: v for k, v in HEADINGS.items() if any(row[k] != NOTHING for row in cells)}
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("subject", overflow="fold")
+    table.add_column("subject", no_wrap=True)
     for heading in used.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for row in cells:
         table.add_row(cell(row["subject"]), *(row[key] for key in used))
-    console.print(table)
+    print_table(console, table)
     for line in remarks(report):
         say(console, line)
     for name, reason in left_out(report):
         say(console, f"left out: {name}: {reason}", "dim")
     for result in report["results"]:
         if result["profile"]:
-            console.print(_profile_table(result))
+            print_table(console, _profile_table(result))
 
 
 def _profile_table(result: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, title=f"where {_subject(result)} spends its time", title_justify="left")
     for heading, justify in (("stage", "left"), ("operator", "left"), ("nodes", "right"), ("ms", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("share", justify="right")
     table.add_column("GFLOP/s", justify="right")
     for stage in result["profile"]["stages"]:

@@ -34,6 +34,7 @@ from fbclip.runtime.backends import DEVICES
 from fbclip.runtime.bench.limits import least_seconds, product_rate
 from fbclip.runtime.bench.meters import Meters
 from fbclip.runtime.bench.worker import ON_GPU, Spec, Worker, WorkerFailed
+from fbclip.terminal import progress
 
 SCHEMA = "fbclip-bench/1"
 TORCH = ("torch-reference", "torch")
@@ -120,9 +121,11 @@ def bench(bundle: Bundle, options: Options, console: Console) -> dict[str, Any]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fbclip-bench-")))
         meters = Meters()
         stack.callback(meters.close)
-        progress = stack.enter_context(_progress(console))
-        task = progress.add_task("counting operations")
-        return Bench(bundle, options, folder, meters, progress, task, stack).report()
+        bars = stack.enter_context(
+            progress(console, TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        )
+        task = bars.add_task("counting operations")
+        return Bench(bundle, options, folder, meters, bars, task, stack).report()
 
 
 class Bench:
@@ -398,8 +401,3 @@ def _drift(contender: Contender, reference: Contender, frames: int) -> dict[str,
         "map_max": float(maps.max()),
         "map_p999": float(np.quantile(maps, 0.999)),
     }
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 
 from fbclip.bundle import Bundle
 from fbclip.data.dataset import Dataset, Item, Sample, Samples, parallel_map
@@ -29,7 +28,7 @@ from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.regions import find_evidence
 from fbclip.runtime.sight import EXPLAINED, find_blindness
-from fbclip.terminal import say
+from fbclip.terminal import progress, warn
 
 VALUES = (
     "image_auroc",
@@ -224,9 +223,9 @@ def evaluate(subject: Subject, tests: list[Dataset], batch_size: int, console: C
     skipped: list[tuple[Item, str]] = []
     results: list[DataResult] = []
     complete = True
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress(console) as bars:
         for test in tests:
-            task = progress.add_task(test.name, total=len(test.items))
+            task = bars.add_task(test.name, total=len(test.items))
             classes: list[ClassResult] = []
             try:
                 for name in test.classes:
@@ -235,8 +234,8 @@ def evaluate(subject: Subject, tests: list[Dataset], batch_size: int, console: C
                         refused = one.run(batch)
                         skipped += [(item, str(error)) for item, error in refused]
                         for text in [f"skipped: {error}" for _, error in refused] + _unusable(batch):
-                            say(console, text, "yellow")
-                        progress.advance(task, len(batch))
+                            warn(console, text)
+                        bars.advance(task, len(batch))
                     classes.append(one.result())
             except KeyboardInterrupt:
                 complete = False

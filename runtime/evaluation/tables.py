@@ -21,7 +21,7 @@ from fbclip.data.dataset import Dataset, file_digest, parallel_map
 from fbclip.data.holdout import Seen
 from fbclip.files import write_text
 from fbclip.runtime.evaluation.evaluate import VALUES, DataResult, Evaluation
-from fbclip.terminal import cell, printable, say
+from fbclip.terminal import cell, print_table, printable, say, warn
 
 HEADINGS = {
     "image_auroc": "image AUROC",
@@ -112,19 +112,19 @@ def show(evaluation: Evaluation, console: Console, warnings: Sequence[str] = ())
         table = Table(
             box=None, pad_edge=False, padding=(0, 1, 0, 0), title=cell(result.data.name), title_justify="left"
         )
-        table.add_column("class", overflow="fold")
+        table.add_column("class", no_wrap=True)
         for heading in ("images", "defects", *(text.replace(" ", "\n", 1) for text in HEADINGS.values())):
             table.add_column(heading, justify="right", no_wrap=True)
         for _, name, images, defective, values in rows(result):
             style = "bold" if name == "mean" and len(result.classes) > 1 else None
             table.add_row(cell(name), str(images), str(defective), *(_percent(values[v]) for v in VALUES), style=style)
-        console.print(table)
+        print_table(console, table)
         for reason in reasons(result):
             say(console, f"{UNDEFINED} {reason}")
     if evaluation.skipped:
-        say(console, f"{len(evaluation.skipped)} images could not be read and are not in the figures", "yellow")
+        warn(console, f"{len(evaluation.skipped)} images could not be read and are not in the figures")
     for line in warnings:
-        say(console, line, "yellow")
+        warn(console, line)
 
 
 def reasons(result: DataResult) -> list[str]:

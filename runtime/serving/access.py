@@ -61,13 +61,15 @@ class Access:
     def __init__(self, address: str, port: int, token: str | None) -> None:
         if token is None and not ipaddress.ip_address(address).is_loopback:
             raise UsageError(
-                f"an address that other machines reach needs --token; --host is {address}: pass a secret of "
-                f"{MIN_TOKEN} characters or more, or leave --host out for this machine alone"
+                f"{address} is an address that other machines reach, which needs a token of {MIN_TOKEN} characters or more; "
+                f"127.0.0.1 is for this machine alone",
+                option="token",
             )
         if token is not None and (len(token) < MIN_TOKEN or not token.isascii()):
             raise UsageError(
-                f"--token has {MIN_TOKEN} characters or more, of ASCII; got {len(token)}: "
-                f"python3 -c 'import secrets; print(secrets.token_urlsafe())' prints one"
+                f"a token has {MIN_TOKEN} characters or more, of ASCII; got {len(token)}: "
+                f"python3 -c 'import secrets; print(secrets.token_urlsafe())' prints one",
+                option="token",
             )
         self.cookie = f"fbclip_{port}"
         self._token = None if token is None else _digest(token)

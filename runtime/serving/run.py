@@ -91,7 +91,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=WAITING)
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"--host {host} --port {port} can't be listened on: {error}; choose others") from error
+        raise UsageError(f"{host}, port {port}, can't be listened on: {error}; choose others", option="host") from error
 
 
 def _url(ip: str, port: int) -> str:

@@ -187,12 +187,12 @@ def test_samples_json_on_stdout_and_numbered_runs(fbclip: Run, tmp_path: Path) -
     ("arguments", "message"),
     [
         (["infer", "nowhere.png"], "there is no nowhere.png"),
-        (["infer", "--threshold", "high"], "--threshold is auto or a probability"),
+        (["infer", "--threshold", "high"], "--threshold: a threshold is auto, or a probability"),
         (["infer", "--device", "gpu"], "--device is auto, cpu, cuda, tensorrt"),
         (["infer", "--device", "ort-tensorrt"], "needs ONNX Runtime's TensorrtExecutionProvider"),
         (["infer", "--bundle", "nowhere.fbclip"], "fbclip export"),
         (["export", "--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
-        (["export", "--feature-layers", "1;2"], "--feature-layers takes numbers"),
+        (["export", "--feature-layers", "1;2"], "--feature-layers: feature layers are numbers"),
         (["train", "--clip", "ViT-L-15"], "a frozen CLIP needs weights"),
     ],
 )

@@ -260,7 +260,7 @@ def test_a_checkpoint_that_says_nonsense_of_itself(tmp_path: Path, name: object,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["own", "--from", "nanno"], "no checkpoint at nanno: --from takes its file"),
+        (["own", "--from", "nanno"], "--from: no checkpoint at nanno: pass its file"),
         (["good"], "no defective ones in its test split"),
         (["own", "--out", "/dev/null/run"], "can't write /dev/null/run"),
         (["own", "--clip-weights", "openai"], "--clip-weights are those of a --clip"),

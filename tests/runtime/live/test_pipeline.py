@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fbclip
-from fbclip.commands.options import make_console, parse_resolution
+from fbclip.commands.values import parse_resolution
 from fbclip.errors import FBClipError, ImageError, UsageError
 from fbclip.runtime.live import delivery
 from fbclip.runtime.live.alarm import Alarm, Vote
@@ -33,6 +33,7 @@ from fbclip.runtime.live.sources import CaptureOptions, open_source
 from fbclip.runtime.live.timing import WINDOW, Percentiles
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
+from fbclip.terminal import make_console
 from helpers.live import IMAGE, PATIENT, QUICK, STRIPE, Background, Frames, Memory
 from helpers.video import write_video
 from helpers.waiting import PATIENCE_S, eventually

@@ -353,7 +353,7 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--host", "0.0.0.0"], "needs --token"),
+        (["--host", "0.0.0.0"], "--token: 0.0.0.0 is an address that other machines reach"),
         (["--port", "{taken}"], "in use"),
         (["picture.jpg"], "SOURCE is a camera"),
         (["--events", "kept"], "SOURCE is left out, which --events can't be used with"),
@@ -369,7 +369,7 @@ def test_wrong_usage_is_one_line(fbclip: Run, arguments: list[str], message: str
 
 def test_addresses_and_tokens() -> None:
     for address in ("0.0.0.0", "::", "192.168.0.7", "::ffff:192.168.0.7"):
-        with pytest.raises(UsageError, match="needs --token"):
+        with pytest.raises(UsageError, match="which needs a token of"):
             Access(address, 8000, None)
         assert Access(address, 8000, TOKEN).needs_token
     for address in ("127.0.0.1", "127.9.9.9", "::1"):

@@ -257,7 +257,7 @@ def test_no_password_of_a_malformed_address_is_shown(address: str) -> None:
 
 
 def test_an_address_that_ends_like_an_image_is_none() -> None:
-    with pytest.raises(UsageError, match=r"^http://host/snap\.jpg never ends: pass --max-frames N$"):
+    with pytest.raises(UsageError, match=r"^http://host/snap\.jpg never ends: say how many frames to take$"):
         good_images(["http://me:secret@host/snap.jpg"], 1, None, lambda line: None)
 
 

@@ -1,0 +1,92 @@
+"""`fbclip calibrate`: its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
+
+from fbclip.commands.groups import DEVICE, ROI
+from fbclip.commands.mount import mounted, option
+
+
+@dataclass(frozen=True)
+class TargetGroup:
+    """What will inspect."""
+
+    PANEL: ClassVar = "Model and device"
+    bundle: Annotated[
+        Path | None,
+        option(
+            "Bundle to calibrate. Default: a copy of the embedded one in this folder.",
+            metavar="PATH",
+            envvar="FBCLIP_BUNDLE",
+        ),
+    ] = None
+    device: Annotated[str, option(DEVICE, metavar="NAME")] = "auto"
+    precision: Annotated[str, option("Graph that will inspect: auto, fp32, fp16 or int8.", metavar="NAME")] = "auto"
+
+
+@dataclass(frozen=True)
+class TakingGroup:
+    """Which images of the sources are taken."""
+
+    PANEL: ClassVar = "Images taken"
+    every: Annotated[int, option("Take every Nth image or frame: neighbours are too alike.", metavar="N", min=1)] = 1
+    max_frames: Annotated[int | None, option("Take N images or frames; a camera needs it.", metavar="N", min=1)] = None
+    skip_first: Annotated[int, option("Leave out N frames after each connect to a camera.", metavar="N", min=0)] = 0
+
+
+@mounted(first=("bundle", "false_alarm_rate", "defects", "roi", "name"))
+def calibrate(
+    target: TargetGroup,
+    taking: TakingGroup,
+    good: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="GOOD...",
+            help="Images, folders, globs, videos or cameras (0, rtsp://…) that show good parts.",
+        ),
+    ],
+    false_alarm_rate: Annotated[
+        float | None,
+        option(
+            "Share of good parts that may raise a false alarm. Needs 1/rate - 1 good images: 19 for 0.05, 99 for 0.01. "
+            "Default: 0.01, or the lowest that fewer images allow.",
+            metavar="RATE",
+        ),
+    ] = None,
+    defects: Annotated[
+        list[str] | None,
+        option("Images of defective parts: adds the expected miss rate. May be given again.", metavar="PATH"),
+    ] = None,
+    roi: Annotated[str | None, option(ROI, metavar="AREA")] = None,
+    name: Annotated[
+        str | None,
+        option("Calibrate a copy of the bundle here, NAME.fbclip: one for each product line.", metavar="NAME"),
+    ] = None,
+) -> None:
+    """Set the threshold from good parts alone, with a stated rate of false alarms."""
+    from fbclip.folders import list_images
+    from fbclip.runtime.calibrate import calibrate, choose_bundle, good_images, report, write
+    from fbclip.runtime.predictor import Predictor
+    from fbclip.runtime.roi import Roi
+    from fbclip.terminal import make_console
+    from fbclip.terminal import say as print_line
+
+    console = make_console()
+    say = partial(print_line, console)
+    bundle, path, places = choose_bundle(good, name, target.bundle)
+    images = good_images(places, taking.every, taking.max_frames, say, taking.skip_first)
+    defective = list_images(defects, say) if defects else []
+    region = Roi.parse(roi) if roi else None
+    predictor = Predictor(bundle, target.device, target.precision, calibrated=False, roi=region)
+    calibration, found, bad = calibrate(predictor, images, false_alarm_rate, defective, console)
+    report(calibration, found, bad, say)
+    write(calibration, bad.scores, bundle, path, say)
+    say(f"wrote {path / 'calibration.json'} and its picture, calibration.png: use it with --bundle {path}")
+    if found.skipped or bad.skipped:
+        raise typer.Exit(2)

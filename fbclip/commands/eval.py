@@ -1,0 +1,125 @@
+"""`fbclip eval`: its options."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import typer
+
+from fbclip.commands.data import LAYOUT
+from fbclip.commands.groups import BundleGroup, ModelGroup, RunGroup
+from fbclip.commands.mount import is_chosen, mounted, option
+from fbclip.commands.values import find_checkpoint, need_train_extra, parse_names, parse_threshold
+
+if TYPE_CHECKING:
+    from fbclip.runtime.evaluation.evaluate import Subject
+
+
+@dataclass(frozen=True)
+class TestGroup:
+    """What is measured, and how."""
+
+    PANEL: ClassVar = "Data and measures"
+    threshold: Annotated[
+        str,
+        option(
+            "Scores from here on are defects: 0 to 1, or auto: the calibrated one, else the bundle's; 0.5 for a "
+            "checkpoint.",
+            metavar="NUMBER",
+        ),
+    ] = "auto"
+    classes: Annotated[str | None, option("Only these classes, like bottle,cable.", metavar="NAME,…")] = None
+    layout: Annotated[str | None, option(LAYOUT, metavar="NAME")] = None
+    batch: Annotated[
+        int,
+        option(
+            "Images per call of the model: faster on a GPU, more memory.",
+            "--batch",
+            "--batch-size",
+            metavar="N",
+            min=1,
+        ),
+    ] = 1
+    report: Annotated[bool, option("Write no report.html.")] = True
+
+
+@mounted(first=("bundle", "checkpoint", "threshold", "classes", "batch"))
+def eval_(
+    context: typer.Context,
+    path: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Data sets: folders, or an index file.")],
+    deployed: BundleGroup,
+    model: ModelGroup,
+    test: TestGroup,
+    run: RunGroup,
+    checkpoint: Annotated[
+        Path | None,
+        option("Evaluate this checkpoint in torch: fbclip's FILE, nano, or an official one.", metavar="PATH"),
+    ] = None,
+) -> None:
+    """Measure a deployed bundle or a checkpoint on the test splits of data sets."""
+    from fbclip.data.layouts import open_dataset
+    from fbclip.errors import Interrupted
+    from fbclip.runtime.evaluation.evaluate import evaluate, to_evaluate
+    from fbclip.runtime.evaluation.html import require_report, write_report
+    from fbclip.runtime.evaluation.tables import show, stamp, write_results
+    from fbclip.terminal import make_console, say
+
+    if test.report:
+        require_report()
+    if checkpoint and not is_chosen(context, "bundle"):
+        deployed = replace(deployed, bundle=None)
+    checkpoint = _checkpoint(checkpoint, deployed, model)
+    tests = [to_evaluate(open_dataset(place, test.layout), parse_names(test.classes)) for place in path]
+    subject = _subject(checkpoint, deployed, model, test)
+    folder = run.folder("eval")
+    console = make_console()
+    say(console, subject.threshold_from)
+    evaluation = evaluate(subject, tests, test.batch, console)
+    stamped = stamp(evaluation)
+    show(evaluation, console, stamped["warnings"])
+    write_results(evaluation, stamped, folder)
+    if test.report:
+        write_report(evaluation, stamped, folder / "report.html")
+    say(console, f"results are in {folder}")
+    if not evaluation.complete:
+        raise Interrupted("stopped by Ctrl-C; the results hold the classes that were finished", signal.SIGINT)
+    if evaluation.skipped:
+        raise typer.Exit(2)
+
+
+def _checkpoint(checkpoint: Path | None, deployed: BundleGroup, model: ModelGroup) -> Path | None:
+    """The checkpoint to evaluate; None for a bundle.
+
+    Raises:
+        UsageError: both, or options of one with the other.
+    """
+    from fbclip.errors import UsageError
+
+    if checkpoint and deployed.bundle:
+        raise UsageError("eval takes a --checkpoint or a --bundle; got both")
+    if checkpoint is None:
+        if model != ModelGroup():
+            raise UsageError("--clip, --clip-weights, --image-size and --feature-layers go with --checkpoint; got none")
+        return None
+    if deployed.precision not in ("auto", "fp32"):
+        raise UsageError(
+            f"a checkpoint runs in fp32; got --precision {deployed.precision}: export it with --fp16, pass --bundle"
+        )
+    return find_checkpoint(str(checkpoint), "checkpoint")
+
+
+def _subject(checkpoint: Path | None, deployed: BundleGroup, model: ModelGroup, test: TestGroup) -> Subject:
+    from fbclip.runtime.evaluation.evaluate import bundle_subject
+
+    threshold = parse_threshold(test.threshold)
+    if checkpoint is None:
+        return bundle_subject(deployed.bundle, deployed.device, deployed.precision, threshold, test.batch)
+    need_train_extra()
+    from fbclip.model.backend import checkpoint_subject
+
+    return checkpoint_subject(
+        checkpoint, model.clip, model.clip_weights, model.image_size, model.layers, deployed.device, threshold
+    )

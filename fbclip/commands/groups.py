@@ -1,0 +1,213 @@
+"""The groups of options that several commands have, and what is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from fbclip.commands.mount import STREAMS, option
+from fbclip.commands.values import parse_layers, parse_resolution, parse_threshold
+
+if TYPE_CHECKING:
+    from fbclip.runtime.live.sinks import SinkOptions
+    from fbclip.runtime.live.sources import CaptureOptions
+    from fbclip.runtime.predictor import Predictor
+    from fbclip.runtime.roi import Roi
+
+BUNDLE = "Bundle to use: a folder NAME.fbclip that export or calibrate wrote. Default: the embedded model."
+DEVICE = "Where the model runs: auto, cpu, cuda, tensorrt (an engine of the bundle) or ort-tensorrt."
+PRECISION = "Graph of the bundle to run: auto, fp32, fp16 or int8."
+THRESHOLD = "Scores from here on are defects: 0 to 1, or auto: the calibrated one, else the bundle's."
+ROI = "Inspect only this part of the frame: x0,y0,x1,y1 in pixels, or a mask picture."
+BATCH_NAMES = ("--batch", "--batch-size")
+
+BundleOption = Annotated[Path | None, option(BUNDLE, metavar="PATH", envvar="FBCLIP_BUNDLE")]
+JsonReport = Annotated[str | None, option("Write the report to this file, or - for standard output.", metavar="PATH")]
+
+
+@dataclass(frozen=True)
+class BundleGroup:
+    """What inspects."""
+
+    PANEL: ClassVar = "Model and device"
+    bundle: BundleOption = None
+    device: Annotated[str, option(DEVICE, metavar="NAME")] = "auto"
+    precision: Annotated[str, option(PRECISION, metavar="NAME")] = "auto"
+
+
+@dataclass(frozen=True)
+class VerdictGroup:
+    """What counts as a defect, and as an alarm."""
+
+    PANEL: ClassVar = "Verdict"
+    threshold: Annotated[str, option(THRESHOLD, metavar="NUMBER")] = "auto"
+    roi: Annotated[str | None, option(ROI, metavar="AREA")] = None
+    min_area: Annotated[
+        int,
+        option("Ignore marked regions smaller than N pixels; an image without a larger one is good.", metavar="N"),
+    ] = 0
+    vote: Annotated[
+        str, option("Raise an alarm when K of the last N frames have a defect.", metavar="K/N"), STREAMS
+    ] = "1/1"
+
+    @property
+    def region(self) -> Roi | None:
+        from fbclip.runtime.roi import Roi
+
+        return Roi.parse(self.roi) if self.roi else None
+
+    def predictor(self, model: BundleGroup, batch_size: int = 1) -> Predictor:
+        from fbclip.runtime.predictor import Predictor
+
+        threshold = parse_threshold(self.threshold)
+        return Predictor(
+            model.bundle,
+            model.device,
+            model.precision,
+            threshold,
+            roi=self.region,
+            min_area=self.min_area,
+            batch_size=batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class SourceGroup:
+    """How a camera, stream, video or watched folder is read."""
+
+    PANEL: ClassVar = "Cameras, streams, videos, watched folders"
+    camera: Annotated[str | None, option("The same as SOURCE: a camera's number, …", metavar="SOURCE")] = None
+    watch: Annotated[bool, option("SOURCE is a folder: inspect images as they arrive.", "--watch")] = False
+    resolution: Annotated[
+        str | None, option("Width and height to ask the camera for, like 1280x720.", metavar="WxH"), STREAMS
+    ] = None
+    fps: Annotated[float | None, option("Frames per second to ask the camera for.", metavar="N"), STREAMS] = None
+    every: Annotated[int, option("Inspect every Nth frame.", metavar="N", min=1), STREAMS] = 1
+    skip_first: Annotated[
+        int, option("Leave out N frames after each connect to a camera.", metavar="N", min=0), STREAMS
+    ] = 0
+    give_up: Annotated[
+        float | None,
+        option("Exit with code 1 after this long without a frame. Default: keep trying.", metavar="SECONDS"),
+        STREAMS,
+    ] = None
+
+    def texts(self, source: list[str] | None) -> list[str]:
+        """What `open_source` takes, of the argument and --camera."""
+        return [*(source or []), *([self.camera] if self.camera else [])]
+
+    @property
+    def capture(self) -> CaptureOptions:
+        from fbclip.runtime.live.sources import CaptureOptions
+
+        size_wh = parse_resolution(self.resolution)
+        return CaptureOptions(size_wh, self.fps, self.every, self.give_up, self.watch, skip_first=self.skip_first)
+
+
+@dataclass(frozen=True)
+class SinkGroup:
+    """Where results go."""
+
+    PANEL: ClassVar = "Results"
+    json: Annotated[
+        str | None,
+        option(
+            "Add JSON lines to this file, or - for standard output.",
+            metavar="PATH",
+        ),
+    ] = None
+    csv: Annotated[
+        Path | None,
+        option("Add rows to this CSV table.", metavar="PATH"),
+    ] = None
+    events: Annotated[
+        Path | None, option("Save the frames around each alarm in this folder.", metavar="PATH"), STREAMS
+    ] = None
+    events_size: Annotated[
+        str,
+        option("Largest size of the events folder; the oldest events are deleted.", metavar="SIZE"),
+        STREAMS,
+    ] = "1GB"
+    mqtt: Annotated[
+        str | None,
+        option(
+            "Publish results to this MQTT broker and topic prefix: mqtt://HOST/PREFIX. One with a password is better "
+            "given as FBCLIP_MQTT.",
+            metavar="URL",
+            envvar="FBCLIP_MQTT",
+        ),
+        STREAMS,
+    ] = None
+    webhook: Annotated[
+        str | None,
+        option(
+            "Post alarms and notices to this address; one with a secret is better given as FBCLIP_WEBHOOK.",
+            metavar="URL",
+            envvar="FBCLIP_WEBHOOK",
+        ),
+        STREAMS,
+    ] = None
+    metrics_port: Annotated[
+        int | None,
+        option("Serve Prometheus metrics on 127.0.0.1:N.", metavar="N", min=1, max=65535),
+        STREAMS,
+    ] = None
+
+    @property
+    def sinks(self) -> SinkOptions:
+        from fbclip.runtime.live.sinks import SinkOptions
+        from fbclip.runtime.live.sinks.events import parse_size
+
+        return SinkOptions(
+            json=self.json,
+            csv=self.csv,
+            mqtt=self.mqtt,
+            webhook=self.webhook,
+            metrics_port=self.metrics_port,
+            events=self.events,
+            events_bytes=parse_size(self.events_size),
+        )
+
+
+@dataclass(frozen=True)
+class ModelGroup:
+    """What torch loads beside a checkpoint of ours, which needs none of it."""
+
+    PANEL: ClassVar = "Models other than fbclip's own checkpoints"
+    clip: Annotated[
+        str | None,
+        option("Name of a CLIP model in open_clip, like ViT-L-14-336, or its configuration (.json).", metavar="NAME"),
+    ] = None
+    clip_weights: Annotated[
+        str | None,
+        option("Weights of that CLIP model: a pretrained tag of open_clip, or a file.", metavar="TAG|PATH"),
+    ] = None
+    image_size: Annotated[
+        int | None, option("Side of the model's square input in pixels. Default: the model's own.", metavar="N")
+    ] = None
+    feature_layers: Annotated[str | None, option("Blocks whose tokens are used, like 1,6,12,18,24.", metavar="N,…")] = (
+        None
+    )
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        return parse_layers(self.feature_layers)
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """The folder of a run: PROJECT/NAME, then NAME2, NAME3, …"""
+
+    PANEL: ClassVar = "Folder of results"
+    project: Annotated[
+        Path | None, option("Folder of the runs. Default: runs/ and the command's name.", metavar="PATH")
+    ] = None
+    name: Annotated[str, option("Name of this run: its folder.", metavar="NAME")] = "exp"
+    exist_ok: Annotated[bool, option("Write into the run's folder if it is there.", "--exist-ok")] = False
+
+    def folder(self, command: str) -> Path:
+        """The folder of this run, made."""
+        from fbclip.files import new_run
+
+        return new_run(self.project or Path("runs", command), self.name, self.exist_ok)
