@@ -137,7 +137,6 @@ class SinkGroup:
             metavar="URL",
             envvar="FBCLIP_MQTT",
         ),
-        STREAMS,
     ] = None
     webhook: Annotated[
         str | None,

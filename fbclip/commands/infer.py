@@ -28,7 +28,10 @@ class PictureGroup:
     PANEL: ClassVar = "Pictures and maps"
     save: Annotated[
         bool | None,
-        option("Write overlay pictures, or don't. Default: of files and watched folders, not of cameras and streams."),
+        option(
+            "Write pictures with heat maps, or don't: of images all, else those of defects during an alarm. Default: yes, "
+            "but for cameras and streams."
+        ),
     ] = None
     save_map: Annotated[bool, option("Also write anomaly maps, float32 .npy.", "--save-map")] = False
     map_size: Annotated[MapSize, option("Size of saved maps: the frame's or the model's.", metavar="frame|model")] = (
