@@ -39,6 +39,7 @@ lint: $(DEV)/.installed
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy -p fbclip
+	$(DEV)/bin/lint-imports
 
 nano: $(DEV)/.installed ## train the embedded default anew and export it (minutes on 2 cores)
 	$(DEV)/bin/python benchmarks/make_nano.py

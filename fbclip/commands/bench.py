@@ -66,6 +66,7 @@ def bench(
         checkpoint,
         clip,
         clip_weights,
+        torch="fbclip.model.backend",
     )
     loaded = Bundle.load(bundle)
     require_file(json)

@@ -192,7 +192,7 @@ def eval_(
     tests = [to_evaluate(open_dataset(place, layout), wanted) for place in path]
     if checkpoint:
         need_train_extra()
-        from fbclip.model.backend import checkpoint_subject
+        from fbclip.training.evaluation import checkpoint_subject
 
         subject = checkpoint_subject(
             checkpoint, clip, clip_weights, image_size, parse_layers(feature_layers), device, parse_threshold(threshold)

@@ -36,10 +36,10 @@ from fbclip.data.layouts import open_dataset
 from fbclip.data.procedural import ProceduralDefects
 from fbclip.errors import CheckpointError, FBClipError, ImageError, UsageError
 from fbclip.model import checkpoint
-from fbclip.model.backend import checkpoint_subject
 from fbclip.model.towers import load_clip
 from fbclip.runtime.evaluation.evaluate import evaluate
 from fbclip.training import loop as training
+from fbclip.training.evaluation import checkpoint_subject
 from fbclip.training.report import samples_to_show
 from fbclip.training.step import Recipe, Trainer, batch_order
 from fbclip.training.validation import best_threshold

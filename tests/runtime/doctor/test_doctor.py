@@ -64,7 +64,7 @@ def test_this_machine(fbclip: Run, tmp_path: Path) -> None:
 def test_doctor_starts_without_any_library_of_the_runtime() -> None:
     program = """
 import sys
-for name in ("torch", "numpy", "cv2", "PIL", "onnxruntime", "onnx", "tensorrt", "pycuda"):
+for name in ("torch", "numpy", "cv2", "PIL", "psutil", "onnxruntime", "onnx", "tensorrt", "pycuda"):
     sys.modules[name] = None
 import fbclip.runtime.doctor.examine
 """
@@ -218,13 +218,27 @@ def command(folder: Path, name: str, program: str) -> None:
     (folder / name).chmod(0o755)
 
 
+MEMINFO = """MemTotal:  7800000 kB
+MemFree:  2000000 kB
+MemAvailable:  3000000 kB
+Buffers:  100000 kB
+Cached:  900000 kB
+Shmem:  1000 kB
+Active:  1000000 kB
+Inactive:  1000000 kB
+Slab:  100000 kB
+SwapTotal:  0 kB
+SwapFree:  0 kB
+"""
+
+
 def jetson(folder: Path) -> Machine:
     root = folder / "jetson"
     write(
         root, "etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n"
     )
     write(root, "proc/device-tree/model", "NVIDIA Jetson Orin Nano Developer Kit\0")
-    write(root, "proc/meminfo", "MemTotal:  7800000 kB\nMemAvailable:  3000000 kB\nSwapTotal:  0 kB\n")
+    write(root, "proc/meminfo", MEMINFO)
     for end, cpu in (("min", "729600"), ("max", "1510400")):
         write(root, f"sys/devices/system/cpu/cpu0/cpufreq/scaling_{end}_freq", cpu)
         write(root, f"sys/class/devfreq/17000000.gpu/{end}_freq", "1020000000")
