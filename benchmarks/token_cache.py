@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from fbclip.data.procedural import ProceduralDefects
+from fbclip.model.clip import ClipConfig, build_clip
 from fbclip.model.network import FBCLIP, default_config
-from fbclip.model.towers import ClipConfig, build_clip
 from fbclip.training.loop import Execution, train
 from fbclip.training.step import Recipe
 

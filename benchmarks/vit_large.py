@@ -34,14 +34,14 @@ from open_clip import CLIP
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from fbclip.bundle import DYNAMIC, IMAGE, STATIC, TEXT, Bundle
 from fbclip.export.bundle import Deployment, export_bundle
-from fbclip.export.check import check_graph
 from fbclip.export.graph import OPSET
 from fbclip.export.parity import Proof
 from fbclip.export.precision.int8 import Quantizer
-from fbclip.export.precision.stages import compare_stages
+from fbclip.export.stages import compare_stages
+from fbclip.export.tensorrt_rules import check_graph
 from fbclip.model import reference
+from fbclip.model.clip import ClipConfig, build_clip, clip_config
 from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS, Config, default_config
-from fbclip.model.towers import ClipConfig, build_clip, clip_config
 from fbclip.resample import upsampling_matrix
 from fbclip.runtime.backends import UNWANTED_FUSIONS, OnnxRuntimeBackend
 from helpers import golden

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 import fbclip
 from fbclip.bundle import CPU_GRAPH, DYNAMIC, GRAPHS, IMAGE, TEXT, Bundle, Manifest, require_place, save
 from fbclip.errors import ParityError
-from fbclip.export.check import check_graph
 from fbclip.export.graph import OPSET, DeployedModel, write_onnx
 from fbclip.export.parity import Differences, Parity, Proof, Reference, Say, compare, overrun, run_reference
+from fbclip.export.precision.float32_islands import widen
 from fbclip.export.precision.half import HalfWeights
 from fbclip.export.precision.int8 import Feed, Quantization, Quantizer
-from fbclip.export.precision.islands import widen
-from fbclip.export.precision.stages import compare_stages
 from fbclip.export.report import draw_parity
+from fbclip.export.stages import compare_stages
+from fbclip.export.tensorrt_rules import check_graph
 from fbclip.export.variants import write_cpu_graph
 from fbclip.model.backend import TorchBackend
 from fbclip.model.network import FBCLIP

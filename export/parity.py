@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fbclip.data.dataset import Dataset
 from fbclip.data.layouts import open_dataset
 from fbclip.errors import ImageError, ParityError, UsageError
-from fbclip.export.precision.stages import Stage, first_diverging
+from fbclip.export.stages import Stage, first_diverging
 from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.metrics import image_metrics

@@ -26,8 +26,7 @@ from fbclip.bundle import Bundle
 from fbclip.data.holdout import Seen
 from fbclip.errors import CheckpointError
 from fbclip.files import replacing, sha256
-from fbclip.model.network import FBCLIP, Config, default_config
-from fbclip.model.towers import (
+from fbclip.model.clip import (
     ClipConfig,
     StateDict,
     build_clip,
@@ -37,6 +36,7 @@ from fbclip.model.towers import (
     plain_tensors,
     require_fit,
 )
+from fbclip.model.network import FBCLIP, Config, default_config
 from fbclip.untrusted import MIB, Like, build, one_line, parse_json
 
 FORMAT = 1
@@ -197,7 +197,7 @@ def load(
 
     Args:
         path: `.safetensors` (ours) or a torch file (official).
-        clip, clip_weights: the CLIP underneath, as `fbclip.model.towers.load_clip` takes it. Ours knows it, except for
+        clip, clip_weights: the CLIP underneath, as `fbclip.model.clip.load_clip` takes it. Ours knows it, except for
             weights that came from a file; an official checkpoint defaults to ViT-L-14-336 with OpenAI's weights.
             Nothing is fetched unless both are named.
         image_size, feature_layers: override the deployed side (ours, see `about`) and the trained layers, or the

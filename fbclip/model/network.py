@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbclip.errors import UsageError
-from fbclip.model.towers import ClipConfig, TextTower, VisionTower, attention, linear
+from fbclip.model.clip import ClipConfig
+from fbclip.model.towers import TextTower, VisionTower, attention, linear
 
 PROMPTS = ("{context} {noun} without defect.", "{context} {noun} with defect.")  # normal, abnormal
 CONTEXT_TOKENS = 12  # learned vectors that stand in for the X tokens

@@ -21,8 +21,8 @@ from fbclip.data.dataset import Samples, SampleSet
 from fbclip.errors import DeviceError, Interrupted, UsageError
 from fbclip.files import require_writable
 from fbclip.model import checkpoint
+from fbclip.model.clip import load_clip
 from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS, default_config
-from fbclip.model.towers import load_clip
 from fbclip.stopping import StopRequest
 from fbclip.training.batches import Batch, ReadableSamples, load
 from fbclip.training.report import StepLog, Throughput, draw_epoch, samples_to_show
@@ -267,7 +267,7 @@ def start_model(
 
     Args:
         start: a checkpoint as `fbclip.model.checkpoint.load` takes it, with `clip` and `clip_weights` where it needs them.
-        clip, clip_weights: as `fbclip.model.towers.load_clip` takes them; without a checkpoint `clip` is needed.
+        clip, clip_weights: as `fbclip.model.clip.load_clip` takes them; without a checkpoint `clip` is needed.
         image_size, feature_layers: None for those of the checkpoint, or the published ones.
         train_tower: leave the vision tower trainable.
 

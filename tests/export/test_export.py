@@ -18,7 +18,7 @@ from fbclip.errors import BundleError, ImageError, ParityError
 from fbclip.export import graph as graphs
 from fbclip.export import parity
 from fbclip.export.bundle import Deployment, export_bundle
-from fbclip.export.precision.stages import compare_stages, first_diverging
+from fbclip.export.stages import compare_stages, first_diverging
 from fbclip.resample import resize
 from fbclip.runtime.backends import OnnxRuntimeBackend
 from fbclip.runtime.doctor import probes

@@ -23,11 +23,11 @@ from fbclip.engines import EngineOptions
 from fbclip.errors import DeviceError, GraphError, ParityError, UsageError
 from fbclip.export import parity
 from fbclip.export.bundle import Deployment, Gate
-from fbclip.export.check import check_graph
 from fbclip.export.engine import build_engine
 from fbclip.export.parity import Proof, find_calibration, run_reference
 from fbclip.export.precision import islands
 from fbclip.export.precision.int8 import Quantization, Quantizer
+from fbclip.export.tensorrt_rules import check_graph
 from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.model.backend import TorchBackend

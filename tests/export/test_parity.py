@@ -15,8 +15,8 @@ from hypothesis.extra.numpy import arrays
 from fbclip.errors import ParityError, UsageError
 from fbclip.export.graph import DeployedModel
 from fbclip.export.parity import Differences, Drift, Parity, Proof, auroc_budget, find_proof
+from fbclip.export.precision.float32_islands import BLOCK_GROUPS, parts_by_stage, widen
 from fbclip.export.precision.half import HalfWeights
-from fbclip.export.precision.islands import BLOCK_GROUPS, parts_by_stage, widen
 from helpers import golden
 
 probabilities = arrays(np.float32, st.integers(1, 300), elements=st.floats(0, 1, width=32, allow_subnormal=False))

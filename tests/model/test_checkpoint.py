@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from fbclip.assets import NANO
 from fbclip.errors import CheckpointError, UsageError
 from fbclip.model import checkpoint
+from fbclip.model.clip import clip_config, load_clip
 from fbclip.model.network import default_config
-from fbclip.model.towers import clip_config, load_clip
 from helpers import golden
 
 SMALL_LAYERS = golden.FEATURE_LAYERS

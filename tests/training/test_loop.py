@@ -36,7 +36,7 @@ from fbclip.data.layouts import open_dataset
 from fbclip.data.procedural import ProceduralDefects
 from fbclip.errors import CheckpointError, FBClipError, ImageError, UsageError
 from fbclip.model import checkpoint
-from fbclip.model.towers import load_clip
+from fbclip.model.clip import load_clip
 from fbclip.runtime.evaluation.evaluate import evaluate
 from fbclip.training import loop as training
 from fbclip.training.evaluation import checkpoint_subject
