@@ -2,7 +2,7 @@
 
 python benchmarks/vit_large.py export       # runs/vit-large.fbclip: seconds, peak memory, parity
 python benchmarks/vit_large.py half         # the same with the float16 graph
-python benchmarks/vit_large.py quantize     # both 8-bit forms of the exported graph: seconds, sizes, nodes, drift
+python benchmarks/vit_large.py quantize     # both 8-bit forms of the exported graph: seconds, sizes, nodes, deviation
 python benchmarks/vit_large.py int8         # interleaved rounds in ONNX Runtime: float32 and both 8-bit forms
 python benchmarks/vit_large.py time [N]     # N interleaved rounds: literal reference, model, ONNX Runtime (if exported), and the
                                             # rate of plain matrix products by torch, numpy and ONNX Runtime

@@ -42,7 +42,7 @@ def bench(
     name: Annotated[str, typer.Option(help="Name of this run.")] = "exp",
     exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Write into the run's folder if it is there.")] = False,
 ) -> None:
-    """Time backends side by side, with drift and distance to the machine's limit; compare recorded runs."""
+    """Time backends side by side, with deviation and distance to the machine's limit; compare recorded runs."""
     from fbclip.bundle import Bundle
     from fbclip.errors import UsageError
     from fbclip.files import new_run, require_file, write_text

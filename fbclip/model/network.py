@@ -323,7 +323,7 @@ class AttentionBranch(nn.Module):
         return linear(mixed, self.to_out.weight, self.to_out.bias)
 
 
-class Scores(NamedTuple):
+class ScoreAndMap(NamedTuple):
     """What a forward pass gives: score (B,) and patch_map (B, g, g) in 0..1."""
 
     score: Tensor
@@ -347,8 +347,8 @@ class Visual(nn.Module):
         self.separation = SeparationAttention(tower.proj.shape[0])
         self.scale_weights = nn.Parameter(torch.zeros(MAX_FEATURE_LAYERS))
 
-    def forward(self, image: Tensor, text: Tensor) -> Scores:
-        """Normalised images (B, 3, S, S), float32, and text features (2, E) -> Scores."""
+    def forward(self, image: Tensor, text: Tensor) -> ScoreAndMap:
+        """Normalised images (B, 3, S, S), float32, and text features (2, E) -> ScoreAndMap."""
         z = list(self.separated(self.tower(image)))
         b = background(*z)
         logits = [self.logits(self.suppressed(part, b), text).flatten(1, 2) for part in z]
@@ -393,12 +393,12 @@ class Visual(nn.Module):
         direction = (text[1:] - text[:1]).mT / TEMPERATURE  # a column: ONNX Runtime takes 12 times as long for a vector
         return cast(Tensor, (projected @ direction).squeeze(-1) / projected.norm(dim=-1).clamp_min(1e-12))
 
-    def scores(self, logits: Tensor) -> Scores:
-        """Logits (B, K, 3, N) -> Scores (section 7). A softmax of two logits is a sigmoid of their difference."""
+    def scores(self, logits: Tensor) -> ScoreAndMap:
+        """Logits (B, K, 3, N) -> ScoreAndMap (section 7). A softmax of two logits is a sigmoid of their difference."""
         weights = self.scale_weights.softmax(dim=0)[: logits.shape[1]]
         probability = (weights[:, None] * logits.sum(dim=2)).sum(dim=1).sigmoid()  # (B, N)
         side = self.spatial.rows
-        return Scores(probability[:, 0], probability[:, 1:].unflatten(1, (side, side)))
+        return ScoreAndMap(probability[:, 0], probability[:, 1:].unflatten(1, (side, side)))
 
 
 def background(*parts: Tensor) -> Tensor:
@@ -436,6 +436,6 @@ class FBCLIP(nn.Module):
         """Unit text features float32 (2, E): normal, abnormal. They do not depend on the image."""
         return cast(Tensor, self.prompts(self.text))
 
-    def forward(self, image: Tensor) -> Scores:
-        """Normalised images float32 (B, 3, S, S) -> Scores."""
-        return cast(Scores, self.visual(image, self.encode_text()))
+    def forward(self, image: Tensor) -> ScoreAndMap:
+        """Normalised images float32 (B, 3, S, S) -> ScoreAndMap."""
+        return cast(ScoreAndMap, self.visual(image, self.encode_text()))

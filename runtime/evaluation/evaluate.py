@@ -131,7 +131,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Example:
     """An image for the report: photograph, mask and overlay side by side, as JPEG."""
 
     scored: Scored
@@ -156,7 +156,7 @@ class ClassResult:
     image: Metrics
     pixel: Metrics
     undefined: tuple[str, ...]
-    pictures: Mapping[str, tuple[Picture, ...]] = field(repr=False)
+    pictures: Mapping[str, tuple[Example, ...]] = field(repr=False)
 
     @property
     def values(self) -> dict[str, float | None]:
@@ -281,7 +281,7 @@ class _Class:
         self.scores: list[Scored] = []
         self.pixels = PixelMetrics()
         self.unmarked = sum(bool(item.label) and item.mask is None for item in items)
-        self.pictures: dict[str, list[tuple[float, int, Picture]]] = {"best": [], "worst": [], "missed": []}
+        self.pictures: dict[str, list[tuple[float, int, Example]]] = {"best": [], "worst": [], "missed": []}
         self.order = count()
 
     def run(self, batch: list[Read]) -> list[tuple[Item, ImageError]]:
@@ -312,7 +312,7 @@ class _Class:
         kept = self.pictures[kind]
         if len(kept) == PICTURES and rank <= kept[0][0]:
             return
-        picture = Picture(scored, _panels(scored, sample, anomaly_map, self.subject))
+        picture = Example(scored, _panels(scored, sample, anomaly_map, self.subject))
         heapq.heappush(kept, (rank, -next(self.order), picture))
         if len(kept) > PICTURES:
             heapq.heappop(kept)
