@@ -47,7 +47,7 @@ class Proof:
 
     def __post_init__(self) -> None:
         if not self.frames:
-            raise UsageError("the proof needs an image that can be read; got none: pass other --parity-images")
+            raise UsageError("the proof needs an image that can be read; got none: pass others", option="parity_images")
 
     def part(self, indices: Sequence[int]) -> Proof:
         """Some of the images."""
@@ -103,7 +103,9 @@ def read_calibration(paths: list[Path], size_hw: tuple[int, int], say: Say) -> l
     """Read the images for calibration; those that can't be read are reported and left out."""
     frames = list(read_frames(paths, size_hw, say).values())
     if not frames:
-        raise UsageError("calibration needs a good image that can be read; got none: pass other --calibration-images")
+        raise UsageError(
+            "calibration needs a good image that can be read; got none: pass others", option="calibration_images"
+        )
     return frames
 
 

@@ -81,13 +81,17 @@ def write_model(
         DeviceError: no such precision, or 8 bit in the form for CPUs, which a Triton with a GPU can't place there.
     """
     if find_spec("onnx") is None:
-        raise UsageError("--triton writes the text features into the graph with the onnx package: pip install onnx")
+        raise UsageError(
+            "a model for Triton has the text features in its graph, written with the onnx package: pip install onnx",
+            option="triton",
+        )
     precision = resolve_precision(bundle, "Triton on a GPU", precision)
     name = triton_name(bundle.name) if name is None else checked_name(name)
     folder = repository.resolve() / name
     if folder.exists():
         raise UsageError(
-            f"--triton writes a new model; {folder} is there already: remove it, or pass another --name or folder"
+            f"a model for Triton is a new one; {folder} is there already: remove it, or choose another name or folder",
+            option="triton",
         )
     calibration = Calibration.load(bundle)
     with new_folder(folder) as temporary:

@@ -301,7 +301,7 @@ class Bundle:
         others = sorted({engine.precision for _, engine in found} - {precision})
         candidates = [(plan, engine) for plan, engine in found if engine.precision == precision]
         if not candidates:
-            there = f" (it has {', '.join(others)}: pass --precision)" if others else ""
+            there = f" (it has {', '.join(others)})" if others else ""
             raise DeviceError(f"{self.path} has no {precision} TensorRT engine{there}; build it here with {rebuild}")
         refusals = [engine.mismatch(here, graph_sha256) for _, engine in candidates]
         if None not in refusals:
@@ -311,7 +311,8 @@ class Bundle:
         if not low <= batch <= high:
             wider = f"{min(low, batch)},{usual},{max(high, batch)}"
             raise DeviceError(
-                f"{plan.name} takes {low} to {high} images at once, not {batch}: run {rebuild} --batch {wider}"
+                f"{plan.name} takes {low} to {high} images at once, not {batch}: run fbclip export --engine "
+                f"--bundle {self.path} --precision {precision} --batch {wider}"
             )
         if not _inside(self.path, plan).is_file() or sha256(plan) != engine.plan_sha256:
             raise BundleError(f"{plan} is missing or damaged: run {rebuild}")
@@ -377,9 +378,11 @@ def require_place(path: Path) -> Path:
         require_writable(path.parent)
         recover(path)
     except (OSError, RuntimeError) as error:  # links in a circle, a name that is too long
-        raise BundleError(f"--out can't be {path}: {one_line(error)}; choose another place") from error
+        raise BundleError(f"a bundle can't be {path}: {one_line(error)}; choose another place", option="out") from error
     if path.exists() and not (path / "manifest.json").is_file():
-        raise BundleError(f"--out must be a new folder or a bundle to replace; {path} is neither")
+        raise BundleError(
+            f"a bundle is written to a new folder or in place of another; {path} is neither", option="out"
+        )
     return path
 
 
@@ -391,7 +394,7 @@ def checked_name(name: str) -> str:
     """
     name = name.removesuffix(SUFFIX)
     if refusal := NAME.refuse(name):
-        raise UsageError(f"--name {refusal}; got {name!r}")
+        raise UsageError(f"a name {refusal}; got {name!r}", option="name")
     return name
 
 

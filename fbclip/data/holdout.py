@@ -119,7 +119,7 @@ class Split:
             good, defective = _kinds(self.held_out)
             lines = [
                 f"{good} good and {defective} defective of {whole} images are held out to choose the best checkpoint; "
-                f"--validation 0 trains on all"
+                f"a share of 0 trains on all"
             ]
         else:
             lines = [f"trained on all {whole} images of the test split; " + (self.too_few or "none is held out")]

@@ -42,9 +42,11 @@ class TorchBackend:
 
     def __init__(self, model: FBCLIP, device: str = "cpu", forward: Forward | None = None) -> None:
         if device not in ("auto", "cpu", "cuda"):
-            raise DeviceError(f"--device is auto, cpu or cuda for a checkpoint; got {device!r}: export it for others")
+            raise DeviceError(
+                f"a checkpoint runs on auto, cpu or cuda; got {device!r}: export it for others", option="device"
+            )
         if device == "cuda" and not torch.cuda.is_available():
-            raise DeviceError("--device cuda needs a GPU that torch can use; this torch has cpu only")
+            raise DeviceError("cuda needs a GPU that torch can use; this torch has cpu only", option="device")
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.eval().to(self.device)
         self.forward = model.visual if forward is None else forward  # a compiled one can't be asked whether it is true
@@ -114,7 +116,8 @@ def bundle_backend(
     if text.shape != bundle.text.shape or np.abs(text - bundle.text).max() > SAME_TEXT:
         raise CheckpointError(
             f"torch runs the checkpoint that the bundle was exported from; {path.name} has other text features than "
-            f"{bundle.path.name}: pass its --checkpoint (and --clip, --clip-weights)"
+            f"{bundle.path.name}: name its checkpoint, and the CLIP underneath",
+            option="checkpoint",
         )
     return backend
 

@@ -235,8 +235,8 @@ def _header(path: Path) -> Header:
         ) from error
     if "fbclip" not in metadata:
         raise CheckpointError(
-            f"{path} holds tensors but no fbclip configuration; pass CLIP weights as --clip-weights, "
-            f"a checkpoint made by fbclip train as --checkpoint"
+            f"{path} holds tensors but no fbclip configuration: it may be CLIP's weights, "
+            f"which go beside a checkpoint made by fbclip train"
         )
     try:
         if len(metadata["fbclip"]) > MOST_HEADER:
@@ -280,7 +280,7 @@ def _load_ours(
     own = config.clip
     if header.includes_clip:
         if clip or clip_weights:
-            raise CheckpointError(f"{path} carries its own CLIP ({own.name}); leave out --clip and --clip-weights")
+            raise CheckpointError(f"{path} carries its own CLIP ({own.name}); name no other", option="clip")
         require_tensors(config, path)
         loaded = build_clip(_used(config), None)
     else:
@@ -288,7 +288,8 @@ def _load_ours(
         if not clip and own.weights not in open_clip.list_pretrained_tags_by_model(own.name.replace("/", "-")):
             raise CheckpointError(
                 f"{path} was trained on {own.name} with {own.weights}, which open_clip doesn't have: "
-                f"name it with --clip and --clip-weights"
+                f"name it, and its weights",
+                option="clip",
             )
         asked = bool(clip and clip_weights)
         loaded, clip_cfg = load_clip(clip or own.name, clip_weights or own.weights, fetch=asked)
@@ -298,7 +299,8 @@ def _load_ours(
         raise CheckpointError(
             f"{path} was trained on another CLIP than {config.clip.name} as given (fingerprint "
             f"{header.clip_fingerprint}, got {found}): name the one it was trained on "
-            f"with --clip and --clip-weights"
+            f"with its weights",
+            option="clip",
         )
     restore(model, path)
     return model.eval()
@@ -365,7 +367,9 @@ def _load_official(
     feature_layers: tuple[int, ...] | None,
 ) -> FBCLIP:
     if clip and clip_weights is None:
-        raise CheckpointError(f"an official checkpoint holds no CLIP: {clip} needs --clip-weights TAG or FILE")
+        raise CheckpointError(
+            f"an official checkpoint holds no CLIP: name the weights of {clip}, a tag or a file", option="clip_weights"
+        )
     state = _read_official(path)
     asked = bool(clip and clip_weights)
     loaded, config = load_clip(clip or DEFAULT_CLIP, clip_weights or DEFAULT_WEIGHTS, fetch=asked)

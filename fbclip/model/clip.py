@@ -158,7 +158,7 @@ def check_plain(name: str, model: Mapping[str, Any]) -> None:
 
 
 def clip_config(clip: str, weights: str | None = None) -> ClipConfig:
-    """Resolve `--clip` and `--clip-weights` without loading weights.
+    """Which CLIP a name or a file stands for, without loading weights.
 
     Args:
         clip: an open_clip model name, or the path of a model configuration (.json).
@@ -173,8 +173,9 @@ def clip_config(clip: str, weights: str | None = None) -> ClipConfig:
         model = open_clip.get_model_config(clip.replace("/", "-"))
         if model is None:
             raise UsageError(
-                f"--clip takes an open_clip model name or a .json configuration; {clip!r} is neither. "
-                f"Names: python -c 'import open_clip; print(open_clip.list_models())'"
+                f"a CLIP is an open_clip model name or a .json configuration; {clip!r} is neither. "
+                f"Names: python -c 'import open_clip; print(open_clip.list_models())'",
+                option="clip",
             )
         check_plain(clip, model)
         config = ClipConfig(clip, model)
@@ -184,7 +185,8 @@ def clip_config(clip: str, weights: str | None = None) -> ClipConfig:
     if not tag:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
         raise UsageError(
-            f"--clip-weights takes a file or a pretrained tag of {config.name}; {weights!r} is neither (tags: {tags})"
+            f"weights are a file or a pretrained tag of {config.name}; {weights!r} is neither (tags: {tags})",
+            option="clip_weights",
         )
     model = {**config.model, "quick_gelu": bool(tag.get("quick_gelu", config.model.get("quick_gelu", False)))}
     return ClipConfig(config.name, model, tuple(tag["mean"]), tuple(tag["std"]), weights)
@@ -339,7 +341,8 @@ def _weights_of(name: str, tag: str, fetch: bool) -> Path:
     if not fetch:
         raise UsageError(
             f"the weights {tag!r} of {name} are not on this machine, and nothing is fetched unasked: "
-            f"pass --clip {name} --clip-weights {tag} to fetch them, or their file as --clip-weights"
+            f"name both, {name} and {tag}, to fetch them, or name their file",
+            option="clip_weights",
         )
     try:
         if repository:  # asked once and briefly: the hub's client would go on trying for a minute
@@ -351,7 +354,7 @@ def _weights_of(name: str, tag: str, fetch: bool) -> Path:
     except Exception as error:  # whatever the hub's client raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"could not fetch {name} {tag!r}: {reason}; with no network, pass the file as --clip-weights"
+            f"could not fetch {name} {tag!r}: {reason}; with no network, name the file", option="clip_weights"
         ) from error
 
 

@@ -50,16 +50,18 @@ class Config:
         if self.image_size % patch or self.image_size < 2 * patch:
             nearest = max(2, round(self.image_size / patch)) * patch
             raise UsageError(
-                f"--image-size must be a multiple of the patch side {patch}, at least {2 * patch}; "
-                f"got {self.image_size}, nearest is {nearest}"
+                f"the input's side is a multiple of the patch side {patch}, at least {2 * patch}; "
+                f"got {self.image_size}, nearest is {nearest}",
+                option="image_size",
             )
         ascending = list(layers) == sorted(set(layers))
         if not (
             1 <= len(layers) <= MAX_FEATURE_LAYERS and ascending and layers[0] >= 1 and layers[-1] <= self.clip.layers
         ):
             raise UsageError(
-                f"--feature-layers takes 1 to {MAX_FEATURE_LAYERS} ascending numbers between 1 and "
-                f"{self.clip.layers} (the layers of {self.clip.name}); got {','.join(map(str, layers))}"
+                f"feature layers are 1 to {MAX_FEATURE_LAYERS} ascending numbers between 1 and "
+                f"{self.clip.layers} (the layers of {self.clip.name}); got {','.join(map(str, layers))}",
+                option="feature_layers",
             )
 
     @property

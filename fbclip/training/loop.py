@@ -208,7 +208,7 @@ def _steps(
         if stopping and number < steps:
             raise Interrupted(
                 f"stopped after step {number} of {steps}; {trainer.out} holds everything up to it: "
-                f"the same command with --resume goes on",
+                f"the same run can be resumed",
                 stop.signal or signal.SIGTERM,
             )
     return took
@@ -243,12 +243,12 @@ def accelerator_for(amp: str) -> Accelerator:
             which is bf16 on a CUDA device that has it, fp16 on an older one, and no elsewhere.
     """
     if amp not in ("auto", "no", "bf16", "fp16"):
-        raise UsageError(f"--amp is auto, no, bf16 or fp16; got {amp!r}")
+        raise UsageError(f"mixed precision is auto, no, bf16 or fp16; got {amp!r}", option="amp")
     cuda = torch.cuda.is_available()
     if amp == "auto":
         amp = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
     if amp == "fp16" and not cuda:
-        raise DeviceError("--amp fp16 needs a CUDA device and there is none; use --amp no, or bf16")
+        raise DeviceError("fp16 needs a CUDA device and there is none; use no, or bf16", option="amp")
     if not cuda:  # or plain attention in bfloat16 would go through float32
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return Accelerator(mixed_precision=amp, cpu=not torch.accelerator.is_available())

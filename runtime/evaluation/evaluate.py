@@ -92,7 +92,8 @@ def bundle_subject(
     if manifest.frame_size is not None:
         raise BundleError(
             f"evaluation takes images of any size; {bundle.path} takes {manifest.frame_size[0]}x{manifest.frame_size[1]} "
-            f"only: evaluate the same checkpoint exported without --frame-size"
+            f"only: evaluate the same checkpoint, exported for no frame size",
+            option="bundle",
         )
     recorded = manifest.provenance.get("seen")
     seen = None if recorded is None else Seen.from_dict(recorded, bundle.path)
@@ -203,7 +204,9 @@ def to_evaluate(data: Dataset, classes: tuple[str, ...] | None) -> Dataset:
         UsageError: a class that is not there, or no test image.
     """
     if unknown := set(classes or ()) - set(data.classes):
-        raise UsageError(f"--classes names classes of {data.root}: {', '.join(data.classes)}; got {sorted(unknown)[0]}")
+        raise UsageError(
+            f"the classes of {data.root} are {', '.join(data.classes)}; got {sorted(unknown)[0]}", option="classes"
+        )
     test = data.select("test")
     if classes:
         test = replace(test, items=tuple(item for item in test.items if item.class_name in classes))

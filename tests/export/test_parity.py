@@ -70,7 +70,7 @@ def test_a_proof_from_a_labelled_set(tmp_path: Path) -> None:
     assert len(paths) == len(set(paths)) == 64
     assert 18 <= sum(labels) <= 24  # a third, as in the set
     assert find_proof([str(tmp_path / "good")])[1] is None
-    with pytest.raises(UsageError, match="--parity-images"):
+    with pytest.raises(UsageError, match="got none: pass others"):
         Proof([], ())
 
 

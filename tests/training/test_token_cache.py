@@ -132,7 +132,10 @@ def test_an_unreadable_image_stays_left_out(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_refusals(fbclip: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--train-tower" in fbclip(*arguments(tmp_path, "run", 4), "--cache-tokens", "tokens", code=2).stderr
+    assert (
+        "--cache-tokens: a cache of tokens needs a frozen tower"
+        in fbclip(*arguments(tmp_path, "run", 4), "--cache-tokens", "tokens", code=2).stderr
+    )
     accelerator, data = training.accelerator_for("no"), ProceduralDefects(32, 10)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("keep me")

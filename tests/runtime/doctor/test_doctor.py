@@ -21,6 +21,7 @@ from fbclip.runtime.doctor.checks import Check
 from fbclip.runtime.doctor.examine import _cameras, check_bundle, check_machine, check_python, check_video, examine
 from fbclip.runtime.doctor.gpu import _power, check_nvidia, check_onnxruntime
 from fbclip.runtime.host import Machine
+from helpers.made_up_memory import write_memory
 
 
 def by_name(checks: Any) -> dict[str, Check]:
@@ -218,27 +219,13 @@ def command(folder: Path, name: str, program: str) -> None:
     (folder / name).chmod(0o755)
 
 
-MEMINFO = """MemTotal:  7800000 kB
-MemFree:  2000000 kB
-MemAvailable:  3000000 kB
-Buffers:  100000 kB
-Cached:  900000 kB
-Shmem:  1000 kB
-Active:  1000000 kB
-Inactive:  1000000 kB
-Slab:  100000 kB
-SwapTotal:  0 kB
-SwapFree:  0 kB
-"""
-
-
 def jetson(folder: Path) -> Machine:
     root = folder / "jetson"
     write(
         root, "etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n"
     )
     write(root, "proc/device-tree/model", "NVIDIA Jetson Orin Nano Developer Kit\0")
-    write(root, "proc/meminfo", MEMINFO)
+    write_memory(root, 7_800_000, 3_000_000)
     for end, cpu in (("min", "729600"), ("max", "1510400")):
         write(root, f"sys/devices/system/cpu/cpu0/cpufreq/scaling_{end}_freq", cpu)
         write(root, f"sys/class/devfreq/17000000.gpu/{end}_freq", "1020000000")
