@@ -19,6 +19,7 @@ from fbclip.bundle import Bundle
 from fbclip.engines import Engine, EngineOptions
 from fbclip.errors import DeviceError, FBClipError, UsageError
 from fbclip.files import replacing, require_writable, write_text
+from fbclip.parsing import parse_numbers
 from fbclip.runtime.backends import resolve_precision
 from fbclip.runtime.backends.cuda import Gpu
 from fbclip.runtime.host import Machine
@@ -34,15 +35,12 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     Raises:
         UsageError: anything else.
     """
-    try:
-        numbers = [int(part) for part in text.split(",")]
-        low, usual, high = numbers * 3 if len(numbers) == 1 else numbers
-        if not 1 <= low <= usual <= high:
-            raise ValueError("not in order")
-    except ValueError as error:
+    numbers = parse_numbers(text, "batch", (1, 1, 4))
+    if len(numbers) not in (1, 3) or list(numbers) != sorted(numbers):
         raise UsageError(
             f"a batch is MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, like 1,1,4; got {text!r}", option="batch"
-        ) from error
+        )
+    low, usual, high = numbers * 3 if len(numbers) == 1 else numbers
     return low, usual, high
 
 

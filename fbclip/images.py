@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -17,6 +18,7 @@ from fbclip.terminal import printable
 __all__ = [
     "SUFFIXES",
     "decode_image",
+    "encode_image",
     "is_image",
     "more_pages",
     "note_of_pages",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 CLASS_LEVELS = 5  # grey levels of a mask drawn in flat greys, black included; soft edges make more
+JPEG_QUALITY = 85
 STRIP = 1 << 21  # pixels that are converted at once: a picture of 1920 x 1080, and little memory beside a larger one
 
 
@@ -230,3 +233,25 @@ def _assemble(image: Image.Image, convert: Callable[[Image.Image], NDArray[Any]]
         result[top : top + len(values)] = values
     assert result is not None
     return result
+
+
+def encode_image(image: NDArray[Any], suffix: str = ".jpg", quality: int = JPEG_QUALITY) -> bytes:
+    """A picture, RGB uint8 (H, W, 3) or grey uint16 (H, W), as the bytes of a ".jpg" or ".png" file.
+
+    Args:
+        quality: of a JPEG, 0 to 100.
+
+    Raises:
+        FBClipError: it is too large for that format.
+    """
+    if image.ndim == 3:
+        image = image[..., ::-1]  # OpenCV's order
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix == ".jpg" else []
+    try:
+        done, data = cv2.imencode(suffix, image, options)
+    except cv2.error:
+        done = False
+    if not done:
+        height, width = image.shape[:2]
+        raise FBClipError(f"a picture of {width} × {height} can't be written as {suffix}: use a smaller one")
+    return data.tobytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -13,7 +12,6 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
@@ -22,6 +20,7 @@ from fbclip.data.dataset import Dataset, Item, Sample, Samples, parallel_map
 from fbclip.data.holdout import Seen
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.files import sha256
+from fbclip.images import encode_image
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
 from fbclip.resample import in_order
 from fbclip.runtime.backends import Backend, require_probabilities
@@ -363,6 +362,4 @@ def _panels(scored: Scored, sample: Sample, anomaly_map: NDArray[np.float32], su
     ).overlay()
     bar = ((len(overlay) - PICTURE_SIDE, 0), (0, 0), (0, 0))  # the overlay's has the verdict
     row = [np.pad(panel, bar, constant_values=128) for panel in (photograph, marked)]
-    data = io.BytesIO()
-    Image.fromarray(np.hstack([*row, overlay]).astype(np.uint8)).save(data, "JPEG", quality=85)
-    return data.getvalue()
+    return encode_image(np.hstack([*row, overlay]).astype(np.uint8))
