@@ -34,7 +34,8 @@ from fbclip.export.parity import Proof
 from fbclip.export.precision.int8 import DYNAMIC, Quantization
 from fbclip.model import checkpoint
 from fbclip.model.clip import ClipConfig, clip_config
-from fbclip.model.network import FBCLIP, default_config
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP
 from fbclip.runtime.bench.report import HEADINGS, NOTHING, remarks, rows, show
 from fbclip.runtime.bench.results import BenchReport
 from fbclip.runtime.bench.run import Options, bench, sample_frames

@@ -42,7 +42,8 @@ from fbclip.images import read_image
 from fbclip.model import checkpoint
 from fbclip.model.backend import TorchBackend
 from fbclip.model.clip import clip_config
-from fbclip.model.network import FBCLIP, default_config
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP
 from fbclip.model.towers import VisionTower, linear
 from fbclip.resample import resize
 from fbclip.runtime.backends import Backend, OnnxRuntimeBackend

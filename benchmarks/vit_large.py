@@ -41,7 +41,8 @@ from fbclip.export.stages import compare_stages
 from fbclip.export.tensorrt_rules import check_graph
 from fbclip.model import reference
 from fbclip.model.clip import ClipConfig, build_clip, clip_config
-from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS, Config, default_config
+from fbclip.model.config import Config, default_config
+from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS
 from fbclip.resample import upsampling_matrix
 from fbclip.runtime.backends import UNWANTED_FUSIONS, OnnxRuntimeBackend
 from helpers import golden

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fbclip.data.dataset import SampleSet
 from fbclip.errors import ImageError, UsageError
-from fbclip.model.network import Config
+from fbclip.model.config import Config
 
 TEACHERS = ("efficientnet-lite0",)
 BLOCKS = (2, 4, 10)  # strides 4, 8 and 16: fine texture to parts of objects

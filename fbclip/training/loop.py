@@ -22,7 +22,8 @@ from fbclip.errors import DeviceError, Interrupted, UsageError
 from fbclip.files import require_writable
 from fbclip.model import checkpoint
 from fbclip.model.clip import load_clip
-from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS, default_config
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS
 from fbclip.stopping import StopRequest
 from fbclip.training.batches import Batch, ReadableSamples, load
 from fbclip.training.report import StepLog, Throughput, draw_epoch, samples_to_show

@@ -17,7 +17,7 @@ from fbclip.assets import NANO
 from fbclip.errors import CheckpointError, UsageError
 from fbclip.model import checkpoint
 from fbclip.model.clip import clip_config, load_clip
-from fbclip.model.network import default_config
+from fbclip.model.config import default_config
 from helpers import golden
 
 SMALL_LAYERS = golden.FEATURE_LAYERS

@@ -15,7 +15,8 @@ from fbclip.data.dataset import Item, Samples
 from fbclip.data.procedural import ProceduralDefects
 from fbclip.errors import FBClipError, UsageError
 from fbclip.model.clip import ClipConfig, build_clip
-from fbclip.model.network import FBCLIP, default_config
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP
 from fbclip.training import loop as training
 from fbclip.training import token_cache
 from fbclip.training.batches import Batch
