@@ -30,6 +30,7 @@ from fbclip.export.stages import compare_stages
 from fbclip.export.tensorrt_rules import check_graph
 from fbclip.export.variants import write_cpu_graph
 from fbclip.model.backend import TorchBackend
+from fbclip.model.config import Config
 from fbclip.model.network import FBCLIP
 from fbclip.resample import BLUR_SIGMA, in_order, resize
 from fbclip.runtime.backends import OnnxRuntimeBackend
@@ -96,35 +97,39 @@ def export_bundle(
         report = {p.precision: p.to_dict() for p in writer.parities}
         (folder / "parity.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         draw_parity(folder / "parity.jpg", proof, reference, writer.parities)
-        return Manifest(
-            name=deployment.name,
-            image_size=config.image_size,
-            grid=config.grid,
-            feature_layers=config.feature_layers,
-            mean=config.clip.mean,
-            std=config.clip.std,
-            prompts=config.prompts,
-            blur_sigma=BLUR_SIGMA,
-            threshold=deployment.threshold,
-            precisions=tuple(p.precision for p in writer.parities),
-            opset=OPSET,
-            frame_size=deployment.frame_size,
-            channel_order=deployment.channel_order,
-            int8=deployment.quantization.form if deployment.quantization else None,
-            provenance={
-                **deployment.provenance,
-                "clip": config.clip.name,
-                "noun": config.noun,
-                "fbclip": fbclip.__version__,
-                "torch": torch.__version__,
-                "onnx": onnx.__version__,
-                "onnxruntime": onnxruntime.__version__,
-                "pillow": PIL.__version__,  # whose resize a graph of whole frames repeats
-            },
-            parity={p.precision: p.summary() for p in writer.parities},
-        )
+        return _manifest(config, deployment, writer.parities)
 
     return save(out, text, write_files), writer.parities
+
+
+def _manifest(config: Config, deployment: Deployment, parities: list[Parity]) -> Manifest:
+    return Manifest(
+        name=deployment.name,
+        image_size=config.image_size,
+        grid=config.grid,
+        feature_layers=config.feature_layers,
+        mean=config.clip.mean,
+        std=config.clip.std,
+        prompts=config.prompts,
+        blur_sigma=BLUR_SIGMA,
+        threshold=deployment.threshold,
+        precisions=tuple(p.precision for p in parities),
+        opset=OPSET,
+        frame_size=deployment.frame_size,
+        channel_order=deployment.channel_order,
+        int8=deployment.quantization.form if deployment.quantization else None,
+        provenance={
+            **deployment.provenance,
+            "clip": config.clip.name,
+            "noun": config.noun,
+            "fbclip": fbclip.__version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "pillow": PIL.__version__,  # whose resize a graph of whole frames repeats
+        },
+        parity={p.precision: p.summary() for p in parities},
+    )
 
 
 class GraphWriter:

@@ -103,17 +103,12 @@ def write_model(
             for graph_file in version.iterdir():
                 if graph_file.name != "model.plan":
                     graph_file.unlink()
-        threshold = bundle.manifest.threshold
-        served = Served(
-            name,
-            platform="tensorrt_plan" if build else "onnxruntime_onnx",
-            frame_hw=frame_hw,
-            map_hw=map_hw,
-            max_batch=max_batch,
-            threshold=calibration.threshold if calibration else threshold,
-            map_threshold=calibration.map_threshold if calibration else threshold,
-            promise=promise(bundle, calibration, precision),
+        default = bundle.manifest.threshold
+        threshold, map_threshold = (
+            (calibration.threshold, calibration.map_threshold) if calibration else (default, default)
         )
+        platform, promised = "tensorrt_plan" if build else "onnxruntime_onnx", promise(bundle, calibration, precision)
+        served = Served(name, platform, frame_hw, map_hw, max_batch, threshold, map_threshold, promised)
         (temporary / "config.pbtxt").write_text(config(served))
         (temporary / "README.md").write_text(readme(served, bundle, precision), encoding="utf-8")
         temporary.rename(folder)
