@@ -25,7 +25,7 @@ COARSE_BITS = 10  # with the one before the point 11, what a float16 or TensorFl
 def resize(image_rgb: NDArray[np.uint8], size: int | tuple[int, int]) -> NDArray[np.uint8]:
     """Resize to the model's square input, the aspect ratio not kept.
 
-    Pillow's bicubic: antialiased, rounded to 8 bit after each of its two passes (spec, section 1).
+    Pillow's bicubic: antialiased, rounded to 8 bit after each of its two passes (docs/method.md, section 1).
 
     Args:
         image_rgb: uint8 (H, W, 3).
@@ -108,7 +108,7 @@ def gaussian_matrix(size: int, sigma: float = BLUR_SIGMA) -> NDArray[np.float64]
 
 
 def upsampling_matrix(size: int, grid: int, out_size: int | None = None) -> NDArray[np.float32]:
-    """A of `anomaly_map = A @ patch_map @ A.T`: bilinear upsampling, then the blur (spec 9.4); float32 (size, grid).
+    """A of `anomaly_map = A @ patch_map @ A.T`: bilinear upsampling, then the blur (docs/method.md, section 9.4); float32 (size, grid).
 
     With `out_size`, the map is then interpolated to a frame's side: float32 (out_size, grid).
     """

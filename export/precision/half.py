@@ -15,7 +15,7 @@ class HalfWeights:
     """The weights of the backbone's and the separation attention's products, to be typed float16 part by part.
 
     `fbclip.model.towers.linear` casts to the type of its weights and back, so norms, softmax inputs of the views, views and
-    scores stay float32 islands whatever is typed here (spec, section 10).
+    scores stay float32 islands whatever is typed here (docs/method.md, section 10).
 
     Attributes:
         parts: that can be left float32.

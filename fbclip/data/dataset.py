@@ -109,7 +109,7 @@ class Dataset:
         return replace(self, items=tuple(chosen))
 
     def for_training(self) -> tuple[Item, ...]:
-        """The items of the test split, which is what the published recipe trains on (spec, section 8).
+        """The items of the test split, which is what the published recipe trains on (docs/method.md, section 8).
 
         Raises:
             UsageError: nothing in the test split, no good or no defective image, or a defective one without a mask file.
@@ -183,7 +183,7 @@ class Samples:
             smooth = Image.fromarray(union_of_masks(item.masks) * np.uint8(255)).resize(
                 (size, size), Image.Resampling.BILINEAR
             )
-            mask = (np.asarray(smooth) > 127).astype(np.uint8)  # binarised at a half (spec, section 1)
+            mask = (np.asarray(smooth) > 127).astype(np.uint8)  # binarised at a half (docs/method.md, section 1)
         elif not item.label:
             mask = np.zeros((size, size), np.uint8)
         return Sample(image, mask, item.label)

@@ -48,7 +48,7 @@ _PARAMETERS = {
     },
 }
 
-# Carried by official checkpoints, but without part in the forward pass (spec, section 8).
+# Carried by official checkpoints, but without part in the forward pass (docs/method.md, section 8).
 _UNUSED = (
     "fusion_weights",
     "fusion_weight",

@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A matrix product in the precision of its weights, back in float32.
 
     This is the whole of mixed precision: weights typed float16 make float16 products between float32 islands
-    (spec, section 10). With float32 weights both casts vanish.
+    (docs/method.md, section 10). With float32 weights both casts vanish.
     """
     return F.linear(x.to(weight.dtype), weight, bias).float()
 
@@ -72,7 +72,7 @@ class VisionTower(nn.Module):
         self.grid = image_size // self.conv1.kernel_size[0]
 
     def positions(self) -> Tensor:
-        """The positional embedding (N, C) at this tower's grid: bilinear, the class position kept (spec, section 2)."""
+        """The positional embedding (N, C) at this tower's grid: bilinear, the class position kept (docs/method.md, section 2)."""
         positions = self.positional_embedding
         trained = round((positions.shape[0] - 1) ** 0.5)
         if trained == self.grid:
@@ -100,7 +100,7 @@ class VisionTower(nn.Module):
     @torch.no_grad()
     def fold_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...], channel_order: str = "rgb") -> None:
         """Make the tower take raw pixels 0..255, "rgb" or "bgr": (x/255 - mean)/std moves into the patch embedding
-        (spec 9.4)."""
+        (docs/method.md, section 9.4)."""
         weight = self.conv1.weight.double()
         mean_, std_ = (weight.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
         bias = -(weight * mean_ / std_).sum(dim=(1, 2, 3))
@@ -113,7 +113,7 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """CLIP's text transformer on embeddings, without a causal mask (spec, section 3)."""
+    """CLIP's text transformer on embeddings, without a causal mask (docs/method.md, section 3)."""
 
     def __init__(self, clip: open_clip.CLIP) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The training loss (spec, section 8): focal on score and map, dice on the map, semantic consistency."""
+"""The training loss (docs/method.md, section 8): focal on score and map, dice on the map, semantic consistency."""
 
 from __future__ import annotations
 

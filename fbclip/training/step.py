@@ -37,7 +37,7 @@ ADAM_BETAS, MUON_DECAY = (0.5, 0.999), 0.01
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained; the defaults are the published ones (spec, section 8). The result depends on nothing else.
+    """What is trained; the defaults are the published ones (docs/method.md, section 8). The result depends on nothing else.
 
     Attributes:
         epochs: passes over the data.
@@ -81,7 +81,7 @@ def scores_of_tokens(
 
     Args:
         text: features (2, E).
-        mixed: wraps what may run in half precision (spec, section 10).
+        mixed: wraps what may run in half precision (docs/method.md, section 10).
     """
     visual = model.visual
     views = visual.views(tokens)

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
 from fbclip.resample import in_order, resize
 from fbclip.runtime.backends import Backend, OnnxRuntimeBackend, make_backend, require_probabilities
-from fbclip.runtime.bench.profile import profile, summarise
 from fbclip.runtime.host import peak_memory
 
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -172,6 +171,8 @@ class Runner:
         """Where ONNX Runtime spends its time; None for other backends."""
         if not isinstance(self.backend, OnnxRuntimeBackend):
             return None
+        from fbclip.runtime.bench.profile import profile, summarise  # not before: a cold start is measured
+
         session = self.backend.session
         inputs: dict[str, NDArray[Any]] = {IMAGE: self._taken(self.inputs[0]), TEXT: self.bundle.text}
         providers = [(name, values) for name, values in session.get_provider_options().items()]

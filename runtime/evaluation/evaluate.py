@@ -50,7 +50,7 @@ class Subject:
 
     Attributes:
         backend: that runs it.
-        image_size: side S of its input in pixels; maps and masks are compared at this size (spec, section 1).
+        image_size: side S of its input in pixels; maps and masks are compared at this size (docs/method.md, section 1).
         mean, std: of its normalisation.
         threshold: scores from here on count as anomalous.
         threshold_from: where that comes from, one line for a person.
