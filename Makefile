@@ -45,6 +45,7 @@ lint: $(DEV)/.installed ## linters and types
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy -p fbclip
+	$(DEV)/bin/lint-imports
 
 docs: $(DEV)/.installed ## build the documentation into build/site; fails on links that lead nowhere
 	NO_MKDOCS_2_WARNING=1 $(DEV)/bin/python -m mkdocs build --strict --quiet

@@ -2,7 +2,7 @@
 
 Exports the embedded model twice (float32, float16 and dynamic 8 bit; static 8 bit calibrated on good tiles), each proven
 on 64 tiles. Then scores all defective tiles and 300 good ones ($FBCLIP_DATA/magnetic_tile) with every graph: size, AUROC,
-drift from float32. With bundles given, measures their graphs instead of exporting.
+deviation from float32. With bundles given, measures their graphs instead of exporting.
 """
 
 from __future__ import annotations

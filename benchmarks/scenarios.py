@@ -33,9 +33,11 @@ from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.parity import Proof
 from fbclip.export.precision.int8 import DYNAMIC, Quantization
 from fbclip.model import checkpoint
-from fbclip.model.network import FBCLIP, default_config
-from fbclip.model.towers import ClipConfig, clip_config
+from fbclip.model.clip import ClipConfig, clip_config
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP
 from fbclip.runtime.bench.report import HEADINGS, NOTHING, remarks, rows, show
+from fbclip.runtime.bench.results import BenchReport
 from fbclip.runtime.bench.run import Options, bench, sample_frames
 
 RUNS = Path("runs/scenarios")
@@ -58,9 +60,9 @@ console = Console()
 
 
 def measure(bundle: Bundle, options: Options) -> dict[str, Any]:
-    report = bench(bundle, options, console)
+    report = bench(bundle, replace(options, torch="fbclip.model.backend"), console)
     show(report, console)
-    return report
+    return report.to_dict()
 
 
 def exported(name: str, make: Callable[[], FBCLIP], **deployment: Any) -> tuple[Bundle, Path]:
@@ -179,7 +181,8 @@ def _fits(points: Sequence[tuple[str, float, float]]) -> dict[str, dict[str, flo
 def markdown(result: dict[str, Any]) -> str:
     """Tables of the recorded reports, what they must be read with, and the exponents."""
     lines = [f"`{result['command']}`", ""]
-    for label, report in result["reports"].items():
+    for label, recorded in result["reports"].items():
+        report = BenchReport.from_dict(recorded)
         cells = rows(report)
         used = {k: v.replace("\n", " ") for k, v in HEADINGS.items() if any(row[k] != NOTHING for row in cells)}
         lines += [f"**{label}**", "", "| " + " | ".join(["", *used.values()]) + " |"]

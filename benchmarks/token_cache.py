@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from fbclip.data.procedural import ProceduralDefects
-from fbclip.model.network import FBCLIP, default_config
-from fbclip.model.towers import ClipConfig, build_clip
+from fbclip.model.clip import ClipConfig, build_clip
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP
 from fbclip.training.loop import Execution, train
 from fbclip.training.step import Recipe
 

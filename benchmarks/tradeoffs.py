@@ -41,8 +41,10 @@ from fbclip.files import sha256, write_text
 from fbclip.images import read_image
 from fbclip.model import checkpoint
 from fbclip.model.backend import TorchBackend
-from fbclip.model.network import FBCLIP, default_config
-from fbclip.model.towers import VisionTower, clip_config, linear
+from fbclip.model.clip import clip_config
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP
+from fbclip.model.towers import VisionTower, linear
 from fbclip.resample import resize
 from fbclip.runtime.backends import Backend, OnnxRuntimeBackend
 

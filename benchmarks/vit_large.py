@@ -2,7 +2,7 @@
 
 python benchmarks/vit_large.py export       # runs/vit-large.fbclip: seconds, peak memory, parity
 python benchmarks/vit_large.py half         # the same with the float16 graph
-python benchmarks/vit_large.py quantize     # both 8-bit forms of the exported graph: seconds, sizes, nodes, drift
+python benchmarks/vit_large.py quantize     # both 8-bit forms of the exported graph: seconds, sizes, nodes, deviation
 python benchmarks/vit_large.py int8         # interleaved rounds in ONNX Runtime: float32 and both 8-bit forms
 python benchmarks/vit_large.py time [N]     # N interleaved rounds: literal reference, model, ONNX Runtime (if exported), and the
                                             # rate of plain matrix products by torch, numpy and ONNX Runtime
@@ -34,14 +34,15 @@ from open_clip import CLIP
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from fbclip.bundle import DYNAMIC, IMAGE, STATIC, TEXT, Bundle
 from fbclip.export.bundle import Deployment, export_bundle
-from fbclip.export.check import check_graph
 from fbclip.export.graph import OPSET
 from fbclip.export.parity import Proof
 from fbclip.export.precision.int8 import Quantizer
-from fbclip.export.precision.stages import compare_stages
+from fbclip.export.stages import compare_stages
+from fbclip.export.tensorrt_rules import check_graph
 from fbclip.model import reference
-from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS, Config, default_config
-from fbclip.model.towers import ClipConfig, build_clip, clip_config
+from fbclip.model.clip import ClipConfig, build_clip, clip_config
+from fbclip.model.config import Config, default_config
+from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS
 from fbclip.resample import upsampling_matrix
 from fbclip.runtime.backends import UNWANTED_FUSIONS, OnnxRuntimeBackend
 from helpers import golden

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.parity import Proof
-from fbclip.model.network import FBCLIP, default_config
-from fbclip.model.towers import build_clip, clip_config
+from fbclip.model.clip import build_clip, clip_config
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP
 from fbclip.runtime.backends import make_backend
 
 BACKBONE, SIDE, ROUNDS = "ViT-B-16-plus-240", 240, 5

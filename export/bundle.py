@@ -20,21 +20,22 @@ from numpy.typing import NDArray
 import fbclip
 from fbclip.bundle import CPU_GRAPH, DYNAMIC, GRAPHS, IMAGE, TEXT, Bundle, Manifest, require_place, save
 from fbclip.errors import ParityError
-from fbclip.export.check import check_graph
 from fbclip.export.graph import OPSET, DeployedModel, write_onnx
 from fbclip.export.parity import Differences, Parity, Proof, Reference, Say, compare, overrun, run_reference
+from fbclip.export.precision.float32_islands import widen
 from fbclip.export.precision.half import HalfWeights
 from fbclip.export.precision.int8 import Feed, Quantization, Quantizer
-from fbclip.export.precision.islands import widen
-from fbclip.export.precision.stages import compare_stages
 from fbclip.export.report import draw_parity
+from fbclip.export.stages import compare_stages
+from fbclip.export.tensorrt_rules import check_graph
 from fbclip.export.variants import write_cpu_graph
 from fbclip.model.backend import TorchBackend
+from fbclip.model.config import Config
 from fbclip.model.network import FBCLIP
 from fbclip.resample import BLUR_SIGMA, in_order, resize
 from fbclip.runtime.backends import OnnxRuntimeBackend
 
-SEARCH_IMAGES = 4  # that drift most; what must stay float32 is looked for on them
+SEARCH_IMAGES = 4  # that deviate most; what must stay float32 is looked for on them
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def export_bundle(
 
     Raises:
         GraphError: a graph that TensorRT would not take.
-        ParityError: a graph drifts past its budget. In both cases nothing is written.
+        ParityError: a graph deviates past its budget. In both cases nothing is written.
         BundleError, UsageError: `out` is something else than a bundle, or can't be written.
     """
     require_place(out)
@@ -84,51 +85,55 @@ def export_bundle(
     text = trained.text.numpy()
     say(f"running the torch model on {len(proof.frames)} images")
     reference = run_reference(trained, proof, config.image_size)
-    gate = Gate(model, text, proof, reference, deployment, say)
+    writer = GraphWriter(model, text, proof, reference, deployment, say)
 
     def write_files(folder: Path) -> Manifest:
-        gate.write_float(folder)
-        gate.write_cpu(folder)
+        writer.write_float(folder)
+        writer.write_cpu(folder)
         if deployment.half:
-            gate.write_half(folder)
+            writer.write_half(folder)
         if deployment.quantization:
-            gate.write_quantized(folder, deployment.quantization)
-        report = {p.precision: p.to_dict() for p in gate.parities}
+            writer.write_quantized(folder, deployment.quantization)
+        report = {p.precision: p.to_dict() for p in writer.parities}
         (folder / "parity.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        draw_parity(folder / "parity.jpg", proof, reference, gate.parities)
-        return Manifest(
-            name=deployment.name,
-            image_size=config.image_size,
-            grid=config.grid,
-            feature_layers=config.feature_layers,
-            mean=config.clip.mean,
-            std=config.clip.std,
-            prompts=config.prompts,
-            blur_sigma=BLUR_SIGMA,
-            threshold=deployment.threshold,
-            precisions=tuple(p.precision for p in gate.parities),
-            opset=OPSET,
-            frame_size=deployment.frame_size,
-            channel_order=deployment.channel_order,
-            int8=deployment.quantization.form if deployment.quantization else None,
-            provenance={
-                **deployment.provenance,
-                "clip": config.clip.name,
-                "noun": config.noun,
-                "fbclip": fbclip.__version__,
-                "torch": torch.__version__,
-                "onnx": onnx.__version__,
-                "onnxruntime": onnxruntime.__version__,
-                "pillow": PIL.__version__,  # whose resize a graph of whole frames repeats
-            },
-            parity={p.precision: p.summary() for p in gate.parities},
-        )
+        draw_parity(folder / "parity.jpg", proof, reference, writer.parities)
+        return _manifest(config, deployment, writer.parities)
 
-    return save(out, text, write_files), gate.parities
+    return save(out, text, write_files), writer.parities
 
 
-class Gate:
-    """Writes graphs and lets none pass that TensorRT would not take or that drifts past its budget.
+def _manifest(config: Config, deployment: Deployment, parities: list[Parity]) -> Manifest:
+    return Manifest(
+        name=deployment.name,
+        image_size=config.image_size,
+        grid=config.grid,
+        feature_layers=config.feature_layers,
+        mean=config.clip.mean,
+        std=config.clip.std,
+        prompts=config.prompts,
+        blur_sigma=BLUR_SIGMA,
+        threshold=deployment.threshold,
+        precisions=tuple(p.precision for p in parities),
+        opset=OPSET,
+        frame_size=deployment.frame_size,
+        channel_order=deployment.channel_order,
+        int8=deployment.quantization.form if deployment.quantization else None,
+        provenance={
+            **deployment.provenance,
+            "clip": config.clip.name,
+            "noun": config.noun,
+            "fbclip": fbclip.__version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "pillow": PIL.__version__,  # whose resize a graph of whole frames repeats
+        },
+        parity={p.precision: p.summary() for p in parities},
+    )
+
+
+class GraphWriter:
+    """Writes graphs and lets none pass that TensorRT would not take or that deviates past its budget.
 
     Attributes:
         parities: of the graphs that passed.
@@ -162,7 +167,7 @@ class Gate:
         require_within(self.compare("fp32", path, range(len(self.inputs))), path.name)
 
     def write_half(self, folder: Path) -> None:
-        """Type the products float16; where that drifts too far, widen the float32 islands by measurement.
+        """Type the products float16; where that deviates too far, widen the float32 islands by measurement.
 
         Leaves the model so typed: the last to be written from it.
         """
@@ -170,7 +175,7 @@ class Gate:
         weights.apply()
         parity = self.measure("fp16", folder, self.write_typed)
         if parity.overrun > 1:
-            first, worst = parity.diverges_first, parity.by_drift[:SEARCH_IMAGES]
+            first, worst = parity.diverges_first, parity.by_deviation[:SEARCH_IMAGES]
             self.say_overrun(parity)
 
             def overrun_in_torch(islands: Collection[str]) -> float:
@@ -182,7 +187,7 @@ class Gate:
         self.judge(parity)
 
     def write_quantized(self, folder: Path, quantization: Quantization) -> None:
-        """Quantise the float32 graph's products; where that drifts too far, leave some float32 by measurement."""
+        """Quantise the float32 graph's products; where that deviates too far, leave some float32 by measurement."""
         frames = (resize(frame, self.deployed.frame_size) for frame in quantization.calibration)
         inputs: list[Feed] = [{IMAGE: in_order(frame, self.channel_order)[None], TEXT: self.text} for frame in frames]
         with tempfile.TemporaryDirectory(dir=folder) as working:
@@ -190,7 +195,7 @@ class Gate:
             for_tensorrt = quantization.form != DYNAMIC
             parity = self.measure("int8", folder, quantizer.write, for_tensorrt=for_tensorrt)
             if parity.overrun > 1:
-                tried = range(len(self.inputs)) if parity.auroc else parity.by_drift[:SEARCH_IMAGES]
+                tried = range(len(self.inputs)) if parity.auroc else parity.by_deviation[:SEARCH_IMAGES]
                 trial = Path(working, "trial.onnx")
                 self.say_overrun(parity)
 
@@ -225,7 +230,7 @@ class Gate:
         parity = self.compare(precision, path, range(len(self.inputs)))
         stages = []
         if precision != "fp32":
-            worst = self.inputs[parity.by_drift[0]][None]
+            worst = self.inputs[parity.by_deviation[0]][None]
             stages = compare_stages(precision, folder / GRAPHS["fp32"], path, self.text, worst)
         size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
         return replace(
@@ -246,7 +251,7 @@ class Gate:
     def say_overrun(self, parity: Parity) -> None:
         where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
         self.say(
-            f"{parity.precision} drifts by {parity.overrun:.2f} of its budget{where}; "
+            f"{parity.precision} deviates by {parity.overrun:.2f} of its budget{where}; "
             f"looking for what must stay float32"
         )
 
@@ -256,7 +261,7 @@ class Gate:
 
     @torch.no_grad()
     def overrun_in_torch(self, indices: Sequence[int]) -> float:
-        """Drift in budgets by the torch model as it is typed, on some images: cheaper than a graph for each trial."""
+        """Deviation in budgets by the torch model as it is typed, on some images: cheaper than a graph for each trial."""
         scores, maps = Differences(), Differences()
         for index in indices:
             image = self.inputs[index]
@@ -267,7 +272,7 @@ class Gate:
 
 
 def require_within(parity: Parity, graph: str) -> None:
-    """Raise ParityError if a graph drifts past its budget."""
+    """Raise ParityError if a graph deviates past its budget."""
     if parity.overrun > 1:
         where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
         labelled = ""
@@ -276,6 +281,6 @@ def require_within(parity: Parity, graph: str) -> None:
             labelled = f", and the AUROC by {after - before:+.4f} (at most {parity.auroc_budget:.2g})"
         raise ParityError(
             f"{graph} must stay within {parity.score_budget:g} (score) and {parity.map_budget:g} (map) of the torch "
-            f"model; it drifts by {parity.score.max:.2g} and {parity.map_drift:.2g}{labelled}{where}, "
+            f"model; it deviates by {parity.score.max:.2g} and {parity.map_deviation:.2g}{labelled}{where}, "
             f"so no bundle was written"
         )

@@ -19,12 +19,14 @@ from fbclip.bundle import Bundle
 from fbclip.engines import Engine, EngineOptions
 from fbclip.errors import DeviceError, FBClipError, UsageError
 from fbclip.files import replacing, require_writable, write_text
+from fbclip.parsing import parse_numbers
 from fbclip.runtime.backends import resolve_precision
 from fbclip.runtime.backends.cuda import Gpu
+from fbclip.runtime.host import Machine
 from fbclip.terminal import progress, say
 
 MIB = 2**20
-MEMINFO = Path("/proc/meminfo")
+MACHINE = Machine()
 
 
 def parse_batch(text: str) -> tuple[int, int, int]:
@@ -33,13 +35,12 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     Raises:
         UsageError: anything else.
     """
-    try:
-        numbers = [int(part) for part in text.split(",")]
-        low, usual, high = numbers * 3 if len(numbers) == 1 else numbers
-        if not 1 <= low <= usual <= high:
-            raise ValueError("not in order")
-    except ValueError as error:
-        raise UsageError(f"--batch is MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, like 1,1,4; got {text!r}") from error
+    numbers = parse_numbers(text, "batch", (1, 1, 4))
+    if len(numbers) not in (1, 3) or list(numbers) != sorted(numbers):
+        raise UsageError(
+            f"a batch is MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, like 1,1,4; got {text!r}", option="batch"
+        )
+    low, usual, high = numbers * 3 if len(numbers) == 1 else numbers
     return low, usual, high
 
 
@@ -127,31 +128,22 @@ def _check_memory(gpu: Gpu, graph: Path, workspace_mib: int | None) -> str:
     on_gpu, on_host = weights + (workspace_mib or 0) * MIB, 2 * weights
     with gpu.current():
         free_gpu, total_gpu = gpu.cuda.mem_get_info()
-    host = _host_memory()
-    free_host = host.get("MemAvailable", 0)
-    if not host:  # then only the GPU's is known
+    host = MACHINE.memory()
+    if host is None:  # then only the GPU's is known
         fits = on_gpu <= free_gpu
         needs = f"{decimal(on_gpu)} of {decimal(free_gpu)} free on the GPU"
-    elif abs(total_gpu - host["MemTotal"]) < 0.05 * total_gpu:
-        fits = on_gpu + on_host <= free_host
-        needs = f"{decimal(on_gpu + on_host)} of the {decimal(free_host)} that are free for CPU and GPU"
+    elif abs(total_gpu - host.total) < 0.05 * total_gpu:
+        fits = on_gpu + on_host <= host.available
+        needs = f"{decimal(on_gpu + on_host)} of the {decimal(host.available)} that are free for CPU and GPU"
     else:
-        fits = on_gpu <= free_gpu and on_host <= free_host
-        needs = f"{decimal(on_gpu)} of {decimal(free_gpu)} free on the GPU, {decimal(on_host)} of {decimal(free_host)} on the host"
+        fits = on_gpu <= free_gpu and on_host <= host.available
+        needs = f"{decimal(on_gpu)} of {decimal(free_gpu)} free on the GPU, {decimal(on_host)} of {decimal(host.available)} on the host"
     if not fits:
         raise DeviceError(
-            f"the build needs at least {needs}: stop other programs, add swap, pass a smaller --workspace, "
-            f"or export with --fp16"
+            f"the build needs at least {needs}: stop other programs, add swap, give it a smaller workspace, or build from a "
+            f"graph in half precision: fbclip export --fp16"
         )
     return f"memory: at least {needs}"
-
-
-def _host_memory() -> dict[str, int]:
-    """Linux's memory figures in bytes; empty elsewhere."""
-    if not MEMINFO.is_file():
-        return {}
-    lines = (line.split() for line in MEMINFO.read_text().splitlines())
-    return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, *_ in lines}
 
 
 def _build(

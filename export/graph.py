@@ -30,7 +30,7 @@ EXTERNAL_DATA_FROM = 2**31 - 2**20  # bytes; protobuf ends at 2 GB
 
 
 class DeployedModel(nn.Module):
-    """The model between its constant pre- and postprocessing (spec 9.4): the same `Visual`, not a rewrite.
+    """The model between its constant pre- and postprocessing (docs/method.md, section 9.4): the same `Visual`, not a rewrite.
 
     Changes the model in place: folds the normalisation into its patch embedding.
 
@@ -62,7 +62,7 @@ class DeployedModel(nn.Module):
 
 
 class FrameResize(nn.Module):
-    """Pillow's bicubic resize from one frame size, as constant matrices (spec 9.4), to the last bit."""
+    """Pillow's bicubic resize from one frame size, as constant matrices (docs/method.md, section 9.4), to the last bit."""
 
     rows_coarse: Tensor  # (S, H)
     rows_fine: Tensor

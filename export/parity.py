@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fbclip.data.dataset import Dataset
 from fbclip.data.layouts import open_dataset
 from fbclip.errors import ImageError, ParityError, UsageError
-from fbclip.export.precision.stages import Stage, first_diverging
+from fbclip.export.stages import Stage, first_diverging
 from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.metrics import image_metrics
@@ -47,7 +47,7 @@ class Proof:
 
     def __post_init__(self) -> None:
         if not self.frames:
-            raise UsageError("the proof needs an image that can be read; got none: pass other --parity-images")
+            raise UsageError("the proof needs an image that can be read; got none: pass others", option="parity_images")
 
     def part(self, indices: Sequence[int]) -> Proof:
         """Some of the images."""
@@ -103,7 +103,9 @@ def read_calibration(paths: list[Path], size_hw: tuple[int, int], say: Say) -> l
     """Read the images for calibration; those that can't be read are reported and left out."""
     frames = list(read_frames(paths, size_hw, say).values())
     if not frames:
-        raise UsageError("calibration needs a good image that can be read; got none: pass other --calibration-images")
+        raise UsageError(
+            "calibration needs a good image that can be read; got none: pass others", option="calibration_images"
+        )
     return frames
 
 
@@ -153,7 +155,7 @@ def run_reference(trained: Backend, proof: Proof, image_size: int) -> Reference:
 
 
 @dataclass(frozen=True)
-class Drift:
+class Deviation:
     """Differences of probabilities, 0..1: the largest, and quantiles over all images (and pixels)."""
 
     max: float
@@ -190,13 +192,16 @@ class Differences:
         upper_edge = np.array((key + 1) << self.BITS, np.uint32).view(np.float32)
         return min(float(upper_edge), self.max)
 
-    def drift(self) -> Drift:
-        return Drift(self.max, *(self.quantile(q) for q in (0.5, 0.99, 0.999)))
+    def deviation(self) -> Deviation:
+        return Deviation(self.max, *(self.quantile(q) for q in (0.5, 0.99, 0.999)))
 
 
-def overrun(precision: str, score_drift: float, map_drift: float) -> float:
-    """Drift in budgets: up to 1 it is within."""
-    return max(drift / budget for drift, budget in zip((score_drift, map_drift), BUDGETS[precision], strict=True))
+def overrun(precision: str, score_deviation: float, map_deviation: float) -> float:
+    """Deviation in budgets: up to 1 it is within."""
+    return max(
+        deviation / budget
+        for deviation, budget in zip((score_deviation, map_deviation), BUDGETS[precision], strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ class Parity:
         flips: images whose verdict at the threshold changed.
         auroc: of the images by the torch model and by the graph; None without labels of both kinds.
         worst_image: the one whose map differs most.
-        by_drift: indices of the images, that one first.
+        by_deviation: indices of the images, that one first.
         auroc_budget: how far it may change; None where only the differences count.
         islands: parts that had to stay float32 although others are of lower precision.
         stages: of the worst image against the float32 graph; empty for that graph itself.
@@ -221,14 +226,14 @@ class Parity:
 
     precision: str
     images: int
-    score: Drift
-    map: Drift
+    score: Deviation
+    map: Deviation
     score_budget: float
     map_budget: float
     flips: tuple[str, ...]
     auroc: tuple[float, float] | None
     worst_image: str
-    by_drift: tuple[int, ...]
+    by_deviation: tuple[int, ...]
     auroc_budget: float | None = None
     islands: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
@@ -238,18 +243,18 @@ class Parity:
     thumbnails: tuple[Array, ...] = field(default=(), repr=False)
 
     @property
-    def map_drift(self) -> float:
+    def map_deviation(self) -> float:
         """What the budget is about: the worst pixel in float32, the 99.9th percentile in lower precision."""
         return self.map.max if self.precision == "fp32" else self.map.p999
 
     @property
     def overrun(self) -> float:
-        """The drift in budgets: up to 1 it is within."""
-        drift = overrun(self.precision, self.score.max, self.map_drift)
+        """The deviation in budgets: up to 1 it is within."""
+        deviation = overrun(self.precision, self.score.max, self.map_deviation)
         if self.auroc is None or self.auroc_budget is None:
-            return drift
+            return deviation
         before, after = self.auroc
-        return max(drift, abs(after - before) / self.auroc_budget)
+        return max(deviation, abs(after - before) / self.auroc_budget)
 
     @property
     def diverges_first(self) -> str | None:
@@ -258,7 +263,7 @@ class Parity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `parity.json`."""
-        values = {key: value for key, value in asdict(self).items() if key not in ("thumbnails", "by_drift")}
+        values = {key: value for key, value in asdict(self).items() if key not in ("thumbnails", "by_deviation")}
         stages = {stage.name: stage.error if np.isfinite(stage.error) else None for stage in self.stages}
         return {**values, "stages": stages, "diverges_first": self.diverges_first, "within": self.overrun <= 1}
 
@@ -304,21 +309,23 @@ def compare(
     score_differences.add(found, reference.scores)
     if len(inputs) > 1 and np.isfinite(found).all():  # a dynamic batch that only works for one is none
         pair, _ = backend.run(np.stack(inputs[:2]))
-        if (drift := np.abs(pair - found[:2]).max()) > budgets[0]:
-            raise ParityError(f"a batch of two must score like its images alone; {precision} differs by {drift:.2g}")
+        if (deviation := np.abs(pair - found[:2]).max()) > budgets[0]:
+            raise ParityError(
+                f"a batch of two must score like its images alone; {precision} differs by {deviation:.2g}"
+            )
     flipped = (found >= threshold) != (reference.scores >= threshold)
     auroc = _auroc(proof, reference.scores, found)
-    by_drift = tuple(int(i) for i in np.argsort(worst)[::-1])
+    by_deviation = tuple(int(i) for i in np.argsort(worst)[::-1])
     return Parity(
         precision,
         len(found),
-        score_differences.drift(),
-        maps.drift(),
+        score_differences.deviation(),
+        maps.deviation(),
         *budgets,
         tuple(name for name, flip in zip(proof.names, flipped, strict=True) if flip),
         auroc,
-        proof.names[by_drift[0]],
-        by_drift,
+        proof.names[by_deviation[0]],
+        by_deviation,
         auroc_budget(proof.labels) if precision == "int8" and auroc and proof.labels else None,
         thumbnails=tuple(thumbnails),
     )

@@ -81,13 +81,17 @@ def write_model(
         DeviceError: no such precision, or 8 bit in the form for CPUs, which a Triton with a GPU can't place there.
     """
     if find_spec("onnx") is None:
-        raise UsageError("--triton writes the text features into the graph with the onnx package: pip install onnx")
+        raise UsageError(
+            "a model for Triton has the text features in its graph, written with the onnx package: pip install onnx",
+            option="triton",
+        )
     precision = resolve_precision(bundle, "Triton on a GPU", precision)
     name = triton_name(bundle.name) if name is None else checked_name(name)
     folder = repository.resolve() / name
     if folder.exists():
         raise UsageError(
-            f"--triton writes a new model; {folder} is there already: remove it, or pass another --name or folder"
+            f"a model for Triton is a new one; {folder} is there already: remove it, or choose another name or folder",
+            option="triton",
         )
     calibration = Calibration.load(bundle)
     with new_folder(folder) as temporary:
@@ -99,17 +103,12 @@ def write_model(
             for graph_file in version.iterdir():
                 if graph_file.name != "model.plan":
                     graph_file.unlink()
-        threshold = bundle.manifest.threshold
-        served = Served(
-            name,
-            platform="tensorrt_plan" if build else "onnxruntime_onnx",
-            frame_hw=frame_hw,
-            map_hw=map_hw,
-            max_batch=max_batch,
-            threshold=calibration.threshold if calibration else threshold,
-            map_threshold=calibration.map_threshold if calibration else threshold,
-            promise=promise(bundle, calibration, precision),
+        default = bundle.manifest.threshold
+        threshold, map_threshold = (
+            (calibration.threshold, calibration.map_threshold) if calibration else (default, default)
         )
+        platform, promised = "tensorrt_plan" if build else "onnxruntime_onnx", promise(bundle, calibration, precision)
+        served = Served(name, platform, frame_hw, map_hw, max_batch, threshold, map_threshold, promised)
         (temporary / "config.pbtxt").write_text(config(served))
         (temporary / "README.md").write_text(readme(served, bundle, precision), encoding="utf-8")
         temporary.rename(folder)

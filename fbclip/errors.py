@@ -63,7 +63,7 @@ class GraphError(FBClipError):
 
 
 class ParityError(FBClipError):
-    """An exported graph that drifts from the trained model past its budget."""
+    """An exported graph that deviates from the trained model past its budget."""
 
 
 def reason(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from fbclip.terminal import printable
 __all__ = [
     "SUFFIXES",
     "decode_image",
-    "encode",
+    "encode_image",
     "is_image",
     "more_pages",
     "note_of_pages",
@@ -118,28 +118,6 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 def to_bgr(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A frame uint8 (H, W, 3) RGB as OpenCV has it."""
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8)
-
-
-def encode(image: NDArray[Any], suffix: str = ".jpg", quality: int = JPEG_QUALITY) -> bytes:
-    """The content of a picture file.
-
-    Args:
-        image: uint8 (H, W, 3) RGB, or grey uint16 (H, W) for ".png".
-        suffix: ".jpg" or ".png".
-        quality: of a JPEG, 1..100.
-
-    Raises:
-        FBClipError: OpenCV can't, for it is too large.
-    """
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix == ".jpg" else []
-    try:
-        done, data = cv2.imencode(suffix, to_bgr(image) if image.ndim == 3 else image, options)
-    except cv2.error:
-        done = False
-    if not done:
-        height, width = image.shape[:2]
-        raise FBClipError(f"a picture of {width} × {height} can't be written as {suffix}: take a smaller one")
-    return data.tobytes()
 
 
 def _rgb(picture: Picture, name: str) -> NDArray[np.uint8]:
@@ -261,3 +239,23 @@ def _assemble(image: Image.Image, convert: Callable[[Image.Image], NDArray[Any]]
         result[top : top + len(values)] = values
     assert result is not None
     return result
+
+
+def encode_image(image: NDArray[Any], suffix: str = ".jpg", quality: int = JPEG_QUALITY) -> bytes:
+    """A picture, RGB uint8 (H, W, 3) or grey uint16 (H, W), as the bytes of a ".jpg" or ".png" file.
+
+    Args:
+        quality: of a JPEG, 0 to 100.
+
+    Raises:
+        FBClipError: it is too large for that format.
+    """
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix == ".jpg" else []
+    try:
+        done, data = cv2.imencode(suffix, to_bgr(image) if image.ndim == 3 else image, options)
+    except cv2.error:
+        done = False
+    if not done:
+        height, width = image.shape[:2]
+        raise FBClipError(f"a picture of {width} × {height} can't be written as {suffix}: use a smaller one")
+    return data.tobytes()

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -155,20 +156,23 @@ def _file_size(path: Path, name: str) -> int:
     return status.st_size
 
 
-def _decode(file: IO[bytes], name: str, size: int, formats: tuple[str, ...], max_pixels: int) -> Picture:
-    def check(width: int, height: int) -> None:
-        if width * height > max_pixels:
-            raise SizeError(f"at most {max_pixels:,} pixels are taken; {name} has {width} × {height}")
-        if max(width, height) > MAX_SIDE:
-            raise SizeError(f"sides of at most {MAX_SIDE:,} pixels are taken; {name} has {width} × {height}")
-        if not width or not height:
-            raise ImageError(f"{name} has no pixels: its size is {width} × {height}")
-        if size > MAX_BYTES_BESIDE + MAX_PIXEL_BYTES * width * height:
-            raise ImageError(
-                f"{name} has {size >> 20:,} MB, and a picture of {width} × {height} may have {MAX_PIXEL_BYTES} bytes a "
-                f"pixel and {MAX_BYTES_BESIDE >> 20} MB: save its first page alone"
-            )
+def _check_size(width: int, height: int, size: int, name: str, max_pixels: int) -> None:
+    """Raise ImageError for sides that no picture of `size` bytes may have."""
+    if width * height > max_pixels:
+        raise SizeError(f"at most {max_pixels:,} pixels are taken; {name} has {width} × {height}")
+    if max(width, height) > MAX_SIDE:
+        raise SizeError(f"sides of at most {MAX_SIDE:,} pixels are taken; {name} has {width} × {height}")
+    if not width or not height:
+        raise ImageError(f"{name} has no pixels: its size is {width} × {height}")
+    if size > MAX_BYTES_BESIDE + MAX_PIXEL_BYTES * width * height:
+        raise ImageError(
+            f"{name} has {size >> 20:,} MB, and a picture of {width} × {height} may have {MAX_PIXEL_BYTES} bytes a "
+            f"pixel and {MAX_BYTES_BESIDE >> 20} MB: save its first page alone"
+        )
 
+
+def _decode(file: IO[bytes], name: str, size: int, formats: tuple[str, ...], max_pixels: int) -> Picture:
+    check = partial(_check_size, size=size, name=name, max_pixels=max_pixels)
     if not size:
         raise ImageError(f"{name} is empty")
     head = file.read(32)

@@ -108,7 +108,7 @@ def gaussian_matrix(size: int, sigma: float = BLUR_SIGMA) -> NDArray[np.float64]
 
 
 def upsampling_matrix(size: int, grid: int, out_size: int | None = None) -> NDArray[np.float32]:
-    """A of `anomaly_map = A @ patch_map @ A.T`: bilinear upsampling, then the blur (spec 9.4); float32 (size, grid).
+    """A of `anomaly_map = A @ patch_map @ A.T`: bilinear upsampling, then the blur (docs/method.md, section 9.4); float32 (size, grid).
 
     With `out_size`, the map is then interpolated to a frame's side: float32 (out_size, grid).
     """

@@ -1,28 +1,45 @@
-"""The machine: its files, its commands, and probes in processes of their own."""
+"""The machine: its files and commands, cores and memory, cameras, and the video backends of its OpenCV."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from fbclip.errors import FBClipError
 
 SYSTEM_SITE = "python3 -m venv --system-site-packages .venv  # apt's Python packages are only seen from such a venv"
 GSTREAMER = f"pip uninstall -y opencv-python-headless && sudo apt install python3-opencv && {SYSTEM_SITE}"
 
 
-class ProbeFailed(Exception):
-    """A probe or command that did not answer; `missing` is the module or command that is not there."""
+class ProcessFailed(FBClipError):
+    """A process that gave no answer, or says that it failed.
 
-    def __init__(self, message: str, missing: str | None = None) -> None:
+    Attributes:
+        missing: the module or command that is not there, if that was it.
+        usage: what was asked for is not there, rather than broken.
+    """
+
+    def __init__(self, message: str, missing: str | None = None, usage: bool = False) -> None:
         super().__init__(message)
-        self.missing = missing
+        self.missing, self.usage = missing, usage
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of a machine, in bytes; `available` is what a program can have without swapping."""
+
+    total: int
+    available: int
+    swap: int
 
 
 @dataclass(frozen=True)
@@ -50,31 +67,15 @@ class Machine:
         """The standard output of a command.
 
         Raises:
-            ProbeFailed: not there, too slow, or it says that it failed.
+            ProcessFailed: not there, too slow, or it says that it failed.
         """
         program = shutil.which(command[0], path=self.path)
         if program is None:
-            raise ProbeFailed(f"no {command[0]} on PATH", command[0])
-        return self._answer(command[0], [program, *command[1:]])
-
-    def probe(self, name: str, *arguments: str) -> dict[str, Any]:
-        """What a probe of `probes.py` finds, in a Python like this one.
-
-        Raises:
-            ProbeFailed: it raised, crashed or hung.
-        """
-        program = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime.doctor import probes; probes.main(*sys.argv[2:])"
-        command = [sys.executable, "-c", program, json.dumps(sys.path, allow_nan=False), name, *arguments]
-        answer = json.loads(self._answer(" ".join([name, *arguments]), command))
-        if "error" in answer:
-            raise ProbeFailed(answer["error"], answer["missing"])
-        found: dict[str, Any] = answer["found"]
-        return found
-
-    def _answer(self, name: str, command: list[str]) -> str:
+            raise ProcessFailed(f"no {command[0]} on PATH", command[0])
+        name = command[0]
         try:
             done = subprocess.run(
-                command,
+                [program, *command[1:]],
                 capture_output=True,
                 stdin=subprocess.DEVNULL,
                 timeout=self.patience,
@@ -82,13 +83,43 @@ class Machine:
                 errors="replace",
             )
         except subprocess.TimeoutExpired as error:
-            raise ProbeFailed(f"{name} did not answer within {self.patience:g} s") from error
+            raise ProcessFailed(f"{name} did not answer within {self.patience:g} s") from error
         if done.returncode < 0:
-            raise ProbeFailed(f"{name} crashed with signal {-done.returncode} (9 is often: out of memory)")
+            raise ProcessFailed(f"{name} crashed with signal {-done.returncode} (9 is often: out of memory)")
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no word why").splitlines()[-1]
-            raise ProbeFailed(f"{name} failed: {last}")
+            raise ProcessFailed(f"{name} failed: {last}")
         return done.stdout
+
+    def memory(self) -> Memory | None:
+        """How much there is; None where the machine does not tell."""
+        try:
+            with self._procfs() as psutil:
+                memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+        except (ImportError, OSError):
+            return None
+        return Memory(memory.total, memory.available, swap.total)
+
+    def busy_seconds(self) -> tuple[float, float] | None:
+        """Core-seconds since the start of the machine that any process computed, and that a hypervisor took away;
+        None where the machine does not tell."""
+        try:
+            with self._procfs() as psutil:
+                times = psutil.cpu_times()
+            return times.user + times.nice + times.system + times.irq + times.softirq, times.steal
+        except (ImportError, OSError, AttributeError):  # AttributeError: of Linux alone
+            return None
+
+    @contextmanager
+    def _procfs(self) -> Iterator[Any]:
+        """psutil, which may be broken, reading the /proc of this machine."""
+        import psutil
+
+        before, psutil.PROCFS_PATH = getattr(psutil, "PROCFS_PATH", "/proc"), str(self.root / "proc")
+        try:
+            yield psutil
+        finally:
+            psutil.PROCFS_PATH = before
 
     def cameras(self) -> dict[Path, str]:
         """Device and label of each video device, by number; a USB camera mostly has a second one for its metadata."""
@@ -118,3 +149,40 @@ class Machine:
                 for d in devices
             )
         )
+
+
+def cores() -> int:
+    """Cores that this process may use: those that taskset or a container's cpuset leaves it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def allowed_cores() -> int:
+    """Threads for ONNX Runtime: as many as the cores that this process is kept to, which its own choice would leave;
+    0, its own choice, where the process may use all of them."""
+    allowed = cores()
+    return allowed if allowed < (os.cpu_count() or 1) else 0
+
+
+def peak_memory() -> int | None:
+    """The most memory in bytes that this process has held; None where the kernel does not tell.
+
+    Read from /proc: psutil does not tell it on Linux, and getrusage would count the parent's from before exec.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) << 10 if found else None
+
+
+def opencv() -> dict[str, Any]:
+    """OpenCV's "version", and which of the video "backends" that matter here are in it."""
+    cv2 = import_module("cv2")
+    registry = cv2.videoio_registry
+    registered = {
+        registry.getBackendName(backend) for backend in registry.getBackends() if registry.hasBackend(backend)
+    }
+    built = dict(re.findall(r"^\s*(FFMPEG|GStreamer|v4l/v4l2):\s+(\w+)", cv2.getBuildInformation(), re.MULTILINE))
+    places = {"V4L2": "v4l/v4l2", "GSTREAMER": "GStreamer", "FFMPEG": "FFMPEG"}
+    return {
+        "version": cv2.__version__,
+        "backends": [name for name, key in places.items() if name in registered or built.get(key) == "YES"],
+    }

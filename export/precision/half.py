@@ -7,7 +7,7 @@ from collections.abc import Collection
 from torch import nn
 
 from fbclip.export.graph import SEPARATION
-from fbclip.export.precision.islands import Parts, parts_by_stage
+from fbclip.export.precision.float32_islands import Parts, parts_by_stage
 from fbclip.model.network import Visual
 
 

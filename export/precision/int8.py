@@ -23,7 +23,7 @@ from onnxruntime.quantization import (
 
 from fbclip.bundle import DYNAMIC
 from fbclip.export.graph import SCORES, SEPARATION, save_in_pieces
-from fbclip.export.precision.islands import Parts, parts_by_stage
+from fbclip.export.precision.float32_islands import Parts, parts_by_stage
 
 Feed = dict[str, NDArray[Any]]  # values of a graph's inputs
 

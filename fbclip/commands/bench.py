@@ -124,6 +124,7 @@ def _options(timing: TimingGroup, torch: TorchGroup) -> Options:
         torch.checkpoint,
         torch.clip,
         torch.clip_weights,
+        torch="fbclip.model.backend",
     )
 
 

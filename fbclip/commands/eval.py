@@ -118,7 +118,7 @@ def _subject(checkpoint: Path | None, deployed: BundleGroup, model: ModelGroup, 
     if checkpoint is None:
         return bundle_subject(deployed.bundle, deployed.device, deployed.precision, threshold, test.batch)
     need_train_extra()
-    from fbclip.model.backend import checkpoint_subject
+    from fbclip.training.evaluation import checkpoint_subject
 
     return checkpoint_subject(
         checkpoint, model.clip, model.clip_weights, model.image_size, model.layers, deployed.device, threshold

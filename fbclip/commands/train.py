@@ -16,7 +16,7 @@ from fbclip.errors import UsageError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from fbclip.data.holdout import Parts, Seen
+    from fbclip.data.holdout import Seen, Split
     from fbclip.model.network import FBCLIP
     from fbclip.training.loop import Execution
     from fbclip.training.step import Recipe
@@ -153,7 +153,7 @@ class Job:
     teaching: TeacherGroup
     output: OutputGroup
     first: Path | None
-    parts: Parts | None
+    parts: Split | None
     data_name: str
 
 

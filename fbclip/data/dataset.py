@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fbclip.errors import UsageError
+from fbclip.files import sha256
 from fbclip.images import read_image, union_of_masks
 from fbclip.resample import resize
 
@@ -190,16 +191,10 @@ class Samples:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content in hexadecimal; "missing" where it can't be opened."""
-    digest = hashlib.sha256()
     try:
-        if not path.is_file():  # a pipe would never end
-            return "missing"
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return sha256(path) if path.is_file() else "missing"  # a pipe would never end
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return "missing"
-    return digest.hexdigest()
 
 
 def parallel_map(function: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:

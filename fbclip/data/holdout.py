@@ -89,7 +89,7 @@ def _unpacked(text: str) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Split:
     """A data set for training: its test split, as in the paper, in two parts.
 
     Attributes:
@@ -119,7 +119,7 @@ class Parts:
             good, defective = _kinds(self.held_out)
             lines = [
                 f"{good} good and {defective} defective of {whole} images are held out to choose the best checkpoint; "
-                f"--validation 0 trains on all"
+                f"a share of 0 trains on all"
             ]
         else:
             lines = [f"trained on all {whole} images of the test split; " + (self.too_few or "none is held out")]
@@ -135,7 +135,7 @@ class Parts:
         return {"name": self.name, "fingerprint": self.fingerprint, **sizes}
 
 
-def split(data: Dataset, share: float) -> Parts:
+def split(data: Dataset, share: float) -> Split:
     """Hold out a share of the test split, of every class its share of good and of defective images.
 
     The images' digests decide, so that the same images are held out whatever they are called and wherever they lie;
@@ -165,7 +165,7 @@ def split(data: Dataset, share: float) -> Parts:
     seen = Seen.of(*([digests[i.image] for i in part if digests[i.image] != "missing"] for part in (trained, held_out)))
     unused = len(data.select("train").items)
     fingerprint = data.select("test").fingerprint(digests)
-    return Parts(data.name, trained, held_out, unused, seen, fingerprint, too_few)
+    return Split(data.name, trained, held_out, unused, seen, fingerprint, too_few)
 
 
 def _kinds(items: Iterable[Item]) -> tuple[int, int]:

@@ -44,7 +44,7 @@ class Layout:
     """A data set and how it is laid out.
 
     Attributes:
-        name: for --layout.
+        name: as users have it.
         title: of the data set; the root's name if empty.
         tree: what is expected below the root.
         read: the root to items; none where the tree is another.
@@ -142,7 +142,7 @@ def open_dataset(path: Path, layout: str | None = None) -> Dataset:
         UsageError: no such path or layout, a path that is not laid out so, or an index with a mistake.
     """
     if layout is not None and layout not in NAMES:
-        raise UsageError(f"--layout is one of {', '.join(NAMES)}; got {layout!r}")
+        raise UsageError(f"a layout is one of {', '.join(NAMES)}; got {layout!r}", option="layout")
     rows = [row for row in LAYOUTS if layout in (None, row.name)]
     unknown: dict[str, indexes.NotOurs] = {}
     try:
@@ -163,7 +163,8 @@ def open_dataset(path: Path, layout: str | None = None) -> Dataset:
         raise UsageError(f"{printable(path)} is not laid out as {layout}: expected {trees_of}{columns}")
     raise UsageError(
         f"{printable(path)} is laid out like none of {', '.join(NAMES)}: see docs/guides/data.md for their trees, "
-        f"and pass --layout NAME to read it as one of them{columns}"
+        f"and name one of them to read it as such{columns}",
+        option="layout",
     )
 
 

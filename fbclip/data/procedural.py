@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.data.dataset import Sample
-from fbclip.data.surfaces import Field, Generator, Mask, Picture, direction, displaced, noise, rotated, surface, texture
+from fbclip.data.surfaces import Field, Generator, Mask, Pixels, direction, displaced, noise, rotated, surface, texture
 
 FROM_AFAR = 0.3  # of the images are drawn larger and made smaller, as a camera's are
 
@@ -57,7 +57,7 @@ class ProceduralDefects:
         image = camera(defective, rng, self._variety(index))
         return Sample(image, mask, int(mask.any()))
 
-    def render(self, index: int) -> tuple[Picture, Picture, Mask, Generator]:
+    def render(self, index: int) -> tuple[Pixels, Pixels, Mask, Generator]:
         """The surface before and after the defects, float32 (S, S, 3) in 0..1, the mask, and the generator's state."""
         rng = np.random.Generator(np.random.PCG64([self.seed, index]))
         variety = self._variety(index)
@@ -184,8 +184,8 @@ SIMPLE = 4  # how many of them a plain curriculum starts with
 
 
 def add_defect(
-    image: Picture, mask: Mask, support: Mask, behind: Picture, rng: Generator, variety: float
-) -> tuple[Picture, Mask]:
+    image: Pixels, mask: Mask, support: Mask, behind: Pixels, rng: Generator, variety: float
+) -> tuple[Pixels, Mask]:
     """Draw one defect on the part; drawn again where it missed the part or can hardly be seen."""
     size, shapes = mask.shape[0], min(variety, 1.0)
     for attempt in range(8):
@@ -217,51 +217,51 @@ def moved_to_edge(alpha: Field, support: Mask, rng: Generator) -> Field:
     return cv2.warpAffine(alpha, move, alpha.shape[::-1]).astype(np.float32)
 
 
-def level(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def level(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     return image + np.float32(rng.uniform(0.08, 0.45) * boost * rng.choice([-1, 1]))
 
 
-def hole(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def hole(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     """Nearly black, or nearly white, whatever the surface."""
     return image * np.float32(0.2) + np.float32(0.8 * (rng.uniform(0, 0.15) if rng.random() < 0.7 else 1))
 
 
-def elsewhere(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def elsewhere(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     """Another place of the surface, turned."""
     return np.rot90(np.roll(image, int(rng.integers(len(image) // 4, len(image) // 2)), axis=1)).copy()
 
 
-def foreign(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def foreign(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     return texture(rng, len(image), max(1.0, variety))
 
 
-def dent(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def dent(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     """Light on one side, dark on the other."""
     smooth = cv2.GaussianBlur(alpha, (0, 0), max(1.0, 0.02 * len(image)))
     angle = rng.uniform(0, 2 * np.pi)
     slope = np.cos(angle) * cv2.Sobel(smooth, cv2.CV_32F, 1, 0) + np.sin(angle) * cv2.Sobel(smooth, cv2.CV_32F, 0, 1)
-    lit: Picture = (image + 0.4 * boost * slope[..., None] / (np.abs(slope).max() + 1e-6)).astype(np.float32)
+    lit: Pixels = (image + 0.4 * boost * slope[..., None] / (np.abs(slope).max() + 1e-6)).astype(np.float32)
     return lit
 
 
-def dirt(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def dirt(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     share = rng.uniform(0.3, 0.8)
     return ((1 - share) * image + share * rng.uniform(0, 1, 3)).astype(np.float32)
 
 
-def smeared(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def smeared(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     """The structure blurred away."""
     return cv2.GaussianBlur(image, (0, 0), rng.uniform(0.02, 0.06) * len(image)).astype(np.float32)
 
 
-def recontrasted(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def recontrasted(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     """The structure stronger or weaker, and a little darker or brighter."""
     mean = cv2.GaussianBlur(image, (0, 0), 0.08 * len(image))
     gain = rng.uniform(0, 0.5) if rng.random() < 0.5 else rng.uniform(1.6, 3)
     return (mean * rng.uniform(0.8, 1.2) + gain * (image - mean)).astype(np.float32)
 
 
-def warped(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def warped(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     """The structure pulled out of place."""
     size = len(image)
     reach, cells = rng.uniform(0.05, 0.25) * size * boost, rng.uniform(3, 12)
@@ -269,7 +269,7 @@ def warped(image: Picture, alpha: Field, rng: Generator, variety: float, boost: 
     return displaced(image, dx, dy)
 
 
-def rescaled(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def rescaled(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     """The structure coarser or finer, and turned."""
     size = len(image)
     zoom = np.exp(rng.choice([-1, 1]) * rng.uniform(0.3, 1.0))
@@ -277,25 +277,25 @@ def rescaled(image: Picture, alpha: Field, rng: Generator, variety: float, boost
     return cv2.warpAffine(image, turn, (size, size), borderMode=cv2.BORDER_REFLECT_101).astype(np.float32)
 
 
-def roughened(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def roughened(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     """Fine grain where the surface is smoother: corroded, fretted, frayed."""
     fine = noise(rng, len(image), len(image) / rng.uniform(1, 3)) - 0.5
     return (image + rng.uniform(0.3, 1) * boost * fine[..., None]).astype(np.float32)
 
 
-APPEARANCES: tuple[Callable[[Picture, Field, Generator, float, float], Picture], ...] = (
+APPEARANCES: tuple[Callable[[Pixels, Field, Generator, float, float], Pixels], ...] = (
     level, hole, elsewhere, foreign, dent, dirt, smeared, recontrasted, warped, rescaled, roughened,
 )  # fmt: skip
 
 
-def appearance(image: Picture, alpha: Field, rng: Generator, variety: float, boost: float) -> Picture:
+def appearance(image: Pixels, alpha: Field, rng: Generator, variety: float, boost: float) -> Pixels:
     """What a defect looks like inside: (S, S, 3). Half of the thin and small ones are lighter or darker, no more."""
     simple = rng.random() > (0.5 if (alpha > 0.3).mean() < 0.04 else 0.85) * min(variety, 1.0)
     kind = APPEARANCES[int(rng.integers(2)) if simple else int(rng.integers(len(APPEARANCES)))]
     return kind(image, alpha, rng, variety, boost)
 
 
-def camera(image: Picture, rng: Generator, variety: float) -> NDArray[np.uint8]:
+def camera(image: Pixels, rng: Generator, variety: float) -> NDArray[np.uint8]:
     """What a camera makes of it: blur, gamma, noise, often grey, above variety 1 sharpening and compression; uint8."""
     if variety > 1:
         image = lens(image, rng)
@@ -311,7 +311,7 @@ def camera(image: Picture, rng: Generator, variety: float) -> NDArray[np.uint8]:
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy()
 
 
-def lens(image: Picture, rng: Generator) -> Picture:
+def lens(image: Pixels, rng: Generator) -> Pixels:
     """A little out of focus, and sharpened again."""
     if rng.random() < 0.4:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1)).astype(np.float32)

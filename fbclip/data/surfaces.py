@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Field = NDArray[np.float32]  # (S, S), about 0..1
-Picture = NDArray[np.float32]  # (S, S, 3), 0..1
+Pixels = NDArray[np.float32]  # (S, S, 3), 0..1
 Mask = NDArray[np.uint8]  # (S, S), 0 or 1
 Generator = np.random.Generator
 
@@ -279,7 +279,7 @@ TEXTURES: tuple[Callable[[Generator, int], Field], ...] = (
 AT_VARIETY = (4, 14, len(TEXTURES))  # how many of them there are at variety 0, 1 and 2
 
 
-def texture(rng: Generator, size: int, variety: float) -> Picture:
+def texture(rng: Generator, size: int, variety: float) -> Pixels:
     """One material, or one over another, float32 (S, S, 3) in about 0..1."""
     last, natural, variety = np.interp(variety, (0, 1, 2), AT_VARIETY), variety > 1, min(variety, 1.0)
     field = _standardised(TEXTURES[int(rng.uniform(0, last))](rng, size))
@@ -294,7 +294,7 @@ def texture(rng: Generator, size: int, variety: float) -> Picture:
     contrast = np.exp(rng.uniform(np.log(0.01), np.log(0.05 + 0.15 * variety)))
     value = base + contrast * field
     tint = np.ones(3) if rng.random() < 0.5 else rng.uniform(0.6, 1.3, 3)
-    coloured: Picture = (value[..., None] * tint).astype(np.float32)
+    coloured: Pixels = (value[..., None] * tint).astype(np.float32)
     return coloured
 
 
@@ -302,7 +302,7 @@ def _standardised(field: Field) -> Field:
     return ((field - field.mean()) / max(float(field.std()), 0.02)).astype(np.float32)  # type: ignore[no-any-return]
 
 
-def surface(rng: Generator, size: int, variety: float) -> tuple[Picture, Mask, Picture]:
+def surface(rng: Generator, size: int, variety: float) -> tuple[Pixels, Mask, Pixels]:
     """A part in its light: the picture, where the part is, and what lies behind it.
 
     The part fills the frame, or nearly fills it with its edges in view, or lies before a background.

@@ -14,15 +14,11 @@ from torch import Tensor
 from fbclip.assets import NANO
 from fbclip.bundle import Bundle
 from fbclip.errors import CheckpointError, DeviceError
-from fbclip.files import sha256
 from fbclip.model import reference
-from fbclip.model.checkpoint import about, fingerprint, load
+from fbclip.model.checkpoint import load
 from fbclip.model.network import FBCLIP
 from fbclip.resample import upsampling_matrix
-from fbclip.runtime.calibration import checked_threshold
-from fbclip.runtime.evaluation.evaluate import Subject
 
-DEFAULT_THRESHOLD = 0.5  # where training chose none; calibration and export set a bundle's
 SAME_TEXT = 1e-3  # largest difference of text features that are the same model's
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -46,9 +42,11 @@ class TorchBackend:
 
     def __init__(self, model: FBCLIP, device: str = "cpu", forward: Forward | None = None) -> None:
         if device not in ("auto", "cpu", "cuda"):
-            raise DeviceError(f"--device is auto, cpu or cuda for a checkpoint; got {device!r}: export it for others")
+            raise DeviceError(
+                f"a checkpoint runs on auto, cpu or cuda; got {device!r}: export it for others", option="device"
+            )
         if device == "cuda" and not torch.cuda.is_available():
-            raise DeviceError("--device cuda needs a GPU that torch can use; this torch has cpu only")
+            raise DeviceError("cuda needs a GPU that torch can use; this torch has cpu only", option="device")
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.eval().to(self.device)
         self.forward = model.visual if forward is None else forward  # a compiled one can't be asked whether it is true
@@ -118,57 +116,28 @@ def bundle_backend(
     if text.shape != bundle.text.shape or np.abs(text - bundle.text).max() > SAME_TEXT:
         raise CheckpointError(
             f"torch runs the checkpoint that the bundle was exported from; {path.name} has other text features than "
-            f"{bundle.path.name}: pass its --checkpoint (and --clip, --clip-weights)"
+            f"{bundle.path.name}: name its checkpoint, and the CLIP underneath",
+            option="checkpoint",
         )
     return backend
 
 
-def checkpoint_subject(
-    path: Path,
-    clip: str | None,
-    clip_weights: str | None,
-    image_size: int | None,
-    feature_layers: tuple[int, ...] | None,
-    device: str,
-    threshold: float | None = None,
-) -> Subject:
-    """The torch model of a checkpoint, to be evaluated; arguments as `fbclip.model.checkpoint.load`.
+def matrix_products(a: NDArray[np.float32]) -> dict[str, Callable[[], object]]:
+    """Torch's products of a matrix (n, n) with itself, by "device precision library", for a benchmark to time."""
 
-    Args:
-        threshold: of scores, 0..1; None for the checkpoint's, else `DEFAULT_THRESHOLD`.
+    def product(matrix: torch.Tensor) -> Callable[[], object]:
+        out = torch.empty_like(matrix)
 
-    Raises:
-        CheckpointError, DeviceError, UsageError.
-    """
-    known = about(path)
-    if threshold is None:
-        threshold = DEFAULT_THRESHOLD if known.threshold is None else known.threshold
-        chosen = "a checkpoint's default" if known.threshold is None else "the checkpoint's"
-        threshold_from = f"threshold {threshold:.3g} is {chosen}"
-    else:
-        threshold_from = f"threshold {checked_threshold(threshold):g} was given"
-    model = load(path, clip, clip_weights, image_size, feature_layers)
-    config = model.config
-    backend = TorchBackend(model, device)
-    description = {
-        "kind": "checkpoint",
-        "name": known.name,
-        "sha256": sha256(path),
-        "clip": config.clip.name,
-        "clip_fingerprint": fingerprint(model.visual.tower.proj),
-        "device": backend.device,
-        "precision": "fp32",
-        "feature_layers": list(config.feature_layers),
-        "prompts": list(config.prompts),
-    }
-    return Subject(
-        backend,
-        config.image_size,
-        config.clip.mean,
-        config.clip.std,
-        threshold,
-        threshold_from,
-        description,
-        "torch",
-        seen=known.seen,
-    )
+        def run() -> None:
+            torch.matmul(matrix, matrix, out=out)
+            if matrix.is_cuda:
+                torch.cuda.synchronize()
+
+        return run
+
+    matrix = torch.from_numpy(a)
+    products = {"cpu fp32 torch": product(matrix)}
+    if torch.cuda.is_available():
+        products["cuda fp32 torch"] = product(matrix.cuda())
+        products["cuda fp16 torch"] = product(matrix.cuda().half())
+    return products

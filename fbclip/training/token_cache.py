@@ -54,7 +54,9 @@ class TokenCache(Dataset[Entry]):
 
     def __init__(self, folder: Path, model: FBCLIP, data: SampleSet, accelerator: Accelerator) -> None:
         if any(p.requires_grad for p in model.visual.tower.parameters()):
-            raise UsageError("--cache-tokens needs a frozen tower; leave out --train-tower or --cache-tokens")
+            raise UsageError(
+                "a cache of tokens needs a frozen tower; train the tower without it", option="cache_tokens"
+            )
         self.folder, self.data = folder, data
         self.key = cache_key(model, data, accelerator.mixed_precision)
         config, tower = model.config, model.visual.tower
@@ -97,7 +99,9 @@ class TokenCache(Dataset[Entry]):
         if batch.indices:
             tokens = tokens_of(batch)
             if not (largest := tokens.abs().max().item()) <= HALF_MAX:
-                raise FBClipError(f"tokens up to {largest:g} do not fit float16 (65504); train without --cache-tokens")
+                raise FBClipError(
+                    f"tokens up to {largest:g} do not fit float16 (65504); train without a cache", option="cache_tokens"
+                )
             self.arrays["tokens"][batch.indices] = tokens.half().cpu().numpy()
             self.arrays["masks"][batch.indices] = batch.masks.numpy()
         # the state last: a run killed before this computes the rows again
@@ -110,7 +114,9 @@ class TokenCache(Dataset[Entry]):
     def _make(self) -> None:
         ours = (self.folder / "cache.json").is_file()
         if not ours and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UsageError(f"--cache-tokens takes an empty folder or an earlier cache; {self.folder} is neither")
+            raise UsageError(
+                f"a cache goes to an empty folder or an earlier cache; {self.folder} is neither", option="cache_tokens"
+            )
         if not (ours and self._is_whole()):
             require_writable(self.folder)
             for name in self.layout:
@@ -141,8 +147,9 @@ class TokenCache(Dataset[Entry]):
         needed, free = missing * per_sample, shutil.disk_usage(self.folder).free
         if needed > free:
             raise UsageError(
-                f"--cache-tokens needs {needed / 1e9:.1f} GB for {missing} images, {self.folder} has {free / 1e9:.1f} GB "
-                f"free: name a folder on a larger disk, or leave it out"
+                f"the cache needs {needed / 1e9:.1f} GB for {missing} images, {self.folder} has {free / 1e9:.1f} GB "
+                f"free: name a folder on a larger disk, or leave it out",
+                option="cache_tokens",
             )
 
 

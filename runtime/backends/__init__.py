@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from fbclip.bundle import ANOMALY_MAP, DYNAMIC, GRAPHS, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import BundleError, DeviceError, FBClipError
+from fbclip.runtime.host import allowed_cores
 from fbclip.untrusted import one_line
 
 # What ONNX Runtime runs; "tensorrt" is a plan in TensorRT itself.
@@ -170,18 +170,6 @@ def require_signature(session: Any, graph: Path, text: NDArray[np.float32]) -> t
             f"export the bundle again"
         )
     return height, width
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def allowed_cores() -> int:
-    """Threads for ONNX Runtime: as many as the cores that this process is kept to (taskset, a container's cpuset), which
-    its own choice would leave; 0, its own choice, where the process may use all of them."""
-    allowed = cores()
-    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 def provider_options(device: str, cache: Path | None) -> list[tuple[str, dict[str, str]]]:

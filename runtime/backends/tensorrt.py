@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import BundleError, DeviceError, UsageError
-from fbclip.runtime.backends.cuda import Gpu
-from fbclip.runtime.backends.cuda_graph import CaptureError, CudaGraph, load_driver
+from fbclip.runtime.backends.cuda import CaptureError, CudaGraph, Gpu, load_driver
 
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 BATCHES = 2  # in flight: while one computes, the next is uploaded

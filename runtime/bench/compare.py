@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fbclip.errors import UsageError
-from fbclip.runtime.bench.run import SCHEMA
+from fbclip.runtime.bench.results import SCHEMA, BenchReport, BenchResult
 from fbclip.terminal import cell, print_table, say
+from fbclip.untrusted import MIB, one_line, read_json
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 LEAST_ROUNDS = 3  # fewer say nothing of noise
 MACHINE_CHANGED = 0.05  # of the matrix-product rate, from where on the machine itself is suspected
+MOST_BYTES = 64 * MIB  # of a recorded benchmark
 Rounds = Sequence[Sequence[float]]
 
 
@@ -87,43 +88,48 @@ def _resampled_medians(rounds: Rounds, generator: np.random.Generator) -> NDArra
     return medians
 
 
-def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
+def compare(before: BenchReport, after: BenchReport) -> Comparison:
     """Two reports of `fbclip.runtime.bench.run.bench`.
 
     Raises:
         UsageError: they did different work, or have too few rounds.
     """
     for what in ("size", "count"):
-        if before["frames"][what] != after["frames"][what]:
+        old_work, new_work = (getattr(report.frames, what) for report in (before, after))
+        if old_work != new_work:
             raise UsageError(
-                f"--compare takes benchmarks of the same frames; {what} is {before['frames'][what]} and "
-                f"{after['frames'][what]}: run both with the same --frame-size"
+                f"benchmarks are compared where their frames are the same; {what} is {old_work} and {new_work}: "
+                f"run both with frames of the same size",
+                option="compare",
             )
-    old, new = ({_name(result): result for result in report["results"]} for report in (before, after))
+    old, new = ({_name(result): result for result in report.results} for report in (before, after))
     changes = []
     for name in (name for name in old if name in new):
-        rounds = [result["rounds_ms"] for result in (old[name], new[name])]
+        rounds = old[name].rounds_ms, new[name].rounds_ms
         if min(map(len, rounds)) < LEAST_ROUNDS:
-            raise UsageError(f"--compare needs {LEAST_ROUNDS} rounds of each; {name} has fewer: run more --runs")
+            raise UsageError(
+                f"a comparison needs {LEAST_ROUNDS} rounds of each; {name} has fewer: run it more often",
+                option="compare",
+            )
         old_ms, new_ms = (float(np.median(np.concatenate([np.asarray(r) for r in found]))) for found in rounds)
         changes.append(Change(name, old_ms, new_ms, new_ms / old_ms, *ratio_interval(*rounds)))
     gone, added = (tuple(n for n in a if n not in b) for a, b in ((old, new), (new, old)))
     return Comparison(tuple(changes), gone, added, tuple(_notes(before, after)))
 
 
-def _name(result: Mapping[str, Any]) -> str:
-    return f"{result['backend']} {result['precision']} batch {result['batch']}"
+def _name(result: BenchResult) -> str:
+    return f"{result.backend} {result.precision} batch {result.batch}"
 
 
-def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def _notes(before: BenchReport, after: BenchReport) -> list[str]:
     notes = []
     for key in ("processor", "gpu", "cores", "system", "versions", "threads"):
-        old, new = before["environment"][key], after["environment"][key]
+        old, new = getattr(before.environment, key), getattr(after.environment, key)
         if old != new:
             notes.append(f"{key}: {_differing(old, new)}")
-    if before["bundle"]["graphs"] != after["bundle"]["graphs"]:
+    if before.bundle.graphs != after.bundle.graphs:
         notes.append("the graphs are not the same")
-    rates = [max(r for n, r in report["rates"].items() if n.startswith("cpu fp32")) for report in (before, after)]
+    rates = [max(r for n, r in report.rates.items() if n.startswith("cpu fp32")) for report in (before, after)]
     change = rates[1] / rates[0]
     if abs(change - 1) > MACHINE_CHANGED:
         notes.append(f"the machine itself multiplied matrices {change:.2f} times as quickly as before")
@@ -131,25 +137,34 @@ def _notes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 
 def _differing(old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return ", ".join(f"{k} {old.get(k)} → {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k))
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return ", ".join(
+            f"{k} {old.get(k)} → {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+        )
     return f"{old} → {new}"
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> BenchReport:
     """A recorded benchmark.
 
     Raises:
-        UsageError: no JSON, or of another schema.
+        UsageError: no JSON, of another schema, or damaged.
     """
     try:
-        report: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        schema = report["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--compare takes the bench.json of two runs; {path} is none: {error!r}") from error
+        values = read_json(path, MOST_BYTES)
+    except ValueError as error:
+        raise UsageError(
+            f"a comparison takes the bench.json of two runs; {path} is none: {error}", option="compare"
+        ) from error
+    schema = values.get("schema") if isinstance(values, dict) else None
     if schema != SCHEMA:
-        raise UsageError(f"this fbclip reads {SCHEMA}; {path} has {schema}: run fbclip bench again")
-    return report
+        raise UsageError(
+            f"this fbclip reads {SCHEMA}; {path} has {one_line(schema)}: run fbclip bench again", option="compare"
+        )
+    try:
+        return BenchReport.from_dict(values)
+    except ValueError as error:
+        raise UsageError(f"{path} is no benchmark: {error}; run fbclip bench again", option="compare") from error
 
 
 def compare_files(before: Path, after: Path, fail_over: str | None, console: Console) -> int:
@@ -198,5 +213,5 @@ def parse_share(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share < float("inf"):
-        raise UsageError(f"--fail-over is a percentage like 5%; got {text!r}")
+        raise UsageError(f"a share is a percentage like 5%; got {text!r}", option="fail_over")
     return share

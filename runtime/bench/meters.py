@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import fbclip
-from fbclip.runtime.backends import cores
-from fbclip.runtime.host import Machine
+from fbclip.runtime.bench.results import Environment
+from fbclip.runtime.host import Machine, cores
 
 # Bits of nvmlDeviceGetCurrentClocksThrottleReasons that mean slower than could be (nvml.h)
 THROTTLE_REASONS = {
@@ -106,34 +106,27 @@ class Meters:
         name = self._nvml.nvmlDeviceGetName(self._gpu)
         return str(name.decode() if isinstance(name, bytes) else name)  # bytes in older releases
 
-    def busy_seconds(self) -> tuple[float, float] | None:
-        """Core-seconds since the start of the machine that any process computed, and that a hypervisor took away."""
-        if not (cpu := re.match(r"cpu +(.*)", self.machine.read("proc/stat"))):
-            return None
-        user, nice, system, _, _, irq, softirq, steal = (int(n) / os.sysconf("SC_CLK_TCK") for n in cpu[1].split()[:8])
-        return user + nice + system + irq + softirq, steal
-
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> Environment:
         """What the figures must be read with."""
         machine = self.machine
-        memory = re.match(r"MemTotal: +(\d+) kB", machine.read("proc/meminfo"))
+        memory = machine.memory()
         versions = {"fbclip": fbclip.__version__, "python": platform.python_version()}
         for package in PACKAGES:
             try:
                 versions[package] = version(package)
             except PackageNotFoundError:
                 continue
-        return {
-            "processor": processor(machine.read("proc/cpuinfo")) or platform.processor() or platform.machine(),
-            "device": machine.read("proc/device-tree/model") or None,
-            "gpu": self.gpu_name(),
-            "cores": cores(),
-            "memory_gb": None if memory is None else round(int(memory[1]) * 1024 / 1e9, 1),
-            "system": platform.platform(),
-            "governor": machine.read("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
-            "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
-            "versions": versions,
-        }
+        return Environment(
+            processor=processor(machine.read("proc/cpuinfo")) or platform.processor() or platform.machine(),
+            device=machine.read("proc/device-tree/model") or None,
+            gpu=self.gpu_name(),
+            cores=cores(),
+            memory_gb=None if memory is None else round(memory.total / 1e9, 1),
+            system=platform.platform(),
+            governor=machine.read("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
+            threads={name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+            versions=versions,
+        )
 
     def close(self) -> None:
         if self._tegrastats:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any, Literal
 
-from fbclip.runtime.host import ProbeFailed
+from fbclip.runtime.host import Machine, ProcessFailed
+from fbclip.runtime.workers import Worker
 
 Status = Literal["ok", "missing", "broken", "info"]
 
@@ -30,7 +31,18 @@ class Check:
     cure: str = ""
 
 
-def failed(topic: str, name: str, error: ProbeFailed, module: str, cure: str) -> Check:
+def probe(machine: Machine, name: str, *arguments: str) -> dict[str, Any]:
+    """What a probe of `probes.py` finds, in a Python like this one.
+
+    Raises:
+        ProcessFailed: it raised, crashed or hung.
+    """
+    with Worker("fbclip.runtime.doctor.probes:Probe", name, *arguments, patience=machine.patience) as worker:
+        found: dict[str, Any] = worker.ready
+    return found
+
+
+def failed(topic: str, name: str, error: ProcessFailed, module: str, cure: str) -> Check:
     """Missing where `module` itself is not there, broken where something else went wrong."""
     if module and (error.missing or "").partition(".")[0] == module:
         return Check(topic, name, "missing", "not installed", cure)

@@ -24,9 +24,9 @@ from rich.table import Table
 import fbclip
 from fbclip.errors import reason
 from fbclip.files import write_text
-from fbclip.runtime.doctor.checks import Check, failed, installed, version_of
+from fbclip.runtime.doctor.checks import Check, failed, installed, probe, version_of
 from fbclip.runtime.doctor.gpu import check_nvidia, check_onnxruntime
-from fbclip.runtime.host import GSTREAMER, Machine, ProbeFailed
+from fbclip.runtime.host import GSTREAMER, Machine, ProcessFailed
 from fbclip.terminal import cell, say
 
 STYLES = {"ok": "green", "missing": "yellow", "broken": "bold red", "info": "dim"}
@@ -86,7 +86,11 @@ def check_python(machine: Machine) -> Iterator[Check]:
     else:
         yield Check(topic, "Python", "info", f"{found}; tried are 3.10 to 3.13")
     yield Check(topic, "fbclip", "ok", f"{fbclip.__version__} {Path(fbclip.__file__).parent}")
-    for name, module, package in (("NumPy", "numpy", "numpy"), ("Pillow", "PIL", "pillow")):
+    for name, module, package in (
+        ("NumPy", "numpy", "numpy"),
+        ("Pillow", "PIL", "pillow"),
+        ("psutil", "psutil", "psutil"),
+    ):
         yield _package(machine, topic, name, module, f"pip install --force-reinstall {package}")
 
 
@@ -95,12 +99,11 @@ def check_machine(machine: Machine) -> Iterator[Check]:
     system = machine.read("etc/os-release")
     name = re.search(r'^PRETTY_NAME="?([^"\n]+)', system, re.MULTILINE)
     yield Check(topic, "system", "info", f"{name[1] if name else platform.platform()}, {os.cpu_count()} CPU cores")
-    memory = _meminfo(machine)
-    if memory:
-        swap = memory.get("SwapTotal", 0)
-        found = f"{memory['MemAvailable']} of {memory['MemTotal']} MB free, swap {swap} MB"
+    if memory := machine.memory():
+        total, available, swap = (size >> 20 for size in (memory.total, memory.available, memory.swap))
+        found = f"{available} of {total} MB free, swap {swap} MB"
         cure = ""
-        if machine.is_jetson and memory["MemTotal"] < 9000 and swap < memory["MemTotal"] // 2:
+        if machine.is_jetson and total < 9000 and swap < total // 2:
             cure = f"{SWAP}  # before engines are built or PyCUDA is compiled"
         yield Check(topic, "memory", "info" if cure else "ok", found, cure)
     try:
@@ -118,8 +121,8 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
     topic, path = "Bundle", str(bundle or "")
     shown = f" --bundle {bundle}" if bundle else ""
     try:
-        found = machine.probe("bundle", path)
-    except ProbeFailed as error:
+        found = probe(machine, "bundle", path)
+    except ProcessFailed as error:
         yield Check(
             topic, "bundle", "broken", str(error), "fbclip export" if bundle else "pip install --force-reinstall fbclip"
         )
@@ -133,8 +136,8 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
         yield Check(topic, "precisions", "ok", ", ".join(f"{p} ({size} MB)" for p, size in sizes.items()))
         yield from _plans(machine, Path(found["path"]))
     try:
-        run = machine.probe(INFERENCE, path)
-    except ProbeFailed as error:
+        run = probe(machine, INFERENCE, path)
+    except ProcessFailed as error:
         cure = f"fbclip --debug infer{shown} --device cpu  # after curing what is listed above"
         yield failed(topic, INFERENCE, error, "", cure)
         run = {}
@@ -156,8 +159,8 @@ def _plans(machine: Machine, bundle: Path) -> Iterator[Check]:
     if not list(bundle.glob("engines/*.plan")):
         return
     try:
-        found = machine.probe("plans", str(bundle))
-    except ProbeFailed as error:
+        found = probe(machine, "plans", str(bundle))
+    except ProcessFailed as error:
         yield Check(
             "Bundle", "engines", "broken", str(error), f"fbclip --debug infer --bundle {bundle} --device tensorrt"
         )
@@ -171,25 +174,26 @@ def _plans(machine: Machine, bundle: Path) -> Iterator[Check]:
             yield Check("Bundle", name, "info", f"built for {plan['built_for']}; no TensorRT and GPU here to compare")
         else:
             try:
-                run = machine.probe(INFERENCE, str(bundle), "tensorrt", precision)
-            except ProbeFailed as error:
+                run = probe(machine, INFERENCE, str(bundle), "tensorrt", precision)
+            except ProcessFailed as error:
                 yield Check("Bundle", name, "broken", str(error), cure)
             else:
                 yield Check("Bundle", name, "ok", f"built for {plan['built_for']}, as here; {_said(run)}")
 
 
 def _memory_need(machine: Machine, measured: int | None, largest_mb: int) -> Iterator[Check]:
-    memory = _meminfo(machine)
+    memory = machine.memory()
     if not memory:
         return
+    available = memory.available >> 20
     need = measured or RUNTIME_MB + BUNDLE_COPIES * largest_mb
     how = (
         "measured on that image"
         if measured
         else f"estimated: {RUNTIME_MB} MB and {BUNDLE_COPIES} times the largest graph"
     )
-    found = f"needs {need} MB ({how}); {memory['MemAvailable']} MB free"
-    if need < memory["MemAvailable"]:
+    found = f"needs {need} MB ({how}); {available} MB free"
+    if need < available:
         yield Check("Bundle", "memory", "ok", found)
     else:
         cure = "fbclip infer --precision fp16  # or close other programs; headless: sudo systemctl isolate multi-user"
@@ -199,8 +203,8 @@ def _memory_need(machine: Machine, measured: int | None, largest_mb: int) -> Ite
 def check_video(machine: Machine) -> Iterator[Check]:
     topic = "Video"
     try:
-        found = machine.probe("opencv")
-    except ProbeFailed as error:
+        found = probe(machine, "opencv")
+    except ProcessFailed as error:
         yield failed(topic, "OpenCV", error, "cv2", "pip install --force-reinstall opencv-python-headless")
     else:
         yield Check(topic, "OpenCV", "ok", found["version"])
@@ -260,15 +264,9 @@ def check_extras() -> Iterator[Check]:
 
 def _package(machine: Machine, topic: str, name: str, module: str, cure: str) -> Check:
     try:
-        return Check(topic, name, *version_of(machine.probe("package", module)))
-    except ProbeFailed as error:
+        return Check(topic, name, *version_of(probe(machine, "package", module)))
+    except ProcessFailed as error:
         return failed(topic, name, error, module, cure)
-
-
-def _meminfo(machine: Machine) -> dict[str, int]:
-    """/proc/meminfo in MB; empty where it lacks what is needed."""
-    found = {k: int(v) >> 10 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", machine.read("proc/meminfo"), re.MULTILINE)}
-    return found if {"MemTotal", "MemAvailable"} <= found.keys() else {}
 
 
 def print_report(checks: list[Check], console: Console) -> None:

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fbclip.runtime.doctor.checks import Check, Status, failed, installed, version_of
-from fbclip.runtime.host import SYSTEM_SITE, Machine, ProbeFailed
+from fbclip.runtime.doctor.checks import Check, Status, failed, installed, probe, version_of
+from fbclip.runtime.host import SYSTEM_SITE, Machine, ProcessFailed
 
 PROVIDERS = {"CPU": "CPUExecutionProvider", "CUDA": "CUDAExecutionProvider", "TensorRT": "TensorrtExecutionProvider"}
 SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader")
@@ -20,8 +20,8 @@ def check_onnxruntime(machine: Machine) -> Iterator[Check]:
     topic = "ONNX Runtime"
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed(name)]
     try:
-        found = machine.probe("onnxruntime")
-    except ProbeFailed as error:
+        found = probe(machine, "onnxruntime")
+    except ProcessFailed as error:
         package = both[-1] if both else "onnxruntime"
         yield failed(topic, "ONNX Runtime", error, "onnxruntime", f"pip install --force-reinstall {package}")
         return
@@ -51,8 +51,8 @@ def _provider(machine: Machine, name: str, provider: str, built_in: bool) -> Che
             return Check(topic, title, "missing", "not in this build", install)
         return Check(topic, title, "info", "not in this build, and no NVIDIA GPU here")
     try:
-        got = machine.probe("provider", provider)["got"]
-    except ProbeFailed as error:
+        got = probe(machine, "provider", provider)["got"]
+    except ProcessFailed as error:
         return failed(topic, title, error, "", install)
     if got == provider:
         return Check(topic, title, "ok", "a session runs on it")
@@ -120,7 +120,7 @@ def _driver(machine: Machine) -> Iterator[Check]:
     try:
         for line in machine.run(*SMI).splitlines():
             yield Check(topic, "GPU", "ok", line)
-    except ProbeFailed as error:
+    except ProcessFailed as error:
         cure = "sudo reboot  # driver and library differ after an upgrade; else install the driver again"
         yield Check(topic, "driver", "broken", f"{found[1]}; {error}", cure)
     else:
@@ -135,9 +135,9 @@ def _power(machine: Machine) -> Iterator[Check]:
         lines = [line.strip() for line in machine.run("nvpmodel", "-q").splitlines() if line.strip()]
         named = [line.partition(":")[2].strip() for line in lines if "Power Mode" in line]
         if not named:
-            raise ProbeFailed(f"nvpmodel -q says {' / '.join(lines) or 'nothing'}")
+            raise ProcessFailed(f"nvpmodel -q says {' / '.join(lines) or 'nothing'}")
         yield Check(topic, "power mode", "info", f"{named[0]} (ID {lines[-1]})", modes)
-    except ProbeFailed as error:
+    except ProcessFailed as error:
         yield failed(topic, "power mode", error, "nvpmodel", "sudo apt install nvidia-l4t-nvpmodel")
     limits = [
         (machine.read(f"sys/devices/system/cpu/cpu0/cpufreq/scaling_{end}_freq") for end in ("min", "max")),
@@ -159,15 +159,15 @@ def _gpu_library(
     machine: Machine,
     name: str,
     module: str,
-    probe: str,
+    probed: str,
     cure: str,
     describe: Callable[[dict[str, Any]], tuple[Status, str]],
     *arguments: str,
 ) -> Check:
     """A library that only helps where there is a GPU: without one its absence is no fault."""
     try:
-        status, found = describe(machine.probe(probe, *arguments))
-    except ProbeFailed as error:
+        status, found = describe(probe(machine, probed, *arguments))
+    except ProcessFailed as error:
         missing = (error.missing or "").partition(".")[0] == module
         if missing and not machine.has_gpu:
             return Check("NVIDIA", name, "info", "not installed, and no NVIDIA GPU here")

@@ -1,21 +1,18 @@
 """What `fbclip doctor` tries in processes of their own: a library that crashes, hangs or exits takes only its probe along.
 
-A probe takes text arguments and returns plain values; `main` writes them as JSON. Imports are inside the probes,
-because they are what is being tried.
+A probe takes text arguments and returns plain values. Imports are inside the probes, because they are what is being
+tried.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fbclip.errors import reason
+from fbclip.runtime.host import opencv, peak_memory
 
 Values = dict[str, Any]
 
@@ -74,21 +71,6 @@ def pycuda() -> Values:
             }
             for device in devices
         ],
-    }
-
-
-def opencv() -> Values:
-    """OpenCV's version, and which of the video backends that matter here are in it."""
-    cv2 = import_module("cv2")
-    registry = cv2.videoio_registry
-    registered = {
-        registry.getBackendName(backend) for backend in registry.getBackends() if registry.hasBackend(backend)
-    }
-    built = dict(re.findall(r"^\s*(FFMPEG|GStreamer|v4l/v4l2):\s+(\w+)", cv2.getBuildInformation(), re.MULTILINE))
-    places = {"V4L2": "v4l/v4l2", "GSTREAMER": "GStreamer", "FFMPEG": "FFMPEG"}
-    return {
-        "version": cv2.__version__,
-        "backends": [name for name, key in places.items() if name in registered or built.get(key) == "YES"],
     }
 
 
@@ -151,22 +133,15 @@ def inference(path: str, device: str = "auto", precision: str = "auto") -> Value
     if predictor.launches:  # on TensorRT: replay is tried when each of its two slots has run once
         predictor(frame)
         prediction = predictor(frame)
+    peak = peak_memory()
     return {
         "launches": predictor.launches,
         "device": predictor.backend.device,
         "precision": predictor.precision,
         "score": prediction.score,
         "model_ms": prediction.timings_ms["model"],
-        "peak_mb": peak_mb(),
+        "peak_mb": None if peak is None else peak >> 20,
     }
-
-
-def peak_mb() -> int | None:
-    """The most memory this process has held, in MiB; None where the kernel doesn't tell."""
-    # getrusage would count the parent's memory too, from before exec
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    return int(found[1]) >> 10 if found else None
 
 
 PROBES: dict[str, Callable[..., Values]] = {
@@ -175,19 +150,16 @@ PROBES: dict[str, Callable[..., Values]] = {
 }
 
 
-def main(name: str, *arguments: str) -> None:
-    """Run a probe and write {"found": …} or {"error": …, "missing": …} as JSON to standard output, where nothing else gets.
+class Probe:
+    """A probe as a worker's object (`fbclip.runtime.workers`): it is done once it is made.
 
-    `missing` is the module that could not be found, if that was the error.
+    Args:
+        name: of `PROBES`.
+        arguments: of that probe.
     """
-    output = os.dup(1)
-    os.dup2(2, 1)  # libraries print to standard output, natively too
-    try:
-        answer: Values = {"found": PROBES[name](*arguments)}
-    except BaseException as error:  # an import may call sys.exit
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        answer = {"error": reason(error), "missing": missing}
-    with os.fdopen(output, "w") as file:
-        file.write(json.dumps(answer, allow_nan=False))
-    sys.stderr.flush()
-    os._exit(0)  # without the libraries' own clean-up, which is where broken drivers crash
+
+    def __init__(self, name: str, *arguments: str) -> None:
+        self.found = PROBES[name](*arguments)
+
+    def ready(self) -> Values:
+        return self.found

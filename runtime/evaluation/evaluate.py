@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -13,7 +12,6 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 
 from fbclip.bundle import Bundle
@@ -21,6 +19,7 @@ from fbclip.data.dataset import Dataset, Item, Sample, Samples, parallel_map
 from fbclip.data.holdout import Seen
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.files import sha256
+from fbclip.images import encode_image
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
 from fbclip.resample import in_order
 from fbclip.runtime.backends import Backend, require_probabilities
@@ -91,7 +90,8 @@ def bundle_subject(
     if manifest.frame_size is not None:
         raise BundleError(
             f"evaluation takes images of any size; {bundle.path} takes {manifest.frame_size[0]}x{manifest.frame_size[1]} "
-            f"only: evaluate the same checkpoint exported without --frame-size"
+            f"only: evaluate the same checkpoint, exported for no frame size",
+            option="bundle",
         )
     recorded = manifest.provenance.get("seen")
     seen = None if recorded is None else Seen.from_dict(recorded, bundle.path)
@@ -130,7 +130,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Example:
     """An image for the report: photograph, mask and overlay side by side, as JPEG."""
 
     scored: Scored
@@ -155,7 +155,7 @@ class ClassResult:
     image: Metrics
     pixel: Metrics
     undefined: tuple[str, ...]
-    pictures: Mapping[str, tuple[Picture, ...]] = field(repr=False)
+    pictures: Mapping[str, tuple[Example, ...]] = field(repr=False)
 
     @property
     def values(self) -> dict[str, float | None]:
@@ -202,7 +202,9 @@ def to_evaluate(data: Dataset, classes: tuple[str, ...] | None) -> Dataset:
         UsageError: a class that is not there, or no test image.
     """
     if unknown := set(classes or ()) - set(data.classes):
-        raise UsageError(f"--classes names classes of {data.root}: {', '.join(data.classes)}; got {sorted(unknown)[0]}")
+        raise UsageError(
+            f"the classes of {data.root} are {', '.join(data.classes)}; got {sorted(unknown)[0]}", option="classes"
+        )
     test = data.select("test")
     if classes:
         test = replace(test, items=tuple(item for item in test.items if item.class_name in classes))
@@ -280,7 +282,7 @@ class _Class:
         self.scores: list[Scored] = []
         self.pixels = PixelMetrics()
         self.unmarked = sum(bool(item.label) and item.mask is None for item in items)
-        self.pictures: dict[str, list[tuple[float, int, Picture]]] = {"best": [], "worst": [], "missed": []}
+        self.pictures: dict[str, list[tuple[float, int, Example]]] = {"best": [], "worst": [], "missed": []}
         self.order = count()
 
     def run(self, batch: list[Read]) -> list[tuple[Item, ImageError]]:
@@ -311,7 +313,7 @@ class _Class:
         kept = self.pictures[kind]
         if len(kept) == PICTURES and rank <= kept[0][0]:
             return
-        picture = Picture(scored, _panels(scored, sample, anomaly_map, self.subject))
+        picture = Example(scored, _panels(scored, sample, anomaly_map, self.subject))
         heapq.heappush(kept, (rank, -next(self.order), picture))
         if len(kept) > PICTURES:
             heapq.heappop(kept)
@@ -359,6 +361,4 @@ def _panels(scored: Scored, sample: Sample, anomaly_map: NDArray[np.float32], su
     ).overlay()
     bar = ((len(overlay) - PICTURE_SIDE, 0), (0, 0), (0, 0))  # the overlay's has the verdict
     row = [np.pad(panel, bar, constant_values=128) for panel in (photograph, marked)]
-    data = io.BytesIO()
-    Image.fromarray(np.hstack([*row, overlay]).astype(np.uint8)).save(data, "JPEG", quality=85)
-    return data.getvalue()
+    return encode_image(np.hstack([*row, overlay]).astype(np.uint8))

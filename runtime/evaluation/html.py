@@ -30,7 +30,7 @@ def require_report() -> None:
     """Raise UsageError where the report's packages are missing, before any work is done."""
     if missing := missing_packages():
         raise UsageError(
-            f"the HTML report needs {' and '.join(missing)}: pip install 'fbclip[eval]', or pass --no-report"
+            f"the HTML report needs {' and '.join(missing)}: pip install 'fbclip[eval]', or do without", option="report"
         )
 
 

@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fbclip.images import encode
+from fbclip.images import encode_image
 from fbclip.runtime.live.records import Notice, Record
 from fbclip.runtime.live.sinks.events import event_folders
 
@@ -137,7 +137,7 @@ class Feed:
         """The overlay of a result as JPEG; drawn once for all who look at the same one."""
         with self._drawing:
             if self._drawn is None or self._drawn[0] is not result:
-                self._drawn = result, encode(result.draw(SHOWN_SIDE), ".jpg")
+                self._drawn = result, encode_image(result.draw(SHOWN_SIDE), ".jpg")
             return self._drawn[1]
 
     @contextmanager

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect, Request
 
 from fbclip.errors import FBClipError, ImageError
-from fbclip.images import decode_image, encode
+from fbclip.images import decode_image, encode_image
 from fbclip.runtime.backends import Backend
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
@@ -116,8 +116,8 @@ class Uploads:
             **prediction.to_dict(),
             "width": width,
             "height": height,
-            "overlay_png": _base64(encode(prediction.overlay(SHOWN_SIDE), ".png")) if with_overlay else None,
-            "map_png": None if grey is None else _base64(encode(grey, ".png")),
+            "overlay_png": _base64(encode_image(prediction.overlay(SHOWN_SIDE), ".png")) if with_overlay else None,
+            "map_png": None if grey is None else _base64(encode_image(grey, ".png")),
         }
 
     def _judged(self, image: NDArray[np.uint8]) -> Prediction:

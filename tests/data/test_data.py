@@ -213,9 +213,9 @@ def test_masks_go_with_their_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "layout", "message"),
     [
-        (lambda r: put(r, "a/b/1.png", "c.png"), None, "pass --layout NAME"),
+        (lambda r: put(r, "a/b/1.png", "c.png"), None, "name one of them"),
         (mvtec, "tn3k", "expected test-image/"),
-        (mvtec, "imagenet", "--layout is one of meta, visa"),
+        (mvtec, "imagenet", "a layout is one of meta, visa"),
         (lambda r: put(r, "train/images/1.png", "test/images/1.png", "test/masks/1.png"), None, "like none of"),
         (lambda r: text(r / "t.csv", "image,label\n1.png,perhaps\n"), None, "line 2 of"),
         (lambda r: text(r / "t.csv", "image,label,split\n1.png,0,val\n"), None, "a split is train or test; line 2 of"),
@@ -689,7 +689,7 @@ def test_data_says_what_it_recognised(fbclip: Run, tmp_path: Path) -> None:
     assert report["fingerprint"] == open_dataset(tmp_path / "set").fingerprint()
     assert (report["wrong"], report["findings"], report["layout"]) == (False, {}, "mvtec")
     assert json.loads(fbclip("data", "set", "--layout", "mpdd", "--json", "-").stdout)["layout"] == "mpdd"
-    assert "--layout is one of" in fbclip("data", "set", "--layout", "x", code=2).stderr
+    assert "--layout: a layout is one of" in fbclip("data", "set", "--layout", "x", code=2).stderr
 
 
 def test_data_finds_what_is_wrong(fbclip: Run, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from fbclip.export import engine as builder
 from fbclip.export.engine import build_engine
 from fbclip.files import sha256
 from fbclip.runtime.backends import make_backend
+from fbclip.runtime.host import Machine
 from helpers import golden
+from helpers.made_up_memory import write_memory
 
 SAMPLE = EMBEDDED.parent / "samples" / "brushed-steel-scratch.jpg"
 ORIN = Platform("Orin", "8.7", "10.3.0")
@@ -175,22 +177,22 @@ def test_an_operator_that_the_parser_does_not_take(standin: str, bundle: Bundle)
 def test_a_build_that_can_not_fit_is_refused_before_it_starts(
     standin: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    weights, meminfo = bundle.graph("fp32").stat().st_size, tmp_path / "meminfo"
-    monkeypatch.setattr(builder, "MEMINFO", meminfo)
-    meminfo.write_text("MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n")
+    weights = bundle.graph("fp32").stat().st_size
+    monkeypatch.setattr(builder, "MACHINE", Machine(tmp_path))
+    write_memory(tmp_path, 16_000_000, 8_000_000)
     monkeypatch.setenv("STANDIN_FREE_MIB", "100")
     with pytest.raises(
-        DeviceError, match=f"{decimal(weights + 100 * builder.MIB)} of 104.9 MB free on the GPU.*--workspace"
+        DeviceError, match=f"{decimal(weights + 100 * builder.MIB)} of 104.9 MB free on the GPU.*smaller workspace"
     ):
         build(bundle, workspace_mib=100)
-    meminfo.write_text("MemTotal: 16000000 kB\nMemAvailable: 8000 kB\n")
+    write_memory(tmp_path, 16_000_000, 8000)
     with pytest.raises(DeviceError, match=f"{decimal(2 * weights)} of 8.2 MB on the host"):
         build(bundle)
-    meminfo.write_text("MemTotal: 4194304 kB\nMemAvailable: 12000 kB\n")  # as much as the GPU has: it is the same
+    write_memory(tmp_path, 4_194_304, 12_000)  # as much as the GPU has: it is the same
     with pytest.raises(DeviceError, match=f"{decimal(3 * weights)} of the 12.3 MB that are free for CPU and GPU"):
         build(bundle)
     assert not bundle.engines.exists()
-    meminfo.unlink()  # not Linux: only the GPU is known
+    (tmp_path / "proc/meminfo").unlink()  # not Linux: only the GPU is known
     assert build(bundle).is_file()
     with pytest.raises(DeviceError, match="free on the GPU: stop other programs"):
         build(bundle, workspace_mib=100)
@@ -204,8 +206,8 @@ def test_no_gpu(standin: str, fbclip: Run, bundle: Bundle, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "--bundle", EMBEDDED, "--batch", "4,2,1"], "--batch is MIN,OPT,MAX"),
-        (["--engine", "--bundle", EMBEDDED, "--batch", "1,2"], "--batch is MIN,OPT,MAX"),
+        (["--engine", "--bundle", EMBEDDED, "--batch", "4,2,1"], "--batch: a batch is MIN,OPT,MAX"),
+        (["--engine", "--bundle", EMBEDDED, "--batch", "1,2"], "--batch: a batch is MIN,OPT,MAX"),
         (["--engine", "--bundle", EMBEDDED, "--fp16"], "--bundle goes with --engine or --triton alone"),
         (["--bundle", EMBEDDED], "--bundle goes with --engine or --triton alone"),
         (["--batch", "1,2,4"], "need --engine"),

@@ -18,7 +18,7 @@ from fbclip.errors import BundleError, ImageError, ParityError
 from fbclip.export import graph as graphs
 from fbclip.export import parity
 from fbclip.export.bundle import Deployment, export_bundle
-from fbclip.export.precision.stages import compare_stages, first_diverging
+from fbclip.export.stages import compare_stages, first_diverging
 from fbclip.resample import resize
 from fbclip.runtime.backends import OnnxRuntimeBackend
 from fbclip.runtime.doctor import probes
@@ -155,7 +155,7 @@ def test_whole_frames_of_a_camera(fbclip: Run, golden_files: Path, tmp_path: Pat
         predictor(np.ascontiguousarray(image.transpose(1, 0, 2)))
     assert 0 < probes.inference(str(bundle.path))["score"] < 1  # fbclip doctor's sample image is of another size
     done = fbclip("eval", "set", "--bundle", "frames.fbclip", code=2)
-    assert "without --frame-size" in done.stderr
+    assert "for no frame size" in done.stderr
 
 
 @pytest.mark.parametrize("size", ["1080", "0x10", "10x", "1920x1080x3", "-1x5"])

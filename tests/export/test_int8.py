@@ -22,12 +22,12 @@ from fbclip.bundle import DYNAMIC, IMAGE, STATIC, TEXT, Bundle, save
 from fbclip.engines import EngineOptions
 from fbclip.errors import DeviceError, GraphError, ParityError, UsageError
 from fbclip.export import parity
-from fbclip.export.bundle import Deployment, Gate
-from fbclip.export.check import check_graph
+from fbclip.export.bundle import Deployment, GraphWriter
 from fbclip.export.engine import build_engine
 from fbclip.export.parity import Proof, find_calibration, run_reference
-from fbclip.export.precision import islands
+from fbclip.export.precision.float32_islands import LARGEST_ISLANDS
 from fbclip.export.precision.int8 import Quantization, Quantizer
+from fbclip.export.tensorrt_rules import check_graph
 from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.model.backend import TorchBackend
@@ -181,12 +181,12 @@ def test_a_data_set_calibrates_with_its_good_images_for_training(tmp_path: Path)
         Image.new("L", (8, 8), 255).save(tmp_path / "bottle" / kind / f"{kind.replace('/', '-')}.png")
     assert [path.name for path in find_calibration([str(tmp_path)])] == ["train-good.png"]
     assert len(find_calibration([])) == 4
-    with pytest.raises(UsageError, match="--calibration-images"):
+    with pytest.raises(UsageError, match="got none: pass others"):
         parity.read_calibration([Path(__file__)], (8, 8), lambda line: None)
 
 
 @pytest.fixture
-def gate(golden_files: Path, golden_bundle: Path, tmp_path: Path) -> Gate:
+def gate(golden_files: Path, golden_bundle: Path, tmp_path: Path) -> GraphWriter:
     """Over the recorded configuration with its float32 graph already written to `tmp_path`."""
     shutil.copy(golden_bundle / "model.onnx", tmp_path)
     model = golden.model(golden_files)
@@ -196,12 +196,12 @@ def gate(golden_files: Path, golden_bundle: Path, tmp_path: Path) -> Gate:
     proof = Proof(frames, ("a", "b"))
     reference = run_reference(trained, proof, golden.IMAGE_SIZE)
     said: list[str] = []
-    gate = Gate(model, trained.text.numpy(), proof, reference, Deployment("b"), said.append)
+    gate = GraphWriter(model, trained.text.numpy(), proof, reference, Deployment("b"), said.append)
     gate.said = said  # type: ignore[attr-defined]
     return gate
 
 
-def test_what_hurts_most_stays_float32(gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_hurts_most_stays_float32(gate: GraphWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantization = Quantization(STATIC, gate.proof.frames)
     gate.write_quantized(tmp_path, quantization)
     (free,) = gate.parities
@@ -218,6 +218,6 @@ def test_what_hurts_most_stays_float32(gate: Gate, tmp_path: Path, monkeypatch: 
     report = json.dumps(widened.to_dict())
     assert all(part in report for part in widened.islands)
     monkeypatch.setitem(parity.BUDGETS, "int8", (1e-6, 1e-6))
-    with pytest.raises(ParityError, match=f"at most {islands.LARGEST_ISLANDS:.0%} of the weights in float32"):
+    with pytest.raises(ParityError, match=f"at most {LARGEST_ISLANDS:.0%} of the weights in float32"):
         gate.write_quantized(tmp_path, quantization)
     assert not [f for f in tmp_path.iterdir() if f.is_dir()]  # no working files

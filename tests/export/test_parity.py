@@ -14,9 +14,9 @@ from hypothesis.extra.numpy import arrays
 
 from fbclip.errors import ParityError, UsageError
 from fbclip.export.graph import DeployedModel
-from fbclip.export.parity import Differences, Drift, Parity, Proof, auroc_budget, find_proof
+from fbclip.export.parity import Deviation, Differences, Parity, Proof, auroc_budget, find_proof
+from fbclip.export.precision.float32_islands import BLOCK_GROUPS, parts_by_stage, widen
 from fbclip.export.precision.half import HalfWeights
-from fbclip.export.precision.islands import BLOCK_GROUPS, parts_by_stage, widen
 from helpers import golden
 
 probabilities = arrays(np.float32, st.integers(1, 300), elements=st.floats(0, 1, width=32, allow_subnormal=False))
@@ -38,13 +38,13 @@ def test_quantiles_of_a_stream(parts: list[np.ndarray]) -> None:
 def test_what_is_no_number_is_the_largest_difference() -> None:
     differences = Differences()
     differences.add(np.array([0.5, np.nan], np.float32), np.array([0.5, 0.5], np.float32))
-    assert differences.drift().max == 1.0
+    assert differences.deviation().max == 1.0
 
 
 def test_budgets() -> None:
     def overrun(precision: str, score: float, map_max: float, map_p999: float) -> float:
-        drifts = (Drift(score, 0, 0, score), Drift(map_max, 0, 0, map_p999))
-        return Parity(precision, 1, *drifts, 0, 0, (), None, "a", (0,)).overrun
+        deviations = (Deviation(score, 0, 0, score), Deviation(map_max, 0, 0, map_p999))
+        return Parity(precision, 1, *deviations, 0, 0, (), None, "a", (0,)).overrun
 
     assert overrun("fp32", 0, 2e-4, 0) == pytest.approx(2)
     assert overrun("fp16", 1e-3, 0.5, 1e-3) == pytest.approx(0.5)
@@ -55,8 +55,8 @@ def test_budgets() -> None:
 @pytest.mark.parametrize(("labels", "budget"), [([0] * 30 + [1] * 30, 5e-3), ([0, 0, 1], 0.5), ([0, 1], 1)])
 def test_an_auroc_may_change_by_one_pair(labels: list[int], budget: float) -> None:
     assert auroc_budget(labels) == budget
-    drifts = (Drift(0, 0, 0, 0), Drift(0, 0, 0, 0))
-    changed = Parity("int8", 1, *drifts, 0, 0, (), (0.9, 0.9 - 2 * budget), "a", (0,), budget)
+    deviations = (Deviation(0, 0, 0, 0), Deviation(0, 0, 0, 0))
+    changed = Parity("int8", 1, *deviations, 0, 0, (), (0.9, 0.9 - 2 * budget), "a", (0,), budget)
     assert changed.overrun == pytest.approx(2)
 
 
@@ -70,7 +70,7 @@ def test_a_proof_from_a_labelled_set(tmp_path: Path) -> None:
     assert len(paths) == len(set(paths)) == 64
     assert 18 <= sum(labels) <= 24  # a third, as in the set
     assert find_proof([str(tmp_path / "good")])[1] is None
-    with pytest.raises(UsageError, match="--parity-images"):
+    with pytest.raises(UsageError, match="got none: pass others"):
         Proof([], ())
 
 

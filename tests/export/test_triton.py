@@ -81,12 +81,12 @@ def test_the_command_needs_no_torch(fbclip: Run, tmp_path: Path) -> None:
             ["--bundle", Bundle.load().path, "--triton", "/dev/null/models"],
             "can't write /dev/null/models/fbclip-nano: Not a directory; choose another place",
         ),
-        (["--bundle", Bundle.load().path, "--triton", "models", "--name", "../escape"], "--name is up to 100 letters"),
+        (["--bundle", Bundle.load().path, "--triton", "models", "--name", "../escape"], "a name is up to 100 letters"),
         (
             ["--bundle", Bundle.load().path, "--engine", "--name", "line3"],
             "--name with --bundle is the name of a Triton",
         ),
-        (["--name", "a/b"], "--name is up to 100 letters"),
+        (["--name", "a/b"], "a name is up to 100 letters"),
         (["--threshold", "nan"], "--threshold: a threshold is a probability"),
         (["--out", "/dev/null/b.fbclip"], "can't write /dev/null"),
     ],
@@ -183,7 +183,7 @@ def test_a_model_has_its_bundles_own_name(tmp_path: Path, folder: str, name: str
     assert parsed_config(other).name == other.name == "line3"
     with pytest.raises(UsageError, match="fp16"):
         write_model(copy, tmp_path / "others", "fp16")
-    with pytest.raises(UsageError, match="--name is up to 100 letters"):
+    with pytest.raises(UsageError, match="a name is up to 100 letters"):
         write_model(copy, tmp_path / "models", name="../../escape")
 
 

@@ -10,8 +10,9 @@ import torch
 
 from fbclip.data.dataset import Sample
 from fbclip.data.procedural import ProceduralDefects
-from fbclip.model.network import FBCLIP, default_config
-from fbclip.model.towers import ClipConfig, build_clip
+from fbclip.model.clip import ClipConfig, build_clip
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP
 from fbclip.training import loop as training
 
 TINY = {

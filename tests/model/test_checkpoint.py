@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from fbclip.assets import NANO
 from fbclip.errors import CheckpointError, UsageError
 from fbclip.model import checkpoint
-from fbclip.model.network import default_config
-from fbclip.model.towers import clip_config, load_clip
+from fbclip.model.clip import clip_config, load_clip
+from fbclip.model.config import default_config
 from helpers import golden
 
 SMALL_LAYERS = golden.FEATURE_LAYERS
@@ -308,5 +308,5 @@ def test_the_published_setting() -> None:
     [(500, None), (7, None), (518, (0, 3)), (518, (3, 2)), (518, (1, 25)), (518, tuple(range(1, 8)))],
 )
 def test_settings_that_cannot_be(size: int, layers: tuple[int, ...] | None) -> None:
-    with pytest.raises(UsageError, match=r"--image-size|--feature-layers"):
+    with pytest.raises(UsageError, match=r"input's side|feature layers are"):
         default_config(clip_config("ViT-L-14-336"), size, layers)

@@ -260,8 +260,8 @@ def test_threads_stay_on_the_cores_that_the_process_is_given() -> None:
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import numpy as np\n"
         "from fbclip import Predictor\n"
-        "from fbclip.runtime.bench.limits import Rates\n"
-        "predictor, rates = Predictor(), Rates(use_torch=False)\n"
+        "from fbclip.runtime.bench.roofline import Rates\n"
+        "predictor, rates = Predictor(), Rates()\n"
         "predictor(np.zeros((50, 60, 3), np.uint8))\n"
         "print({frozenset(os.sched_getaffinity(int(t.name))) for t in pathlib.Path('/proc/self/task').iterdir()})\n"
     )

@@ -10,8 +10,8 @@ import torch
 from fbclip.data.dataset import Sample
 from fbclip.data.procedural import ProceduralDefects
 from fbclip.errors import ImageError, UsageError
-from fbclip.model.network import default_config
-from fbclip.model.towers import ClipConfig
+from fbclip.model.clip import ClipConfig
+from fbclip.model.config import default_config
 from fbclip.training.distill import Distillation, relative_error
 from helpers.training import TINY, Spoilt, tiny_model
 

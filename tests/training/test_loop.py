@@ -36,10 +36,10 @@ from fbclip.data.layouts import open_dataset
 from fbclip.data.procedural import ProceduralDefects
 from fbclip.errors import CheckpointError, FBClipError, ImageError, UsageError
 from fbclip.model import checkpoint
-from fbclip.model.backend import checkpoint_subject
-from fbclip.model.towers import load_clip
+from fbclip.model.clip import load_clip
 from fbclip.runtime.evaluation.evaluate import evaluate
 from fbclip.training import loop as training
+from fbclip.training.evaluation import checkpoint_subject
 from fbclip.training.report import samples_to_show
 from fbclip.training.step import Recipe, Trainer, batch_order
 from fbclip.training.validation import best_threshold
@@ -329,7 +329,7 @@ def test_a_hub_out_of_reach_is_told_after_one_try(fbclip: Run, tmp_path: Path, m
 
 def test_nothing_is_fetched_unasked(golden_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(UsageError, match=r"not on this machine.*--clip ViT-L-14-336 --clip-weights openai"):
+    with pytest.raises(UsageError, match=r"not on this machine.*name both, ViT-L-14-336 and openai"):
         checkpoint.load(golden_files / "official.pth")
     with pytest.raises(UsageError, match="nothing is fetched unasked"):
         load_clip("ViT-B-32", "openai", fetch=False)
@@ -368,7 +368,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
     process.send_signal(number)
     _, errors = process.communicate(timeout=5 * PATIENCE_S)  # saves a checkpoint
     assert process.returncode == 128 + number, errors
-    assert "--resume" in errors and "Traceback" not in errors
+    assert "can be resumed" in errors and "Traceback" not in errors
     taken = metrics(tmp_path / "run")[-1]["step"]
     assert checkpoint.read_header(tmp_path / "run/checkpoint.safetensors")["provenance"]["step"] == taken
     assert f"step {taken} of 5000" in errors
@@ -439,7 +439,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step(fbclip: Run, tmp_path: P
     command = arguments(tmp_path, "run", 12)
     command[command.index("--lr") + 1] = "1e30"
     done = fbclip(*command, code=1)
-    assert "step 2 gave loss" in done.stderr and "--lr" in done.stderr and "no checkpoint" in done.stderr
+    assert "step 2 gave loss" in done.stderr and "learning rate" in done.stderr and "no checkpoint" in done.stderr
     data, order = ProceduralDefects(32, 12), list(batch_order(12, Recipe(epochs=1, batch_size=2)))[1]
     with np.load(tmp_path / "run/bad_batch.npz") as bad:
         assert bad["indices"].tolist() == order

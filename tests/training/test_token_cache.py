@@ -14,8 +14,9 @@ from conftest import Run
 from fbclip.data.dataset import Item, Samples
 from fbclip.data.procedural import ProceduralDefects
 from fbclip.errors import FBClipError, UsageError
-from fbclip.model.network import FBCLIP, default_config
-from fbclip.model.towers import ClipConfig, build_clip
+from fbclip.model.clip import ClipConfig, build_clip
+from fbclip.model.config import default_config
+from fbclip.model.network import FBCLIP
 from fbclip.training import loop as training
 from fbclip.training import token_cache
 from fbclip.training.batches import Batch
@@ -132,7 +133,10 @@ def test_an_unreadable_image_stays_left_out(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_refusals(fbclip: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--train-tower" in fbclip(*arguments(tmp_path, "run", 4), "--cache-tokens", "tokens", code=2).stderr
+    assert (
+        "--cache-tokens: a cache of tokens needs a frozen tower"
+        in fbclip(*arguments(tmp_path, "run", 4), "--cache-tokens", "tokens", code=2).stderr
+    )
     accelerator, data = training.accelerator_for("no"), ProceduralDefects(32, 10)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("keep me")

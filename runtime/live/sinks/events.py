@@ -16,7 +16,7 @@ from typing import Any
 
 from fbclip.errors import UsageError
 from fbclip.files import new_folder, remove_folder, require_writable, sweep
-from fbclip.images import encode
+from fbclip.images import encode_image
 from fbclip.runtime.live.records import Notice, Record
 
 BEFORE, AFTER = 10, 10  # frames kept around the one that raised an alarm
@@ -48,7 +48,7 @@ class _Event:
         self.missing -= 1
         if record.alarm_began:
             self.alarms.append(record.frame.index)
-            self.overlay = self.overlay or encode(record.draw())
+            self.overlay = self.overlay or encode_image(record.draw())
             self.missing = AFTER
 
     @property
@@ -101,7 +101,7 @@ class EventRecorder:
         self._save_all()
 
     def _take(self, record: Record) -> None:
-        shot = _Shot(record.to_dict(), encode(record.frame.image))
+        shot = _Shot(record.to_dict(), encode_image(record.frame.image))
         if record.alarm_began and self._event is None:
             self._event = _Event(list(self._ring))
         if self._event is None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fbclip.errors import UsageError
 from fbclip.files import replacing
-from fbclip.images import encode
+from fbclip.images import encode_image
 from fbclip.runtime.live.records import Frame, Notice, Record
 from fbclip.runtime.prediction import Prediction
 
@@ -81,7 +81,7 @@ class Pictures:
         if record.overlay:
             self._leave_room()
             with replacing(Path(record.overlay), durable=False) as file:
-                file.write(encode(record.draw(), quality=QUALITY))
+                file.write(encode_image(record.draw(), quality=QUALITY))
 
     def notify(self, notice: Notice) -> None:
         """A picture has no place for notices."""

@@ -27,8 +27,7 @@ from fbclip.addresses import Address
 from fbclip.errors import UsageError, reason
 from fbclip.images import decode_image
 from fbclip.opening import is_whole
-from fbclip.runtime.doctor.probes import opencv
-from fbclip.runtime.host import GSTREAMER, Machine
+from fbclip.runtime.host import GSTREAMER, Machine, opencv
 from fbclip.runtime.live.sources.mjpeg import MAX_PIXELS, Picture, Pictures, oversize
 
 FAULTS = ("missing", "refused", "cut", "stalled", "garbage")

@@ -26,11 +26,14 @@ from fbclip.errors import UsageError
 from fbclip.files import sha256
 from fbclip.model.backend import bundle_backend
 from fbclip.runtime.bench.compare import compare, parse_share, ratio_interval, read_report
-from fbclip.runtime.bench.limits import MATMUL, STAGES, count_operations, least_seconds, read_profile
 from fbclip.runtime.bench.meters import Meters, Tegrastats, board_watts, processor
+from fbclip.runtime.bench.profile import STAGES, count_operations, read_profile
+from fbclip.runtime.bench.results import BenchReport
+from fbclip.runtime.bench.roofline import MATMUL, least_seconds
 from fbclip.runtime.bench.run import Options, runs_of_round, turn_order
-from fbclip.runtime.bench.worker import Worker, WorkerFailed, clocked_device_times, is_stable
-from fbclip.runtime.host import Machine
+from fbclip.runtime.bench.runner import clocked_device_times, is_stable
+from fbclip.runtime.host import Machine, ProcessFailed
+from fbclip.runtime.workers import Worker
 
 RESULT = {  # what scripts and --compare read of a result
     "backend": str,
@@ -118,7 +121,7 @@ def test_wrong_usage(fbclip: Run, tmp_path: Path) -> None:
     for arguments, message in (
         (["--backends", "onnxruntime-cuda"], "CUDAExecutionProvider"),
         (["--precision", "fp16"], "fp32 in this bundle"),
-        (["--bundle", copy, "--backends", "torch"], "--checkpoint"),
+        (["--bundle", copy, "--backends", "torch"], "which checkpoint is it"),
         (["--compare", text, text], "reads fbclip-bench/1"),
     ):
         assert message in fbclip("bench", *arguments, code=2).stderr
@@ -129,11 +132,15 @@ def test_wrong_usage(fbclip: Run, tmp_path: Path) -> None:
 
 
 def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(WorkerFailed, match="has none") as failed:
-        Worker("work", {"bundle": str(tmp_path), "frames": ""}, tmp_path / "log")
+    with pytest.raises(ProcessFailed, match="has none") as failed:
+        Worker("fbclip.runtime.bench.profile:Counting", str(tmp_path), "")
     assert failed.value.usage
-    with pytest.raises(WorkerFailed, match="KeyError"):
-        Worker("nothing", {}, tmp_path / "log")
+    with pytest.raises(ProcessFailed, match="nothing"):
+        Worker("fbclip.runtime.bench.profile:nothing")
+    with pytest.raises(ProcessFailed, match=r"did not answer within 0\.1 s"):
+        Worker("time:sleep", 60, patience=0.1)
+    with pytest.raises(ProcessFailed, match="crashed with signal 6"):
+        Worker("os:abort")
 
 
 @given(st.integers(1, 8), st.integers(1, 30))
@@ -231,17 +238,18 @@ def test_device_times_by_the_clock() -> None:
     assert compute > 10 * download > 0
 
 
-def recorded(seed: int, milliseconds: float, spread: float = 0.03) -> list[list[float]]:
+def recorded_rounds(seed: int, milliseconds: float, spread: float = 0.03) -> list[list[float]]:
     """Ten rounds of five runs; a round is slow or quick as a whole, and each run a little."""
     rng = np.random.default_rng(seed)
-    return [list(milliseconds * rng.lognormal(0, spread) * rng.lognormal(0, spread / 3, 5)) for _ in range(10)]
+    return [(milliseconds * rng.lognormal(0, spread) * rng.lognormal(0, spread / 3, 5)).tolist() for _ in range(10)]
 
 
 def test_what_is_noise_and_what_is_not() -> None:
     """Same medians: the interval holds 1 about as often as it promises. A fifth slower: always seen, and rarely missed
     by the interval."""
     same, slower = (
-        [ratio_interval(recorded(2 * s, 30), recorded(2 * s + 1, ms)) for s in range(40)] for ms in (30, 36)
+        [ratio_interval(recorded_rounds(2 * s, 30), recorded_rounds(2 * s + 1, ms)) for s in range(40)]
+        for ms in (30, 36)
     )
     assert sum(low <= 1 <= high for low, high in same) >= 34
     assert all(low > 1 for low, _ in slower)
@@ -251,7 +259,7 @@ def test_what_is_noise_and_what_is_not() -> None:
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0.1, 10), st.integers(0, 100))
 def test_an_interval_scales_with_the_times(factor: float, seed: int) -> None:
-    before, after = recorded(seed, 20), recorded(seed + 1, 25)
+    before, after = recorded_rounds(seed, 20), recorded_rounds(seed + 1, 25)
     low, high = ratio_interval(before, after)
     scaled = ratio_interval(before, [[factor * ms for ms in one] for one in after])
     assert scaled == pytest.approx((factor * low, factor * high))
@@ -259,31 +267,47 @@ def test_an_interval_scales_with_the_times(factor: float, seed: int) -> None:
     assert low <= median_ratio <= high
 
 
-def report(**changes: Any) -> dict[str, Any]:
-    environment = dict.fromkeys(("processor", "gpu", "cores", "system", "versions", "threads"), "one")
-    result = {"backend": "onnxruntime", "precision": "fp32", "batch": 1, "rounds_ms": recorded(0, 30)}
+RECORDED = Path(__file__).parents[3] / "benchmarks/results"
+
+
+def report(**changes: Any) -> BenchReport:
+    """A recorded benchmark with other values here and there, as JSON has them."""
+    recorded = json.loads((RECORDED / "bench_nano.json").read_text())["reports"]
+    values = next(iter(recorded.values()))
+    result = {**values["results"][0], "backend": "onnxruntime", "rounds_ms": recorded_rounds(0, 30)}
     values = {
-        "environment": environment,
-        "frames": {"size": [9, 9], "count": 4},
-        "bundle": {"graphs": {"fp32": "a"}},
+        **values,
+        "frames": {"size": [9, 9], "count": 4, "source": "sample images"},
+        "bundle": {**values["bundle"], "graphs": {"fp32": "a"}},
         "rates": {"cpu fp32 numpy": 1e11, "cpu copy": 1e10},
         "results": [result],
     }
-    return {**values, **changes}
+    return BenchReport.from_dict({**values, **changes})
+
+
+def test_recorded_benchmarks_are_read_whole() -> None:
+    for path in sorted(RECORDED.glob("bench_*.json")):
+        for values in json.loads(path.read_text())["reports"].values():
+            report = BenchReport.from_dict({**values, "of a later version": 1})
+            assert json.loads(json.dumps(report.to_dict())) == values
+    del values["frames"]["size"]
+    with pytest.raises(ValueError, match="frames lacks size"):
+        BenchReport.from_dict(values)
 
 
 def test_other_circumstances_are_told_and_other_work_is_refused() -> None:
-    slower = report(rates={"cpu fp32 numpy": 0.8e11, "cpu copy": 1e10}, bundle={"graphs": {"fp32": "b"}})
+    graphs = {**report().to_dict()["bundle"], "graphs": {"fp32": "b"}}
+    slower = report(rates={"cpu fp32 numpy": 0.8e11, "cpu copy": 1e10}, bundle=graphs)
     assert compare(report(), slower).notes == (
         "the graphs are not the same",
         "the machine itself multiplied matrices 0.80 times as quickly as before",
     )
-    with pytest.raises(UsageError, match="same frames"):
-        compare(report(), report(frames={"size": [9, 10], "count": 4}))
+    with pytest.raises(UsageError, match="frames are the same"):
+        compare(report(), report(frames={"size": [9, 10], "count": 4, "source": "sample images"}))
     vanished = compare(report(), report(results=[]))
     assert vanished.gone == ("onnxruntime fp32 batch 1",)
     assert vanished.fails(1.0)
-    few = {**report()["results"][0], "rounds_ms": [[30.0], [31.0]]}
+    few = {**report().to_dict()["results"][0], "rounds_ms": [[30.0], [31.0]]}
     with pytest.raises(UsageError, match="3 rounds"):
         compare(report(), report(results=[few]))
 
@@ -312,9 +336,9 @@ def test_instruments_of_a_made_up_machine(tmp_path: Path) -> None:
     assert meters.joules() == {"RAPL package-0": pytest.approx(2.5)}
     assert meters.clocks_mhz() == {"cpu": 2500}
     assert meters.throttle_count() == 7
-    assert meters.busy_seconds() == pytest.approx((1.5, 2.0))
+    assert meters.machine.busy_seconds() == pytest.approx((1.5, 2.0))
     nothing = Meters(Machine(tmp_path / "nowhere"))
-    assert (nothing.joules(), nothing.clocks_mhz(), nothing.throttle_count(), nothing.busy_seconds()) == (
+    assert (nothing.joules(), nothing.clocks_mhz(), nothing.throttle_count(), nothing.machine.busy_seconds()) == (
         {},
         {},
         None,

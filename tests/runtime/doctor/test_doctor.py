@@ -21,6 +21,7 @@ from fbclip.runtime.doctor.checks import Check
 from fbclip.runtime.doctor.examine import _cameras, check_bundle, check_machine, check_python, check_video, examine
 from fbclip.runtime.doctor.gpu import _power, check_nvidia, check_onnxruntime
 from fbclip.runtime.host import Machine
+from helpers.made_up_memory import write_memory
 
 
 def by_name(checks: Any) -> dict[str, Check]:
@@ -64,7 +65,7 @@ def test_this_machine(fbclip: Run, tmp_path: Path) -> None:
 def test_doctor_starts_without_any_library_of_the_runtime() -> None:
     program = """
 import sys
-for name in ("torch", "numpy", "cv2", "PIL", "onnxruntime", "onnx", "tensorrt", "pycuda"):
+for name in ("torch", "numpy", "cv2", "PIL", "psutil", "onnxruntime", "onnx", "tensorrt", "pycuda"):
     sys.modules[name] = None
 import fbclip.runtime.doctor.examine
 """
@@ -224,7 +225,7 @@ def jetson(folder: Path) -> Machine:
         root, "etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n"
     )
     write(root, "proc/device-tree/model", "NVIDIA Jetson Orin Nano Developer Kit\0")
-    write(root, "proc/meminfo", "MemTotal:  7800000 kB\nMemAvailable:  3000000 kB\nSwapTotal:  0 kB\n")
+    write_memory(root, 7_800_000, 3_000_000)
     for end, cpu in (("min", "729600"), ("max", "1510400")):
         write(root, f"sys/devices/system/cpu/cpu0/cpufreq/scaling_{end}_freq", cpu)
         write(root, f"sys/class/devfreq/17000000.gpu/{end}_freq", "1020000000")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fbclip import files
 from fbclip.errors import FBClipError, UsageError
-from fbclip.images import encode
+from fbclip.images import encode_image
 from fbclip.runtime.live.records import Frame, Notice, Record
 from fbclip.runtime.live.sinks.events import AFTER, BEFORE, LONGEST, UNSAVED, EventRecorder, event_folders, parse_size
 from fbclip.runtime.prediction import Prediction
@@ -168,7 +168,7 @@ def test_leftovers_of_a_killed_run_go_and_what_another_run_writes_stays(
 def test_pictures_keep_their_colours(tmp_path: Path) -> None:
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 200
-    shown = np.asarray(Image.open(io.BytesIO(encode(red))))
+    shown = np.asarray(Image.open(io.BytesIO(encode_image(red))))
     assert shown[..., 0].mean() > 180 > 60 > shown[..., 2].mean()
 
 

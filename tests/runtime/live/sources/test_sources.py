@@ -286,7 +286,7 @@ def test_an_address_holds_what_was_meant() -> None:
 
 
 def test_csi_needs_gstreamer() -> None:
-    from fbclip.runtime.doctor.probes import opencv
+    from fbclip.runtime.host import opencv
 
     if "GSTREAMER" in opencv()["backends"]:
         pytest.skip("this OpenCV has GStreamer")

@@ -1,4 +1,4 @@
-"""Where a graph drifts: the same stages of two graphs, tapped and compared."""
+"""Where a graph deviates: the same stages of two graphs, tapped and compared."""
 
 from __future__ import annotations
 

@@ -1,35 +1,29 @@
-"""Processes of `fbclip bench`: each holds one subject and runs it when it is told to, over pipes.
+"""One subject of `fbclip bench` in a process of its own, which runs when it is told to (`fbclip.runtime.workers`).
 
-In a process of its own a subject has its own peak of memory and its own start; told round by round when to run, it
-shares the machine's good and bad moments with the others. Requests and answers are lines of JSON; the worker ends when
-its input does.
+There it has its own peak of memory and its own start; told round by round when to run, it shares the machine's good and
+bad moments with the others.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
 import resource
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
-from fbclip.errors import FBClipError
 from fbclip.resample import in_order, resize
 from fbclip.runtime.backends import Backend, OnnxRuntimeBackend, make_backend, require_probabilities
+from fbclip.runtime.host import peak_memory
 
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -39,13 +33,12 @@ WARMUP_RUNS, WARMUP_SECONDS = 20, 10.0
 PROFILED_RUNS = 5
 ON_GPU = ("cuda", "tensorrt", "ort-tensorrt")
 DEVICE_RUNS = 10
-PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime.bench.worker import main; main(*sys.argv[2:])"
 SLOW_SECONDS = 1.0  # a run this long cares little for what others left in the caches
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker measures.
+    """What a runner measures.
 
     Attributes:
         backend: "torch-reference", "torch", "torch-compile", or a device of `make_backend`.
@@ -55,6 +48,7 @@ class Spec:
         frames: .npy file of uint8 (F, H, W, 3) RGB, which every subject gets.
         outputs: .npz file to write for the comparison.
         checkpoint, clip, clip_weights: of the torch backends; the embedded model's if None.
+        torch: the module whose `bundle_backend` makes those.
     """
 
     backend: str
@@ -66,23 +60,23 @@ class Spec:
     checkpoint: str | None = None
     clip: str | None = None
     clip_weights: str | None = None
+    torch: str | None = None
 
 
-class Subject:
+class Runner:
     """A backend with the same work as every other: from frames in host memory, uint8, to scores and to maps of the
     frames' size in host memory, float32. Resizes where the backend does not."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, values: dict[str, Any]) -> None:
         self.spec = spec = Spec(**values)
         self.bundle = bundle = Bundle.load(spec.bundle)
         manifest = bundle.manifest
         order, self.taken_hw = manifest.channel_order, manifest.input_size
         self.backend: Backend
         if spec.backend.startswith("torch"):
-            from fbclip.model.backend import bundle_backend
-
             path = Path(spec.checkpoint) if spec.checkpoint else None
-            self.backend = bundle_backend(bundle, spec.backend, path, spec.clip, spec.clip_weights)
+            make = resolve_name(f"{spec.torch}:bundle_backend")
+            self.backend = make(bundle, spec.backend, path, spec.clip, spec.clip_weights)
             order, self.taken_hw = "rgb", (manifest.image_size,) * 2
         else:
             self.backend, _ = make_backend(bundle, spec.backend, spec.precision, spec.batch)
@@ -177,45 +171,14 @@ class Subject:
         """Where ONNX Runtime spends its time; None for other backends."""
         if not isinstance(self.backend, OnnxRuntimeBackend):
             return None
-        from fbclip.runtime.bench.limits import profile, summarise
+        from fbclip.runtime.bench.profile import profile, summarise  # not before: a cold start is measured
 
         session = self.backend.session
         inputs: dict[str, NDArray[Any]] = {IMAGE: self._taken(self.inputs[0]), TEXT: self.bundle.text}
         providers = [(name, values) for name, values in session.get_provider_options().items()]
         options = session.get_session_options()
         nodes = profile(self.backend.graph, options, providers, inputs, PROFILED_RUNS, self.backend.unwanted)
-        return summarise(nodes, PROFILED_RUNS, operations, self.spec.batch)
-
-
-class Machine:
-    """The machine itself, measured in turn like a subject."""
-
-    def __init__(self, use_torch: bool) -> None:
-        from fbclip.runtime.bench.limits import Rates
-
-        self.rates = Rates(use_torch)
-
-    def ready(self) -> dict[str, Any]:
-        return {}
-
-    def run(self) -> dict[str, Any]:
-        before = time.process_time()
-        return {"rates": self.rates.measure(), "cpu_s": time.process_time() - before}
-
-
-class Work:
-    """The graph's operations for one image, by stage."""
-
-    def __init__(self, bundle: str, frames: str) -> None:
-        from fbclip.runtime.bench.limits import count_operations
-
-        loaded = Bundle.load(bundle)
-        manifest = loaded.manifest
-        image = resize(np.load(frames, allow_pickle=False)[0], manifest.input_size)[None]
-        self.operations = count_operations(loaded.graph(manifest.precisions[0]), loaded.text, image)
-
-    def ready(self) -> dict[str, Any]:
-        return {"operations": self.operations}
+        return asdict(summarise(nodes, PROFILED_RUNS, operations, self.spec.batch))
 
 
 def clocked_device_times(
@@ -248,108 +211,8 @@ def is_stable(seconds: list[float]) -> bool:
 
 
 def peak_host_mb() -> float:
-    """The largest resident memory so far in MB; /proc's, where there is one, can't hold the parent's from before exec."""
-    status = Path("/proc/self/status")
-    if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(match[1]) * 1024 / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-class WorkerFailed(FBClipError):
-    """A worker that did not answer; `usage` where what was asked for is not there."""
-
-    def __init__(self, message: str, usage: bool = False) -> None:
-        super().__init__(message)
-        self.usage = usage
-
-
-class Worker:
-    """A process that serves one of `KINDS`, from the side of the one that asks, until it is closed.
-
-    Attributes:
-        ready: its first answer.
-        start_seconds: from the start of the process to that answer, which a subject gives with its first result.
-    """
-
-    def __init__(self, kind: str, arguments: dict[str, Any], log: Path) -> None:
-        self._log = log
-        command = [
-            sys.executable,
-            "-c",
-            PROGRAM,
-            json.dumps(sys.path, allow_nan=False),
-            kind,
-            json.dumps(arguments, allow_nan=False),
-        ]
-        start = time.perf_counter()
-        with log.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-            )
-        self.pid = self._process.pid
-        try:
-            self.ready = self._answer()
-        except BaseException:
-            self.close()
-            raise
-        self.start_seconds = time.perf_counter() - start
-
-    def ask(self, do: str, **values: Any) -> dict[str, Any]:
-        """Let it do something, and wait.
-
-        Raises:
-            WorkerFailed: it could not, or has gone.
-        """
-        assert self._process.stdin
-        with suppress(BrokenPipeError):  # then there is no answer, which says why
-            self._process.stdin.write(json.dumps({"do": do, **values}, allow_nan=False) + "\n")
-            self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            said = self._log.read_text(errors="replace").strip().splitlines() or ["no word why"]
-            killed = f"killed by signal {-code} (9 is often: out of memory)"
-            raise WorkerFailed(killed if code < 0 else said[-1])
-        values: dict[str, Any] = json.loads(line) or {}
-        if "error" in values:
-            raise WorkerFailed(values["error"], values["usage"])
-        return values
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(BrokenPipeError):
-                if pipe:
-                    pipe.close()
-
-
-KINDS: dict[str, type[Any]] = {"subject": Subject, "machine": Machine, "work": Work}
-
-
-def main(kind: str, arguments: str) -> None:
-    """Serve until the input ends. Ctrl-C reaches the whole process group; the parent decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to stderr
-    try:
-        served = KINDS[kind](**json.loads(arguments))
-        _answer(channel, served.ready())
-        for line in sys.stdin:
-            request = json.loads(line)
-            _answer(channel, getattr(served, request.pop("do"))(**request))
-    except (FBClipError, ImportError) as error:
-        _answer(channel, {"error": str(error), "usage": getattr(error, "exit_code", 2) == 2})
-    except Exception as error:  # whatever a library raises ends this subject, not the benchmark
-        _answer(channel, {"error": f"{type(error).__name__}: {error}", "usage": False})
-
-
-def _answer(channel: Any, values: Any) -> None:
-    channel.write(json.dumps(values, allow_nan=False) + "\n")
-    channel.flush()
+    """The largest resident memory so far in MB."""
+    if (peak := peak_memory()) is None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak / 1e6

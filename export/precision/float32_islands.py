@@ -1,4 +1,4 @@
-"""The search for what must stay float32 where a graph of lower precision drifts past its budget."""
+"""The search for what must stay float32 where a graph of lower precision deviates past its budget."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def widen(
 
     Args:
         precision: of the graph, for messages.
-        overrun: the drift in budgets with these parts in float32, so 1 is just within.
+        overrun: the deviation in budgets with these parts in float32, so 1 is just within.
         first: the stage where the graph diverges first; parts behind it can't mend that, those before it are tried
             the nearest first. None where it diverges everywhere a little: all are tried.
         say: told each measurement.
@@ -65,18 +65,18 @@ def widen(
         order = order[: order.index(parts.stages[first]) + 1]
     islands: list[str] = []
     while True:
-        drifts = {}
+        deviations = {}
         for part in reversed(order):
             if part in islands or parts.share([*islands, part]) > LARGEST_ISLANDS:
                 continue
-            drifts[part] = overrun([*islands, part])
-            say(f"  float32 {', '.join([*islands, part])}: {drifts[part]:.2f} of the budget")
-            if drifts[part] <= 1:
+            deviations[part] = overrun([*islands, part])
+            say(f"  float32 {', '.join([*islands, part])}: {deviations[part]:.2f} of the budget")
+            if deviations[part] <= 1:
                 return (*islands, part)
-        if not drifts:
+        if not deviations:
             where = f", and diverges first in {first}" if first else ""
             raise ParityError(
                 f"{precision} must stay within its budget with at most {LARGEST_ISLANDS:.0%} of the weights in "
                 f"float32; this model does not{where}: export it without, so no bundle was written"
             )
-        islands.append(min(drifts, key=lambda part: drifts[part]))
+        islands.append(min(deviations, key=lambda part: deviations[part]))

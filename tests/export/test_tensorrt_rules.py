@@ -11,7 +11,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from fbclip.errors import GraphError
-from fbclip.export.check import check_graph
+from fbclip.export.tensorrt_rules import check_graph
 
 FLOAT, HALF, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
 CONSTANTS = {

@@ -1,0 +1,128 @@
+"""The subjects of a benchmark in the running: their processes, their turns, and what comes of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fbclip.runtime.bench.meters import Meters
+from fbclip.runtime.bench.results import BenchResult, Deviation, Key, Profile, Warmup
+from fbclip.runtime.bench.roofline import least_seconds, product_rate
+from fbclip.runtime.bench.runner import ON_GPU, Spec
+from fbclip.runtime.workers import Worker
+from fbclip.untrusted import build
+
+
+@dataclass(eq=False)
+class Contender:
+    """A subject in the running, and what was measured of it.
+
+    Attributes:
+        name: of the backend as users name it.
+        worker: its process, which serves a `Runner`.
+        rounds: seconds of the timed runs, a list per round.
+        wall, cpu, turns: of all turns: seconds, core-seconds, runs with the untimed ones.
+        joules: by source, over all turns.
+        device_mb, final, profile: once it is finished.
+    """
+
+    name: str
+    spec: Spec
+    worker: Worker
+    warmup: Warmup
+    rounds: list[list[float]] = field(default_factory=list)
+    wall: float = 0.0
+    cpu: float = 0.0
+    turns: int = 0
+    joules: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    device_mb: float | None = None
+    final: dict[str, Any] = field(default_factory=dict)
+    profile: Profile | None = None
+
+    @property
+    def key(self) -> Key:
+        return Key(self.name, self.spec.precision, self.spec.batch)
+
+    def turn(self, runs: int, meters: Meters) -> None:
+        """Run, with an eye on the energy."""
+        before = meters.joules()
+        answer = self.worker.ask("run", runs=runs)
+        for source, joules in meters.joules().items():
+            self.joules[source] += max(joules - before.get(source, joules), 0.0)  # RAPL's counters wrap around
+        self.rounds.append(answer["seconds"])
+        self.wall += answer["wall_s"]
+        self.cpu += answer["cpu_s"]
+        self.turns += answer["runs"]
+
+    def finish(self, meters: Meters) -> None:
+        """Measure the memory, and let it write its results for the comparison."""
+        self.device_mb = meters.device_mb(self.worker.pid)
+        self.final = self.worker.ask("finish")
+
+    def measure_profile(self, operations: Mapping[str, int]) -> None:
+        """Where ONNX Runtime spends its time; nothing of other backends."""
+        found = self.worker.ask("profile", operations=operations)
+        self.profile = None if found is None else build(Profile, found)
+
+    def result(self, rates: Mapping[str, float], operations: int, deviation: Deviation | None) -> BenchResult:
+        """What was measured, once it is finished.
+
+        Args:
+            rates: of the machine, medians by name.
+            operations: for one image.
+        """
+        seconds = np.array([s for one in self.rounds for s in one])
+        median, p90, p99 = (float(v) for v in np.percentile(seconds, (50, 90, 99)) * 1e3)
+        batch = self.spec.batch
+        least = self._least_ms(rates, operations * batch)
+        return BenchResult(
+            backend=self.name,
+            precision=self.spec.precision,
+            batch=batch,
+            device=self.worker.ready["device"],
+            rounds_ms=tuple(tuple(round(s * 1e3, 4) for s in one) for one in self.rounds),
+            median_ms=median,
+            p90_ms=p90,
+            p99_ms=p99,
+            images_per_s=batch * len(seconds) / float(seconds.sum()),
+            cold_start_s=self.worker.start_seconds,
+            warmup=self.warmup,
+            cores_used=self.cpu / self.wall,
+            peak_host_mb=self.final["peak_host_mb"],
+            device_mb=self.device_mb,
+            device_ms=self.final["device_ms"],
+            joules_per_image={source: joules / (self.turns * batch) for source, joules in self.joules.items()},
+            gflops=operations * batch / median / 1e6,
+            limit_ms=least,
+            share_of_limit=least / median if least else None,
+            deviation=deviation,
+            profile=self.profile,
+        )
+
+    def _least_ms(self, rates: Mapping[str, float], operations: int) -> float | None:
+        place = "cuda" if self.worker.ready["device"] in ON_GPU else "cpu"
+        rate = product_rate(rates, place, self.spec.precision)
+        if rate is None:
+            return None
+        return least_seconds(operations, rate, self.worker.ready["reads"], rates.get(f"{place} copy")) * 1e3
+
+
+def deviation_reference(contenders: Sequence[Contender]) -> Contender | None:
+    """What the others are compared with: float32 torch, else its literal form, else float32 in ONNX Runtime."""
+    for wanted in ("torch", "torch-reference", "onnxruntime"):
+        for contender in contenders:
+            if contender.name == wanted and contender.spec.precision == "fp32":
+                return contender
+    return None
+
+
+def deviation(contender: Contender, reference: Contender, frames: int) -> Deviation:
+    """Largest differences of scores and maps, on the frames that both have seen."""
+    with np.load(contender.spec.outputs) as found, np.load(reference.spec.outputs) as expected:
+        count = min(frames, len(found["scores"]), len(expected["scores"]))
+        scores, maps = (np.abs(found[k][:count] - expected[k][:count]) for k in ("scores", "maps"))
+    return Deviation(count, float(scores.max()), float(maps.max()), float(np.quantile(maps, 0.999)))
