@@ -117,7 +117,7 @@ def calibrate(
     images = good_images(places, every, max_frames, say, skip_first)
     defective = list_images(defects, say) if defects else []
     region = Roi.parse(roi) if roi else None
-    predictor = Predictor(bundle, device, precision, calibrated=False, roi=region)
+    predictor = Predictor(bundle, device=device, precision=precision, calibrated=False, roi=region)
     calibration, good, bad = calibrate(predictor, images, false_alarm_rate, defective, console)
     report(calibration, good, bad, say)
     write(calibration, bad.scores, bundle, path, say)

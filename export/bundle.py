@@ -32,7 +32,7 @@ from fbclip.export.variants import write_cpu_graph
 from fbclip.model.backend import TorchBackend
 from fbclip.model.network import FBCLIP
 from fbclip.resample import BLUR_SIGMA, in_order, resize
-from fbclip.runtime.backends import OnnxRuntimeBackend
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 
 SEARCH_IMAGES = 4  # that drift most; what must stay float32 is looked for on them
 

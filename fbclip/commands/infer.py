@@ -133,7 +133,14 @@ def infer(
     stream = find_stream(source or [], camera, watch)
     refuse(context, *(("a stream", OF_IMAGES) if stream else ("images", OF_STREAMS)))
     region = Roi.parse(roi) if roi else None
-    predictor = Predictor(bundle, device, precision, parse_threshold(threshold), roi=region, min_area=min_area)
+    predictor = Predictor(
+        bundle,
+        device=device,
+        precision=precision,
+        threshold=parse_threshold(threshold),
+        roi=region,
+        min_area=min_area,
+    )
     if threshold == "auto":
         say(console, predictor.explain_threshold())
     if stream:

@@ -106,9 +106,9 @@ def serve(
         refuse(context, "left out", OF_STREAMS)
     predictor = Predictor(
         bundle,
-        device,
-        precision,
-        parse_threshold(threshold),
+        device=device,
+        precision=precision,
+        threshold=parse_threshold(threshold),
         roi=Roi.parse(roi) if roi else None,
         min_area=min_area,
     )

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import ImageError
-from fbclip.runtime.calibration import checked_threshold
 from fbclip.runtime.live.alarm import Decider
 from fbclip.runtime.live.delivery import Delivery
 from fbclip.runtime.live.records import Frame, Notice, Result, Sink
@@ -188,7 +187,7 @@ class Pipeline:
         Raises:
             UsageError: no probability.
         """
-        self.predictor.threshold = checked_threshold(threshold)
+        self.predictor.set_threshold(threshold)
 
     def status(self) -> dict[str, Any]:
         """What is going on, as plain values; from any thread.

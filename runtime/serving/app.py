@@ -161,7 +161,7 @@ class Site:
         if self.pipeline:
             self.pipeline.set_threshold(threshold)
         else:
-            self.predictor.threshold = threshold
+            self.predictor.set_threshold(threshold)
 
 
 def create_app(

@@ -138,8 +138,8 @@ def test_a_calibration_is_for_its_region(fbclip: Run, tmp_path: Path) -> None:
     shutil.copytree(Bundle.load().path, tmp_path / "copy.fbclip")
     fbclip("calibrate", "copy.fbclip", SAMPLES, "--false-alarm-rate", 0.2, "--roi", "0, 0,200,200")
     error = fbclip("infer", "--bundle", "copy.fbclip", code=2).stderr
-    assert "was calibrated with --roi 0,0,200,200" in error
-    assert "calibrate without --roi, or pass a --threshold" in error
+    assert "was calibrated for the region 0,0,200,200" in error
+    assert "calibrate for whole frames, or pass a threshold" in error
     fbclip("infer", "--bundle", "copy.fbclip", "--roi", "0,0,200,200")
     fbclip("infer", "--bundle", "copy.fbclip", "--threshold", 0.5)
 

@@ -395,7 +395,7 @@ def test_limits_and_regions_of_the_command(fbclip: Run, tmp_path: Path) -> None:
     assert not any(result["is_anomalous"] for result in results)
     assert all(result["score"] >= result["threshold"] for result in results)
     wrong = fbclip("infer", "belt.avi", "--roi", "0,0,5000,50", code=2)
-    assert "9 frames could not be inspected: --roi 0,0,5000,50 reaches beyond the frame" in wrong.stderr
+    assert "9 frames could not be inspected: the region 0,0,5000,50 reaches beyond the frame" in wrong.stderr
 
 
 def test_a_full_disk_ends_in_an_error(fbclip: Run, tmp_path: Path) -> None:
