@@ -117,7 +117,7 @@ def running(
     token: str | None = None, limits: Limits | None = None, live: bool = True, predictor: Predictor | None = None
 ) -> Iterator[Server]:
     belt, monitor, predictor = Belt(), Monitor(), predictor or shared_predictor()
-    predictor.threshold = 0.6
+    predictor.set_threshold(0.6)
     metrics = Metrics(lambda: belt.counters)
     pipeline = Pipeline(belt, predictor, [monitor, metrics]) if live else None
     listening = listen("127.0.0.1", 0)

@@ -17,7 +17,7 @@ from scipy import ndimage
 import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
-from fbclip.runtime import predictor
+from fbclip.runtime import regions
 from fbclip.runtime.prediction import Region
 from fbclip.runtime.regions import find_regions
 from fbclip.runtime.roi import Roi
@@ -31,13 +31,13 @@ HEIGHT, WIDTH = SCRATCHED.shape[:2]
 def labelled_regions(anomaly_map: NDArray[np.float32], threshold: float, min_area: int) -> set[Region]:
     """The literal way: a label for every pixel."""
     count, labels = cv2.connectedComponents((anomaly_map >= threshold).astype(np.uint8), connectivity=8)
-    regions = set()
+    found = set()
     for label in range(1, count):
         ys, xs = np.nonzero(labels == label)
         box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
         if len(ys) >= min_area:
-            regions.add(Region(box, float(anomaly_map[ys, xs].max()), len(ys), np.empty((0, 2), np.int32)))
-    return regions
+            found.add(Region(box, float(anomaly_map[ys, xs].max()), len(ys), np.empty((0, 2), np.int32)))
+    return found
 
 
 @settings(deadline=None)
@@ -54,7 +54,7 @@ def test_regions_are_the_labelled_ones(
 ) -> None:
     levels = np.random.default_rng(seed).integers(0, 6, (height, width))
     anomaly_map = (levels / 5).astype(np.float32)  # holes, islands in holes, single pixels, lines
-    with patch.object(predictor, "MAX_EDGES", -1 if is_noise else predictor.MAX_EDGES):  # both ways
+    with patch.object(regions, "MAX_EDGES", -1 if is_noise else regions.MAX_EDGES):  # both ways
         found = find_regions(anomaly_map, threshold, min_area)
     assert len(found) == len(set(found))
     assert set(found) == labelled_regions(anomaly_map, threshold, min_area)
@@ -71,7 +71,7 @@ def test_of_a_map_that_is_noise_the_highest_regions_are_found(threshold: float) 
     labels, number = ndimage.label(anomaly_map >= threshold, np.ones((3, 3)))
     peaks = np.sort(ndimage.maximum(anomaly_map, labels, np.arange(1, number + 1)))[::-1]
     found = find_regions(anomaly_map, threshold)
-    assert [region.peak for region in found] == pytest.approx(peaks[: predictor.MAX_REGIONS])
+    assert [region.peak for region in found] == pytest.approx(peaks[: regions.MAX_REGIONS])
     for region in found[:20]:
         x0, y0, x1, y1 = region.box
         assert anomaly_map[y0:y1, x0:x1].max() >= region.peak
@@ -147,5 +147,5 @@ def test_a_calibration_is_for_its_region(fbclip: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["5,5,5,9", "1,2,3", "nowhere.png", "9,1,2,3"])
 def test_wrong_regions_are_one_line(fbclip: Run, text: str) -> None:
     error = fbclip("infer", "--roi", text, code=2).stderr
-    assert "--roi is x0,y0,x1,y1" in error
+    assert "--roi: a region is x0,y0,x1,y1" in error
     assert error.count("\n") == 1
