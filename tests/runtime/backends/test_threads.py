@@ -128,9 +128,11 @@ def test_the_threshold_is_set_while_others_ask(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask) for _ in range(4)]
-        for number in range(100):
-            predict.set_threshold(float(number % 2))
-            predict(image)
-        done.set()
+        try:
+            for number in range(100):
+                predict.set_threshold(float(number % 2))
+                predict(image)
+        finally:
+            done.set()
         seen = set.union(*(each.result() for each in asking))
     assert seen <= {(0.0, True), (1.0, False)}
