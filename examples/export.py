@@ -10,7 +10,7 @@ from fbclip import Predictor, export
 checkpoint = sys.argv[1] if len(sys.argv) > 1 else "nano"  # a checkpoint, or the folder of a run of `fbclip train`
 
 # %% Each graph is run against the torch model; one that strays too far is an error, and nothing is written.
-bundle = export(checkpoint, "part.fbclip", image_size=96, parity_images=["part.png"], console=Console())
+bundle = export(checkpoint, "part.fbclip", parity_images=["part.png"], console=Console())
 
 # %% The device needs neither torch nor the checkpoint
 with Predictor(bundle.path) as predict:
