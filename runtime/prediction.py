@@ -158,7 +158,7 @@ class Prediction:
         return data.getvalue()
 
     def to_supervision(self, masks: bool = False) -> Any:
-        """The regions as `supervision.Detections`: boxes, peaks as confidence, and `data["weak"]`.
+        """The regions as `supervision.Detections`: boxes, peaks as confidence, class 0 (a defect), and `data["weak"]`.
 
         Args:
             masks: also what is inside of each, bool (N, H, W); of a weak one with its holes.
@@ -181,6 +181,7 @@ class Prediction:
             xyxy=self.boxes.astype(np.float32),
             mask=inside,
             confidence=np.array([region.peak for region in self.regions], np.float32),
+            class_id=np.zeros(len(self.regions), int),  # annotators choose a colour by it
             data={"weak": np.array([region.weak for region in self.regions], bool)},
         )
 
