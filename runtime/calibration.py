@@ -184,7 +184,7 @@ def checked_threshold(threshold: float) -> float:
         UsageError: no probability.
     """
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)) or not 0 <= threshold <= 1:
-        raise UsageError(f"--threshold is a probability between 0 and 1; got {threshold!r:.50}")
+        raise UsageError(f"a threshold is a probability between 0 and 1; got {threshold!r:.50}", option="threshold")
     return float(threshold)
 
 

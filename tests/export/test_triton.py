@@ -87,7 +87,7 @@ def test_the_command_needs_no_torch(fbclip: Run, tmp_path: Path) -> None:
             "--name with --bundle is the name of a Triton",
         ),
         (["--name", "a/b"], "--name is up to 100 letters"),
-        (["--threshold", "nan"], "--threshold is a probability"),
+        (["--threshold", "nan"], "--threshold: a threshold is a probability"),
         (["--out", "/dev/null/b.fbclip"], "can't write /dev/null"),
     ],
 )

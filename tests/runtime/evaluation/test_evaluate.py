@@ -379,8 +379,11 @@ def test_a_checkpoint_scores_like_the_bundle_exported_from_it(fbclip: Run, tmp_p
         ([".", "--bundle", "b", "--checkpoint", "c"], "a --checkpoint or a --bundle"),
         ([".", "--checkpoint", "c", "--precision", "fp16"], "a checkpoint runs in fp32"),
         (["mini", "--threshold", "high"], "--threshold is auto or a probability"),
-        (["mini", "--threshold", 1.5], "--threshold is a probability between 0 and 1; got 1.5"),
-        (["mini", "--checkpoint", "nano", "--threshold", -1], "--threshold is a probability between 0 and 1; got -1"),
+        (["mini", "--threshold", 1.5], "--threshold: a threshold is a probability between 0 and 1; got 1.5"),
+        (
+            ["mini", "--checkpoint", "nano", "--threshold", -1],
+            "--threshold: a threshold is a probability between 0 and 1; got -1",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line(fbclip: Run, tmp_path: Path, arguments: list[object], message: str) -> None:
