@@ -24,6 +24,7 @@ from PIL import Image
 import fbclip
 from fbclip.commands.options import make_console
 from fbclip.errors import FBClipError, ImageError, UsageError
+from fbclip.runtime.backends import Backend
 from fbclip.runtime.live import delivery
 from fbclip.runtime.live import run as live_infer
 from fbclip.runtime.live.alarm import Decider, Vote
@@ -49,7 +50,7 @@ def frames(*steps: int | Callable[[], object]) -> Iterator[NDArray[np.uint8]]:
             eventually(step)
 
 
-class Brightness:
+class Brightness(Backend):
     """A backend whose score is the picture's first pixel."""
 
     device = "cpu"
@@ -61,6 +62,9 @@ class Brightness:
         self.threads.add(threading.get_ident())
         maps = images[..., 0].astype(np.float32) / 255
         return maps[:, 0, 0], maps
+
+    def close(self) -> None:
+        pass
 
 
 def predictor(**options: Any) -> Predictor:
