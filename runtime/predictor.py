@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import glob
 import logging
-import os
 import time
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fbclip.assets import EMBEDDED
 from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
-from fbclip.folders import list_images
-from fbclip.images import read_image, to_rgb
 from fbclip.resample import in_order, resize
 from fbclip.runtime.backends import Results, make_backend, require_probabilities
 from fbclip.runtime.calibration import Calibration, calibrated_bundles, checked_threshold
+from fbclip.runtime.inputs import One, as_frame, listed
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.regions import find_evidence
 from fbclip.runtime.roi import Roi
@@ -35,8 +30,6 @@ if TYPE_CHECKING:  # what is live stands on this
     from fbclip.runtime.live.alarm import Decider, Vote
     from fbclip.runtime.live.records import Notice, Result
     from fbclip.runtime.live.sources import Source
-
-One: TypeAlias = "str | Path | Image.Image | NDArray[np.uint8]"
 
 logger = logging.getLogger("fbclip")
 
@@ -162,7 +155,7 @@ class Predictor:
             UsageError: a folder without images.
             FBClipError: as `run`.
         """
-        images, is_one = _listed(image)
+        images, is_one = listed(image)
         predictions = list(self._predict(images, channel_order))
         return predictions[0] if is_one else predictions
 
@@ -359,7 +352,7 @@ class Predictor:
     def _show(self, image: One, channel_order: str) -> _Shown:
         """Read an image, and bring it to what the model is shown."""
         start = time.perf_counter()
-        frame = _read(image, channel_order)
+        frame = as_frame(image, channel_order)
         read = time.perf_counter()
         batch = self.prepare(frame)
         timings_ms = {"read": (read - start) * 1e3, "preprocess": (time.perf_counter() - read) * 1e3}
@@ -375,50 +368,6 @@ class _Shown(NamedTuple):
     unusable: str | None
     name: str
     timings_ms: dict[str, float]
-
-
-def _listed(image: Any) -> tuple[Sequence[One], bool]:
-    """The images of a list, a batch, a folder or a glob, or the one image; and whether it is one."""
-    if isinstance(image, (list, tuple)):
-        return image, False
-    if isinstance(image, np.ndarray) and image.ndim == 4:
-        return list(image), False
-    if isinstance(image, (str, Path)):
-        text = str(image)
-        if os.path.isdir(text) or (glob.has_magic(text) and not os.path.lexists(text)):  # noqa: PTH112 (never raises)
-            return list_images([text], lambda line: warnings.warn(line, stacklevel=4)), False
-    return [image], True
-
-
-def _read(image: One, channel_order: str) -> NDArray[np.uint8]:
-    """An image as uint8 (H, W, 3) RGB."""
-    if channel_order not in ("rgb", "bgr"):
-        raise UsageError(f"a channel order is rgb or bgr; got {channel_order!r}", option="channel_order")
-    if isinstance(image, (str, Path)):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if not isinstance(image, np.ndarray):
-        raise ImageError(
-            f"an image is a path, a Pillow image or an array, and several are a list of these; got "
-            f"{type(image).__name__}"
-        )
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.size == 0:
-        raise ImageError(f"a frame is uint8 (H, W, 3) or (H, W); got {image.dtype} {image.shape}{_cure(image)}")
-    if image.ndim == 2:
-        return np.repeat(image[..., None], 3, axis=2)
-    return image if channel_order == "rgb" else np.ascontiguousarray(image[..., ::-1])
-
-
-def _cure(image: NDArray[Any]) -> str:
-    """What makes a frame of an array that is none, where that can be said."""
-    if image.dtype.kind == "f":
-        return ": of values 0 to 1 pass (255 * image).round().astype(np.uint8)"
-    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 4:
-        return ": pass image[..., :3], without its alpha"
-    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[0] == 3:
-        return ": pass image.transpose(1, 2, 0), with the channels last"
-    return ""
 
 
 def _count(rule: str, value: int, least: int, option: str) -> int:
