@@ -57,7 +57,7 @@ def measure(bundles: list[Path]) -> dict[str, dict[str, Any]]:
             name = f"{precision} {form}" if form else precision
             if name in figures:
                 continue
-            predictor = Predictor(bundle, "cpu", precision)
+            predictor = Predictor(bundle, device="cpu", precision=precision)
             predictions = [predictor(item.image) for item in tiles]
             found = np.array([p.score for p in predictions], np.float32), [p.model_map for p in predictions]
             reference = reference or found

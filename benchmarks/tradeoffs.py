@@ -46,7 +46,8 @@ from fbclip.model.config import default_config
 from fbclip.model.network import FBCLIP
 from fbclip.model.towers import VisionTower, linear
 from fbclip.resample import resize
-from fbclip.runtime.backends import Backend, OnnxRuntimeBackend
+from fbclip.runtime.backends import Backend
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 
 RESULTS = Path(__file__).parent / "results/tradeoffs.json"
 ROUNDS, LARGE_ROUNDS = 40, 1

@@ -44,7 +44,7 @@ from fbclip.model.clip import ClipConfig, build_clip, clip_config
 from fbclip.model.config import Config, default_config
 from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS
 from fbclip.resample import upsampling_matrix
-from fbclip.runtime.backends import UNWANTED_FUSIONS, OnnxRuntimeBackend
+from fbclip.runtime.backends.onnx import UNWANTED_FUSIONS, OnnxRuntimeBackend
 from helpers import golden
 
 PRODUCT = (1370, 1024, 4096)  # of the rate: the first of a block's two largest

@@ -1,1 +1,131 @@
-"""From a checkpoint to a bundle."""
+"""From a checkpoint to a bundle. The room is called, too: `fbclip.export("checkpoint.safetensors", "part.fbclip")`.
+
+Its modules need torch and onnx, but for `engine`; they are imported by the call.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inspect import Signature
+
+    from rich.console import Console
+
+    from fbclip.bundle import Bundle
+
+
+def export(
+    checkpoint: str | Path = "nano",
+    out: str | Path | None = None,
+    *,
+    fp16: bool = False,
+    int8: bool = False,
+    int8_static: bool = False,
+    calibration_images: Sequence[str | Path] = (),
+    threshold: float | None = None,
+    frame_size: tuple[int, int] | None = None,
+    channel_order: str = "rgb",
+    object: str = "object",
+    clip: str | None = None,
+    clip_weights: str | None = None,
+    image_size: int | None = None,
+    feature_layers: tuple[int, ...] | None = None,
+    parity_images: Sequence[str | Path] = (),
+    name: str | None = None,
+    console: Console | None = None,
+) -> Bundle:
+    """Write a bundle from a checkpoint and prove that every graph of it agrees with the torch model.
+
+    Args:
+        checkpoint: an fbclip checkpoint or an official one, a run's folder, or "nano" for the embedded model.
+        out: bundle folder to write, which may be there; None for NAME.fbclip.
+        fp16: also write a half-precision graph.
+        int8, int8_static: also write an 8-bit graph, for CPUs, or with fixed ranges for TensorRT.
+        calibration_images: good images that fixed ranges are taken from; the samples if empty.
+        threshold: scores from here on are anomalous, 0..1; None for the checkpoint's, else 0.5.
+        frame_size: height and width of the camera's frames, resized in the graph; None for any size.
+        channel_order: of the images that the graphs take, "rgb" or "bgr".
+        object: what the prompts call the inspected thing.
+        clip, clip_weights, image_size, feature_layers: as `fbclip.load_checkpoint` takes them.
+        parity_images: for the proof: images, folders, globs, or one data set; the samples if empty.
+        name: of the bundle; None for the checkpoint's.
+        console: where to print each step and the proof.
+
+    Raises:
+        UsageError: wrong arguments, or torch is not installed.
+        CheckpointError, BundleError: a checkpoint that can't be read; `out` is something else than a bundle.
+        ParityError, GraphError: a graph strays too far from the model, or TensorRT would not take it; nothing is
+            written then.
+    """
+    from fbclip.bundle import DYNAMIC, STATIC, SUFFIX, checked_name, require_place
+    from fbclip.checkpoints import find_checkpoint, require_training_packages
+    from fbclip.errors import UsageError
+
+    if int8 and int8_static:
+        raise UsageError("a bundle holds one 8-bit graph: for CPUs (int8) or for TensorRT (int8_static); got both")
+    if calibration_images and not int8_static:
+        raise UsageError("calibration images give fixed ranges (int8_static); other graphs have none: leave them out")
+    if channel_order not in ("rgb", "bgr"):
+        raise UsageError(f"a channel order is rgb or bgr; got {channel_order!r}", option="channel_order")
+    path = find_checkpoint(checkpoint)
+    require_training_packages()
+    from fbclip.export.bundle import Deployment, export_bundle
+    from fbclip.export.parity import find_calibration, find_proof, read_calibration, read_proof
+    from fbclip.export.precision.int8 import Quantization
+    from fbclip.export.report import print_parity
+    from fbclip.manifest import DEFAULT_THRESHOLD
+    from fbclip.model.checkpoint import about, load
+    from fbclip.runtime.calibration import checked_threshold
+
+    def tell(line: str) -> None:
+        if console:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    known = about(path)
+    own_name = known.name if name is None else checked_name(name)
+    target = require_place(Path(out or f"{own_name}{SUFFIX}"))
+    paths, labels = find_proof(list(map(str, parity_images)))
+    tell(f"loading {path.name}")
+    model = load(path, clip, clip_weights, image_size, feature_layers)
+    model.set_noun(object)
+    size_hw = frame_size or (model.config.image_size, model.config.image_size)
+    proof = read_proof(paths, labels, size_hw, tell)
+    quantization = Quantization(DYNAMIC) if int8 else None
+    if int8_static:
+        images = find_calibration(list(map(str, calibration_images)))
+        quantization = Quantization(STATIC, read_calibration(images, size_hw, tell))
+    if threshold is None:
+        threshold = DEFAULT_THRESHOLD if known.threshold is None else known.threshold
+    deployment = Deployment(
+        own_name,
+        fp16,
+        quantization,
+        frame_size,
+        channel_order,
+        checked_threshold(threshold),
+        {"checkpoint": path.name} | ({"seen": known.seen.to_dict()} if known.seen else {}),
+    )
+    bundle, parities = export_bundle(model, target, proof, deployment, tell)
+    if console:
+        print_parity(parities, console)
+    return bundle
+
+
+class _Room(ModuleType):
+    """`fbclip.export` is this package, whoever imported what of it first, and that function."""
+
+    __call__ = staticmethod(export)
+
+    @property
+    def __signature__(self) -> Signature:
+        from inspect import signature
+
+        return signature(export)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -33,7 +33,7 @@ from fbclip.model.backend import TorchBackend
 from fbclip.model.config import Config
 from fbclip.model.network import FBCLIP
 from fbclip.resample import BLUR_SIGMA, in_order, resize
-from fbclip.runtime.backends import OnnxRuntimeBackend
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 
 SEARCH_IMAGES = 4  # that deviate most; what must stay float32 is looked for on them
 

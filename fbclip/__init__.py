@@ -1,6 +1,19 @@
-"""FB-CLIP, deployed: zero-shot anomaly detection from a checkpoint to scores and heat maps.
+"""FB-CLIP, deployed: finds defects on objects that it has never seen, on a small device.
 
-`from fbclip import Predictor` needs neither torch nor open_clip.
+    from fbclip import Predictor, calibrate
+
+    with Predictor() as predict:                    # the embedded model; Predictor("part.fbclip") for yours
+        prediction = predict("part.png")            # a path, Pillow image or array; a list or a folder gives a list
+        print(prediction.label, prediction.score, prediction.boxes)
+        prediction.save("overlay.png")
+    calibrate("part.fbclip", "good/")               # a threshold from good parts, with a stated false-alarm rate
+
+Predictor, Prediction, Region   images to verdicts, heat maps and marked regions
+Roi, open_source                where frames are inspected, and where they come from
+Bundle                          what is deployed: a folder with the model, its text and proofs
+calibrate, evaluate             a threshold for your parts; figures on a data set
+export, load_checkpoint         from a checkpoint to a bundle, and to the torch model (both need torch)
+FBClipError                     what all errors are that a user can act on, each in one line
 """
 
 from __future__ import annotations
@@ -10,26 +23,72 @@ TYPE_CHECKING = (
 )
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "FBClipError", "Prediction", "Predictor", "__version__"]
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "DeviceError",
+    "FBClipError",
+    "GraphError",
+    "ImageError",
+    "ParityError",
+    "Prediction",
+    "Predictor",
+    "Region",
+    "Roi",
+    "UsageError",
+    "__version__",
+    "calibrate",
+    "evaluate",
+    "export",
+    "load_checkpoint",
+    "open_source",
+]
 
 if TYPE_CHECKING:
     from fbclip.bundle import Bundle
-    from fbclip.errors import FBClipError
+    from fbclip.checkpoints import load_checkpoint
+    from fbclip.errors import (
+        BundleError,
+        CheckpointError,
+        DeviceError,
+        FBClipError,
+        GraphError,
+        ImageError,
+        ParityError,
+        UsageError,
+    )
+    from fbclip.export import export
+    from fbclip.runtime.live.sources import open_source
     from fbclip.runtime.prediction import Prediction
     from fbclip.runtime.predictor import Predictor
+    from fbclip.runtime.regions import Region
+    from fbclip.runtime.roi import Roi
+    from fbclip.tasks import calibrate, evaluate
 
 _HOMES = {
     "Bundle": "fbclip.bundle",
-    "FBClipError": "fbclip.errors",
-    "Prediction": "fbclip.runtime.predictor",
+    "Prediction": "fbclip.runtime.prediction",
     "Predictor": "fbclip.runtime.predictor",
+    "Region": "fbclip.runtime.regions",
+    "Roi": "fbclip.runtime.roi",
+    "calibrate": "fbclip.tasks",
+    "evaluate": "fbclip.tasks",
+    "load_checkpoint": "fbclip.checkpoints",
+    "open_source": "fbclip.runtime.live.sources",
 }
 
 
 def __getattr__(name: str) -> object:
     """Import on first use: `fbclip --help` must not wait for numpy, OpenCV and ONNX Runtime."""
-    if name in _HOMES:
-        from importlib import import_module
+    from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+    if name == "export":  # the room of that name, which can be called
+        return import_module("fbclip.export")
+    if name in _HOMES or name in __all__:
+        return getattr(import_module(_HOMES.get(name, "fbclip.errors")), name)
     raise AttributeError(f"module 'fbclip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,6 +11,7 @@ from fbclip.engines import Precision
 from fbclip.errors import BundleError
 from fbclip.untrusted import Like, Line, Probability, Range, Sha256, build, one_line, one_of, parse_json, read_value
 
+DEFAULT_THRESHOLD = 0.5  # of a bundle, where training, calibration and export set none
 FORMAT = 3
 ADDED = {
     1: {"frame_size": None, "int8": None},

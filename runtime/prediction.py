@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageShow
 
+from fbclip.errors import UsageError
+from fbclip.files import replacing
 from fbclip.runtime.regions import Region
 
 MIN_SIDE = 320  # smaller frames are enlarged, so that the text stays legible
@@ -22,10 +29,12 @@ ALPHA = 0.15 + 0.5 * LEVELS[..., None] / 255
 HEAT = (COLOURS * ALPHA).round().astype(np.uint8)
 SURFACE = np.repeat((255 * (1 - ALPHA)).round(), 3, axis=2).astype(np.uint8)  # 255ths that stay of the frame
 SUBPIXEL = 4  # binary digits of an outline's coordinates
+JPEG_QUALITY = 92
+SHOWN_SIDE = 1280  # pixels of the longer side of what a notebook shows
 DASH, GAP = 8, 6  # of a weak region's outline, in widths of its line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """What the model says of one image.
 
@@ -43,6 +52,8 @@ class Prediction:
             than that; "roi", what is anomalous lies outside the mask. None where the score decides.
         unusable: why the image shows nothing to judge: "black", "uniform", or of a live source "frozen" (see
             `fbclip.runtime.sight`); None where it does.
+        map_threshold: map values from here on are regions; None for `threshold`.
+        name: the image's path, or a source's name and the frame's number; "" of an array.
     """
 
     score: float
@@ -55,6 +66,8 @@ class Prediction:
     map_scale: tuple[float, float] = (0.0, 1.0)
     overruled: str | None = None
     unusable: str | None = None
+    map_threshold: float | None = None
+    name: str = ""
 
     @property
     def verdict(self) -> str:
@@ -75,6 +88,102 @@ class Prediction:
             longest: pixels; a frame with a longer side is shrunk to it.
         """
         return draw_overlay(self, longest)
+
+    @property
+    def label(self) -> str:
+        """The verdict, as it is called elsewhere."""
+        return self.verdict
+
+    @property
+    def boxes(self) -> NDArray[np.int64]:
+        """The regions' boxes, int64 (N, 4) of x0, y0, x1, y1 in pixels; x1 and y1 are exclusive."""
+        return np.array([region.box for region in self.regions], np.int64).reshape(-1, 4)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """The pixels of all regions that reach the map's threshold, bool (H, W): weak ones do not."""
+        marked = np.zeros(self.anomaly_map.shape, bool)
+        for region in self.regions:
+            if not region.weak:
+                x0, y0, x1, y1 = region.box
+                marked[y0:y1, x0:x1] |= self._inside(region)
+        return marked
+
+    def _inside(self, region: Region) -> NDArray[np.bool_]:
+        """The pixels of a region in its box; of a weak one with its holes."""
+        x0, y0, x1, y1 = region.box
+        filled = cv2.fillPoly(np.zeros((y1 - y0, x1 - x0), np.uint8), [region.outline], (1,), offset=(-x0, -y0))
+        if region.weak:
+            return filled > 0
+        line = self.threshold if self.map_threshold is None else self.map_threshold
+        _, parts = cv2.connectedComponents(filled * (self.anomaly_map[y0:y1, x0:x1] >= line), connectivity=8)
+        x, y = region.outline[0]
+        return np.asarray(parts == parts[y - y0, x - x0])  # without what lies in its holes
+
+    def save(self, path: str | Path) -> None:
+        """Write the overlay as a picture of the kind that the path ends in: .jpg, .png, .webp and others.
+
+        Raises:
+            UsageError: an ending that no picture has, or a place that can't be written to.
+            FBClipError: the disk is full.
+        """
+        path = Path(path)
+        kind = Image.registered_extensions().get(path.suffix.lower())
+        if kind not in Image.SAVE:
+            raise UsageError(f"a picture's name ends in .jpg, .png, .webp or the like; got {path.name}", option="path")
+        options = {"quality": JPEG_QUALITY} if kind == "JPEG" else {}
+        with replacing(path, durable=False) as file:
+            Image.fromarray(self.overlay()).save(file, kind, **options)
+
+    def show(self) -> None:
+        """Display the overlay: in a notebook below its cell, elsewhere in the system's picture viewer.
+
+        Raises:
+            UsageError: there is no display, or no viewer.
+        """
+        if "ipykernel" in sys.modules:
+            from IPython.display import display
+
+            display(self)
+            return
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise UsageError("a picture is shown on a display, and there is none here: save() it, or use a notebook")
+        if not ImageShow.show(Image.fromarray(self.overlay())):
+            raise UsageError("a picture is shown by a viewer like xdg-open, and there is none here: save() it")
+
+    def _repr_png_(self) -> bytes:
+        """The overlay as a notebook shows it."""
+        data = io.BytesIO()
+        Image.fromarray(self.overlay(SHOWN_SIDE)).save(data, "PNG")
+        return data.getvalue()
+
+    def to_supervision(self, masks: bool = False) -> Any:
+        """The regions as `supervision.Detections`: boxes, peaks as confidence, class 0 (a defect), and `data["weak"]`.
+
+        Args:
+            masks: also what is inside of each, bool (N, H, W); of a weak one with its holes.
+
+        Raises:
+            UsageError: supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise UsageError(
+                f"to_supervision() needs supervision ({error}): pip install 'fbclip[supervision]'"
+            ) from error
+        inside = np.zeros((len(self.regions), *self.anomaly_map.shape), bool) if masks else None
+        if inside is not None:
+            for mask, region in zip(inside, self.regions, strict=True):
+                x0, y0, x1, y1 = region.box
+                mask[y0:y1, x0:x1] = self._inside(region)
+        return supervision.Detections(
+            xyxy=self.boxes.astype(np.float32),
+            mask=inside,
+            confidence=np.array([region.peak for region in self.regions], np.float32),
+            class_id=np.zeros(len(self.regions), int),  # annotators choose a colour by it
+            data={"weak": np.array([region.weak for region in self.regions], bool)},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the arrays."""

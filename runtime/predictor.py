@@ -2,46 +2,62 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fbclip.assets import EMBEDDED
 from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
-from fbclip.images import read_image, to_rgb
 from fbclip.resample import in_order, resize
-from fbclip.runtime.backends import make_backend, require_probabilities
+from fbclip.runtime.backends import Results, make_backend, require_probabilities
 from fbclip.runtime.calibration import Calibration, calibrated_bundles, checked_threshold
+from fbclip.runtime.inputs import One, as_frame, listed
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.regions import find_evidence
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
+from fbclip.terminal import printable
+
+if TYPE_CHECKING:  # what is live stands on this
+    from fbclip.runtime.live.alarm import Vote
+    from fbclip.runtime.live.records import Notice, Record
+    from fbclip.runtime.live.sources import BaseSource
+
+logger = logging.getLogger("fbclip")
 
 
 class Predictor:
-    """A loaded bundle on a device. Any number of threads may call it.
+    """A loaded bundle on a device: `Predictor("part.fbclip")("photo.png").verdict`. Any number of threads may call it.
 
     Args:
         bundle: a bundle, its path, or None for the embedded default model.
         device: "auto", "cpu", "cuda" or "tensorrt"; never another than the one asked for.
         precision: "auto", "fp32", "fp16" or "int8".
         threshold: of scores, 0..1; None for the calibration's, or the bundle's default where there is none.
-        calibrated: whether to use the bundle's calibration (see `fbclip calibrate`), for the maps also where a
+        calibrated: whether to use the bundle's calibration (see `fbclip.calibrate`), for the maps also where a
             threshold is given: scores and maps have scales of their own.
-        roi: where frames are inspected; None for all of them.
+        roi: where frames are inspected: a `Roi`, (x0, y0, x1, y1) in pixels, or what `Roi.parse` takes; None for all of
+            them.
         min_area: pixels of the frame: smaller regions don't count, and where all that reach the map's threshold are
             smaller, the image is good. Where none reaches it, the score decides alone.
-        batch_size: images that `backend.run` will be given at once; a call gives it one.
+        batch: images that the model is given at once where a call has several.
 
     Attributes:
+        bundle: the one that is loaded.
         calibration: the one in use, or None.
-        threshold, map_scale: as in a Prediction; each call takes what they are then.
+        precision: that runs.
+        backend: what runs it, on `backend.device`.
         map_threshold: map values from here on are regions; None without a calibration: from `threshold` on.
+        map_scale: as in a Prediction.
 
     Raises:
         BundleError, DeviceError, UsageError.
@@ -50,63 +66,127 @@ class Predictor:
     def __init__(
         self,
         bundle: Bundle | str | Path | None = None,
+        *,
         device: str = "auto",
         precision: str = "auto",
         threshold: float | None = None,
         calibrated: bool = True,
-        roi: Roi | None = None,
+        roi: Roi | str | Path | Sequence[int] | None = None,
         min_area: int = 0,
-        batch_size: int = 1,
+        batch: int = 1,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        self.roi = None if roi is None else Roi.parse(roi)
+        self.min_area = _count("a least area is a number of pixels", min_area, 0, "min_area")
+        self.batch = _count("a batch is a number of images", batch, 1, "batch")
         self.calibration = Calibration.load(self.bundle) if calibrated else None
-        self.threshold, self.map_threshold, self.map_scale = self.bundle.manifest.threshold, None, (0.0, 1.0)
+        self.map_threshold, self.map_scale = None, (0.0, 1.0)
+        chosen = self.bundle.manifest.threshold
         if self.calibration:
-            self.threshold = self.calibration.threshold
-            self.map_threshold = self.calibration.map_threshold
-            self.map_scale = self.calibration.map_scale
+            chosen = self.calibration.threshold
+            self.map_threshold, self.map_scale = self.calibration.map_threshold, self.calibration.map_scale
+            if threshold is None:
+                self._require_same_roi(self.calibration.roi)
         self._given = threshold
-        if threshold is not None:
-            self.threshold = threshold
-        elif self.calibration and self.calibration.roi != (roi.identity if roi else None):
+        self._threshold = checked_threshold(chosen if threshold is None else threshold)
+        self.backend, self.precision = make_backend(self.bundle, device, precision, self.batch)
+
+    def _require_same_roi(self, calibrated: str | None) -> None:
+        here = self.roi.identity if self.roi else None
+        if calibrated != here:
             raise UsageError(
-                f"{self.bundle.path} was calibrated {_where(self.calibration.roi)}, and other frames have other scores: "
-                f"calibrate {_where(roi.identity if roi else None)}, or pass a --threshold"
+                f"{self.bundle.path} was calibrated {_where(calibrated)}, and other frames have other scores: "
+                f"calibrate {_where(here)}, or pass a threshold",
+                option="roi",
             )
-        checked_threshold(self.threshold)
-        if isinstance(min_area, bool) or not isinstance(min_area, (int, np.integer)) or min_area < 0:
-            raise UsageError(f"a least area is a number of pixels, 0 or more; got {min_area!r:.50}", option="min_area")
-        self.roi = roi
-        self.min_area = min_area
-        self.backend, self.precision = make_backend(self.bundle, device, precision, batch_size)
+
+    def __repr__(self) -> str:
+        where = f"device={self.backend.device!r}, precision={self.precision!r}"
+        return f"Predictor({str(self.bundle.path)!r}, {where}, threshold={self.threshold:g})"
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model's memory and the device back. Whoever calls it then is told: a DeviceError."""
+        self.backend.close()
+
+    @property
+    def threshold(self) -> float:
+        """Scores from here on are anomalous, 0..1; `set_threshold` changes it."""
+        return self._threshold
+
+    def set_threshold(self, threshold: float) -> None:
+        """Scores from here on are anomalous, in predictions that are concluded from now on; from any thread.
+
+        Raises:
+            UsageError: no probability.
+        """
+        self._threshold = checked_threshold(threshold)
 
     @property
     def launches(self) -> str | None:
         """How TensorRT's executions are started: "CUDA graph", or "enqueue" and why. None with other runtimes."""
-        return getattr(self.backend, "launches", None)
+        return self.backend.launches
 
-    def __call__(self, image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str = "rgb") -> Prediction:
-        """Score one image: `prepare`, `run` and `conclude`, which a pipeline may overlap.
+    @overload
+    def __call__(  # type: ignore[overload-overlap]  # a path is a sequence, too
+        self, image: One, channel_order: str = "rgb"
+    ) -> Prediction: ...
+    @overload
+    def __call__(self, image: Sequence[One], channel_order: str = "rgb") -> list[Prediction]: ...
+    def __call__(self, image: One | Sequence[One], channel_order: str = "rgb") -> Prediction | list[Prediction]:
+        """Score an image, or several in their order, `batch` at once.
 
         Args:
-            image: a path, a Pillow image, or a frame uint8 (H, W, 3) or (H, W).
-            channel_order: of a frame: "rgb", or "bgr" as OpenCV reads.
+            image: a path, a Pillow image, or a frame uint8 (H, W, 3) or (H, W). Several: a list or tuple of these, an
+                array uint8 (N, H, W, 3), or the path of a folder or a glob, like "parts/*.png". Their predictions are
+                in memory together, 7 bytes a pixel and more: see `stream` for many.
+            channel_order: of frames: "rgb", or "bgr" as OpenCV reads.
+
+        Returns:
+            A prediction; of several a list. A type checker takes a folder's path for an image's: name its files in a list for it.
 
         Raises:
-            ImageError: unreadable file, a frame of another shape or type, of another size than the graph was
-                exported for with --frame-size, or that the region of interest doesn't fit.
+            ImageError: unreadable file, which it names, and nothing is returned of the others; a frame of another shape
+                or type, of another size than the graph was exported for, or that the region of interest doesn't fit.
+            UsageError: a folder without images.
             FBClipError: as `run`.
         """
-        start = time.perf_counter()
-        frame = self._frame(image, channel_order)
-        read = time.perf_counter()
-        batch = self.prepare(frame)
-        ready = time.perf_counter()
-        score, model_map = self.run(batch, image if isinstance(image, (str, Path)) else "an image")
-        done = time.perf_counter()
-        timings = {"read": read - start, "preprocess": ready - read, "model": done - ready}
-        timings_ms = {stage: seconds * 1e3 for stage, seconds in timings.items()}
-        return self.conclude(frame, score, model_map, timings_ms, find_blindness(batch))
+        images, is_one = listed(image)
+        predictions = list(self._predict(images, channel_order))
+        return predictions[0] if is_one else predictions
+
+    def stream(
+        self, source: BaseSource | str | Path | int | Sequence[str], *, vote: Vote | str | None = None
+    ) -> Generator[Record]:
+        """Records of a camera, stream, video, folder or glob, one after the other; a camera drops what isn't in time.
+
+        It is the pipeline of `fbclip infer` without sinks. What can't be read is logged and left out, and so are cameras
+        that come and go (logger "fbclip"). The source is closed at the end, and where the loop is left.
+
+        Args:
+            source: as `open_source` takes it, or what that returns; a number is a camera's.
+            vote: "K/N", an alarm where K of the last N frames are defects (`Record.alarm`); None for 1/1.
+
+        Raises:
+            UsageError: no such source or vote.
+            ImageError: the first frame of a camera can't be inspected, so none will.
+            FBClipError: as `run`.
+        """
+        from fbclip.runtime.live.alarm import Alarm, Drift, Vote
+        from fbclip.runtime.live.pipeline import Pipeline
+        from fbclip.runtime.live.sources import BaseSource, open_source
+
+        votes = Vote.parse(vote) if isinstance(vote, str) else vote
+        if not isinstance(source, BaseSource):
+            source = open_source(str(source) if isinstance(source, int | Path) else source)
+        source.listen(partial(_log, source.live))
+        alarm = Alarm(votes, Drift(self.calibration.scores) if self.calibration else None)
+        return Pipeline(source, self, [], alarm, batch=1 if source.total is None else self.batch).records()
 
     def explain_threshold(self) -> str:
         """One line for a person: the threshold it began with, and where that comes from."""
@@ -116,7 +196,7 @@ class Predictor:
             text = f"threshold {self.bundle.manifest.threshold:g} is the bundle's default: no calibration; "
             if self.bundle.path == EMBEDDED and (here := calibrated_bundles(Path())):
                 verb = "is" if len(here) == 1 else "are"
-                return f"{text}{' and '.join(map(str, here))} here {verb} calibrated: --bundle {here[0]}"
+                return f"{text}{' and '.join(map(str, here))} here {verb} calibrated: take {here[0]} as the bundle"
             return f"{text}run fbclip calibrate"
         return self.calibration.explain(self.bundle, self.precision)
 
@@ -135,7 +215,7 @@ class Predictor:
             built, here = (f"{height}x{width}" for height, width in (manifest.frame_size, frame.shape[:2]))
             raise ImageError(
                 f"{self.bundle.path} takes frames of {built} (height x width) only; got {here}: "
-                f"set the camera to that, or export with --frame-size {here}, or without for any size"
+                f"set the camera to that, or export for frames of {here}, or of any size"
             )
         return in_order(frame, manifest.channel_order)[None]
 
@@ -152,6 +232,26 @@ class Predictor:
         require_probabilities(scores, maps, [name])
         return float(scores[0]), maps[0]
 
+    def run_each(self, batches: Iterable[tuple[NDArray[np.uint8], Sequence[object]]]) -> Iterator[Results]:
+        """What the model says of batch after batch, as `Backend.run_each` has it: scores (B,) and maps (B, H', W').
+
+        Args:
+            batches: prepared frames uint8 (B, H', W', 3), and the images' names for the message.
+
+        Raises:
+            FBClipError: as `run`.
+        """
+        names: deque[Sequence[object]] = deque()
+
+        def images() -> Iterator[NDArray[np.uint8]]:
+            for batch, called in batches:
+                names.append(called)
+                yield batch
+
+        for scores, maps in self.backend.run_each(images()):
+            require_probabilities(scores, maps, names.popleft())
+            yield scores, maps
+
     def conclude(
         self,
         frame: NDArray[np.uint8],
@@ -159,6 +259,7 @@ class Predictor:
         model_map: NDArray[np.float32],
         timings_ms: dict[str, float],
         unusable: str | None = None,
+        name: str = "",
     ) -> Prediction:
         """From what the model says of a prepared frame to a prediction.
 
@@ -168,9 +269,10 @@ class Predictor:
             model_map: float32 (H', W'), 0..1.
             timings_ms: milliseconds of the stages so far; postprocess is added.
             unusable: why the frame shows nothing to judge, if so.
+            name: of the frame, where it has one.
         """
         start = time.perf_counter()
-        threshold = checked_threshold(self.threshold)  # may be set anew, also from another thread
+        threshold = self.threshold  # may be set anew meanwhile, from another thread
         height, width = frame.shape[:2]
         x0, y0, x1, y1 = self.roi.box if self.roi else (0, 0, width, height)
         part = model_map
@@ -187,34 +289,76 @@ class Predictor:
             regions = tuple(region.moved(x0, y0) for region in regions)
         timings_ms = {**timings_ms, "postprocess": (time.perf_counter() - start) * 1e3}
         return Prediction(
-            score,
-            threshold,
-            anomaly_map,
-            model_map,
-            regions,
-            timings_ms,
-            frame,
-            self.map_scale,
-            overruled,
-            unusable,
+            score=score,
+            threshold=threshold,
+            anomaly_map=anomaly_map,
+            model_map=model_map,
+            regions=regions,
+            timings_ms=timings_ms,
+            image=frame,
+            map_scale=self.map_scale,
+            map_threshold=marked_from,
+            overruled=overruled,
+            unusable=unusable,
+            name=name,
         )
 
-    @staticmethod
-    def _frame(image: str | Path | Image.Image | NDArray[np.uint8], channel_order: str) -> NDArray[np.uint8]:
-        if isinstance(image, (str, Path)):
-            return read_image(Path(image))
-        if isinstance(image, Image.Image):
-            return to_rgb(image)
-        if not isinstance(image, np.ndarray):
-            raise ImageError(f"an image is a path, a Pillow image or an array; got {type(image).__name__}")
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.size == 0:
-            raise ImageError(f"a frame is uint8 (H, W, 3) or (H, W); got {image.dtype} {image.shape}")
-        if channel_order not in ("rgb", "bgr"):
-            raise UsageError(f"channel_order is rgb or bgr; got {channel_order!r}")
-        if image.ndim == 2:
-            return np.repeat(image[..., None], 3, axis=2)
-        return image if channel_order == "rgb" else np.ascontiguousarray(image[..., ::-1])
+    def _predict(self, images: Sequence[One], channel_order: str) -> Iterator[Prediction]:
+        """Predictions of images in their order, `batch` at once."""
+        waiting: deque[_Shown] = deque()
+        preparing = 0.0  # seconds of the wait for results that were spent on images to come
+
+        def batches() -> Iterator[tuple[NDArray[np.uint8], list[str]]]:
+            nonlocal preparing
+            for first in range(0, len(images), self.batch):
+                start = time.perf_counter()
+                shown = [self._show(image, channel_order) for image in images[first : first + self.batch]]
+                waiting.extend(shown)
+                batch = np.concatenate([each.batch for each in shown])
+                preparing += time.perf_counter() - start
+                yield batch, [each.name or "an image" for each in shown]
+
+        start = time.perf_counter()
+        for scores, maps in self.run_each(batches()):
+            model_ms = (time.perf_counter() - start - preparing) * 1e3 / len(scores)
+            for score, model_map in zip(scores, maps, strict=True):
+                frame, _, unusable, name, timings_ms = waiting.popleft()
+                timings_ms = {**timings_ms, "model": model_ms}
+                yield self.conclude(frame, float(score), model_map, timings_ms, unusable, name)
+            start, preparing = time.perf_counter(), 0.0
+
+    def _show(self, image: One, channel_order: str) -> _Shown:
+        """Read an image, and bring it to what the model is shown."""
+        start = time.perf_counter()
+        frame = as_frame(image, channel_order)
+        read = time.perf_counter()
+        batch = self.prepare(frame)
+        timings_ms = {"read": (read - start) * 1e3, "preprocess": (time.perf_counter() - read) * 1e3}
+        name = printable(image) if isinstance(image, (str, Path)) else ""
+        return _Shown(frame, batch, find_blindness(batch), name, timings_ms)
+
+
+def _log(live: bool, notice: Notice) -> None:
+    """What a source that is streamed says of itself; of files that is what they leave out."""
+    told = notice.state == "lost" or (notice.state == "live" and not live)
+    logger.log(logging.WARNING if told else logging.INFO, "%s: %s", notice.subject, notice.message)
+
+
+class _Shown(NamedTuple):
+    """An image on its way: the frame, what the model is shown of it, and what is known so far."""
+
+    frame: NDArray[np.uint8]
+    batch: NDArray[np.uint8]
+    unusable: str | None
+    name: str
+    timings_ms: dict[str, float]
+
+
+def _count(rule: str, value: int, least: int, option: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise UsageError(f"{rule}, {least} or more; got {value!r:.50}", option=option)
+    return int(value)
 
 
 def _where(roi: str | None) -> str:
-    return f"with --roi {roi}" if roi else "without --roi"
+    return f"for the region {roi}" if roi else "for whole frames"

@@ -1,9 +1,10 @@
-"""Where a frame is inspected: `--roi x0,y0,x1,y1` or a mask."""
+"""Where a frame is inspected: a rectangle in pixels, or a mask."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,23 +38,31 @@ class Roi:
     frame_hw: tuple[int, int] | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Roi:
-        """`x0,y0,x1,y1` in pixels, or the path of a mask: what isn't black counts (see `read_mask`).
+    def parse(cls, value: Roi | str | Path | Sequence[int]) -> Roi:
+        """`"x0,y0,x1,y1"` or `(x0, y0, x1, y1)` in pixels, or the path of a mask: what isn't black counts (see
+        `read_mask`). A `Roi` stays as it is.
 
         Raises:
-            UsageError: neither, an empty rectangle, or a mask that is all black.
+            UsageError: none of these, an empty rectangle, or a mask that is all black.
         """
+        if isinstance(value, Roi):
+            return value
+        text = str(value) if isinstance(value, (str, Path)) else _joined(value)
         if numbers := re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text):
             x0, y0, x1, y1 = (int(number) for number in numbers.groups())
             if x0 >= x1 or y0 >= y1:
-                raise UsageError(f"--roi is x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1; got {text}")
+                raise UsageError(
+                    f"a region is x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1; got {text}", option="roi"
+                )
             return cls(text, (x0, y0, x1, y1))
         if not Path(text).exists():
-            raise UsageError(f"--roi is x0,y0,x1,y1 in pixels, or the path of a mask; got {text!r}")
+            raise UsageError(f"a region is x0,y0,x1,y1 in pixels, or the path of a mask; got {text!r}", option="roi")
         mask = read_mask(Path(text))
         x, y, width, height = cv2.boundingRect(mask)
         if not width:
-            raise UsageError(f"--roi {text} is black all over: paint white where frames are to be inspected")
+            raise UsageError(
+                f"the mask {text} is black all over: paint white where frames are to be inspected", option="roi"
+            )
         inside = mask[y : y + height, x : x + width]
         return cls(text, (x, y, x + width, y + height), None if inside.all() else inside, mask.shape)
 
@@ -75,12 +84,21 @@ class Roi:
         x0, y0, x1, y1 = self.box
         if self.frame_hw not in (None, (height, width)):
             raise ImageError(
-                f"--roi {self.text} is a mask of {self.frame_hw[1]}x{self.frame_hw[0]} (width x height); the frame has "
-                f"{width}x{height}: make a mask of that size, or set the camera's with --resolution"
+                f"the mask {self.text} is of {self.frame_hw[1]}x{self.frame_hw[0]} (width x height); the frame has "
+                f"{width}x{height}: make a mask of that size, or set the camera to the mask's",
+                option="roi",
             )
         if x1 > width or y1 > height:
             raise ImageError(
-                f"--roi {self.text} reaches beyond the frame of {width}x{height} (width x height): "
-                f"pass a smaller one, or set the camera's size with --resolution"
+                f"the region {self.text} reaches beyond the frame of {width}x{height} (width x height): pass a smaller one, "
+                f"or set the camera to a larger size",
+                option="roi",
             )
         return np.ascontiguousarray(frame[y0:y1, x0:x1])
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    whole = isinstance(numbers, (tuple, list, np.ndarray)) and len(numbers) == 4
+    if not whole or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in numbers):
+        raise UsageError(f"a region is four whole numbers x0, y0, x1, y1 in pixels; got {numbers!r:.50}", option="roi")
+    return ",".join(str(int(number)) for number in numbers)

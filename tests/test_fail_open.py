@@ -33,11 +33,11 @@ from fbclip.runtime.live.records import Frame, Notice
 from fbclip.runtime.live.run import insist_on_all, status_text
 from fbclip.runtime.live.sources import open_source
 from fbclip.runtime.live.status import Summary
-from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
 from helpers.delivered import drawn_verdict
 from helpers.live import PATIENT, Background, Frames, Memory
+from helpers.predicted import predicted
 from helpers.serving import GOOD, SCRATCH, running, until
 from helpers.stream_faults import Camera, filming
 from helpers.tiny import tiny_bundle
@@ -75,7 +75,7 @@ def test_one_pixel_or_one_image_of_a_batch_is_enough() -> None:
 def test_a_prediction_of_nan_is_not_good() -> None:
     """Whoever makes one, past every check."""
     empty = np.zeros((1, 1), np.float32)
-    made = Prediction(math.nan, 0.5, empty, empty, (), {}, np.zeros((1, 1, 3), np.uint8))
+    made = predicted(math.nan, empty)
     assert made.is_anomalous and made.verdict == "defect"
 
 
@@ -226,7 +226,7 @@ def test_a_camera_that_goes_black_is_a_state(dark: Predictor) -> None:
 
 
 def test_an_alarm_stays_while_a_camera_is_black(dark: Predictor) -> None:
-    dark.threshold = 0.3
+    dark.set_threshold(0.3)
     black, sink = np.zeros((48, 64, 3), np.uint8), Memory()
     pictures = [textured(200), black, black, textured(20)]
     Pipeline(Frames(pictures, live=True), dark, [sink], limits=PATIENT).run()
@@ -292,7 +292,7 @@ def with_dropped(summary: Summary, sink: str, count: int) -> Summary:
 def test_metrics_and_the_page_know_a_blind_camera(dark: Predictor, tmp_path: Path) -> None:
     Image.new("RGB", (64, 48)).save(tmp_path / "black.png")
     with running(predictor=dark) as server, server.watch() as viewer:
-        dark.threshold = 1.0
+        dark.set_threshold(1.0)
         server.belt.parts.put(GOOD)
         until(viewer, lambda message: message["result"] is not None and message["result"]["verdict"] == "good")
         server.belt.parts.put(tmp_path / "black.png")

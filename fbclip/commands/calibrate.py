@@ -83,7 +83,7 @@ def calibrate(
     images = good_images(places, taking.every, taking.max_frames, say, taking.skip_first)
     defective = list_images(defects, say) if defects else []
     region = Roi.parse(roi) if roi else None
-    predictor = Predictor(bundle, target.device, target.precision, calibrated=False, roi=region)
+    predictor = Predictor(bundle, device=target.device, precision=target.precision, calibrated=False, roi=region)
     calibration, found, bad = calibrate(predictor, images, false_alarm_rate, defective, console)
     report(calibration, found, bad, say)
     write(calibration, bad.scores, bundle, path, say)

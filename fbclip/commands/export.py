@@ -190,6 +190,7 @@ def _export(
     from fbclip.export.bundle import Deployment, export_bundle
     from fbclip.export.parity import find_calibration, find_proof, read_proof
     from fbclip.export.report import print_parity
+    from fbclip.manifest import DEFAULT_THRESHOLD
     from fbclip.model.checkpoint import about, load
     from fbclip.terminal import make_console
     from fbclip.terminal import say as print_line
@@ -201,7 +202,7 @@ def _export(
     known = about(path)
     own_name = known.name if name is None else checked_name(name)
     target = require_place(out or Path(f"{own_name}{SUFFIX}"))  # before the work, not after it
-    threshold = next(value for value in (graphs.threshold, known.threshold, 0.5) if value is not None)
+    threshold = next(value for value in (graphs.threshold, known.threshold, DEFAULT_THRESHOLD) if value is not None)
     say(f"loading {path.name}")
     model = load(path, network.clip, network.clip_weights, network.image_size, layers)
     model.set_noun(graphs.object)

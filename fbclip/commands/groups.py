@@ -57,18 +57,18 @@ class VerdictGroup:
 
         return Roi.parse(self.roi) if self.roi else None
 
-    def predictor(self, model: BundleGroup, batch_size: int = 1) -> Predictor:
+    def predictor(self, model: BundleGroup, batch: int = 1) -> Predictor:
         from fbclip.runtime.predictor import Predictor
 
         threshold = parse_threshold(self.threshold)
         return Predictor(
             model.bundle,
-            model.device,
-            model.precision,
-            threshold,
+            device=model.device,
+            precision=model.precision,
+            threshold=threshold,
             roi=self.region,
             min_area=self.min_area,
-            batch_size=batch_size,
+            batch=batch,
         )
 
 

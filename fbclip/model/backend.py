@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fbclip.assets import NANO
+from fbclip.backend import Backend, Results
 from fbclip.bundle import Bundle
 from fbclip.errors import CheckpointError, DeviceError
 from fbclip.model import reference
@@ -23,7 +24,7 @@ SAME_TEXT = 1e-3  # largest difference of text features that are the same model'
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """A torch model, before anything is folded or halved.
 
     Args:
@@ -48,8 +49,9 @@ class TorchBackend:
         if device == "cuda" and not torch.cuda.is_available():
             raise DeviceError("cuda needs a GPU that torch can use; this torch has cpu only", option="device")
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.eval().to(self.device)
-        self.forward = model.visual if forward is None else forward  # a compiled one can't be asked whether it is true
+        model.eval().to(self.device)
+        # a compiled one can't be asked whether it is true
+        self.forward: Forward | None = model.visual if forward is None else forward
         size, clip = model.config.image_size, model.config.clip
         self._upsampling = torch.from_numpy(upsampling_matrix(size, model.config.grid)).to(self.device)
         self._mean, self._std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (clip.mean, clip.std))
@@ -58,20 +60,28 @@ class TorchBackend:
             self.text = model.encode_text()
 
     @torch.no_grad()
-    def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Images uint8 (B, S, S, 3) -> scores float32 (B,), maps float32 (B, S, S), both 0..1."""
+    def run(self, images: NDArray[np.uint8]) -> Results:
+        """Images uint8 (B, S, S, 3) -> scores float32 (B,), maps float32 (B, S, S), both 0..1.
+
+        Raises:
+            DeviceError: it is closed.
+        """
         with self._turn:
             score, maps = self._compute(torch.tensor(images, device=self.device))
             return score.cpu().numpy(), maps.cpu().numpy()
 
     def _compute(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self.forward is None:
+            raise DeviceError("this backend of a checkpoint is closed: make a new one")
         normalised = (images.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
         score, patch_map = self.forward(normalised.contiguous(), self.text)
         return score, self._upsampling @ patch_map @ self._upsampling.mT
 
     @torch.no_grad()
-    def device_times(self, images: NDArray[np.uint8]) -> dict[str, float]:
-        """Milliseconds of one run by the GPU's events: upload, compute, download."""
+    def device_times(self, images: NDArray[np.uint8]) -> dict[str, float] | None:
+        """Milliseconds of one run by the GPU's events: upload, compute, download. None on a CPU."""
+        if self.device == "cpu":
+            return None
         begin, uploaded, computed, end = (torch.cuda.Event(enable_timing=True) for _ in range(4))
         begin.record()
         on_device = torch.tensor(images, device=self.device)
@@ -87,6 +97,11 @@ class TorchBackend:
             "compute": uploaded.elapsed_time(computed),
             "download": computed.elapsed_time(end),
         }
+
+    def close(self) -> None:
+        """Let go of the model, which is the caller's, once a call under way is done; safe to call again."""
+        with self._turn:
+            self.forward = None
 
 
 def bundle_backend(

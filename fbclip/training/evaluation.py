@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from fbclip.files import sha256
+from fbclip.manifest import DEFAULT_THRESHOLD
 from fbclip.model.backend import TorchBackend
 from fbclip.model.checkpoint import about, fingerprint, load
 from fbclip.runtime.calibration import checked_threshold
 from fbclip.runtime.evaluation.evaluate import Subject
-
-DEFAULT_THRESHOLD = 0.5  # where training chose none; calibration and export set a bundle's
 
 
 def checkpoint_subject(

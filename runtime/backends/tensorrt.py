@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from threading import RLock, get_ident
+from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fbclip.backend import Backend, Results
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import BundleError, DeviceError, UsageError
 from fbclip.runtime.backends.cuda import CaptureError, CudaGraph, Gpu, load_driver
 
-Results = tuple[NDArray[np.float32], NDArray[np.float32]]
-BATCHES = 2  # in flight: while one computes, the next is uploaded
+SLOTS = 2  # batches in flight: while one computes, the next is uploaded
 
 logger = logging.getLogger(__name__)
 
 
-class TensorRTBackend:
+class TensorRTBackend(Backend):
     """A bundle's engine on the first GPU. Any number of threads may `run` it; they take turns.
 
-    All memory is reserved at the start, for the largest batch. Two batches can be in flight, each with a stream, an
-    execution context and pinned buffers of its own: `submit` the next frame, then `collect` the one before. They
-    compute one after the other, in scratch memory that they share, while copies go on. What is in flight belongs to
-    the thread that submitted it: until it has collected that, other threads are refused, as one of them would get
-    another's results.
+    All memory is reserved at the start, for the largest batch. Two batches can be in flight (`run_each`), each in a slot
+    with a stream, an execution context and pinned buffers of its own. They compute one after the other, in scratch
+    memory that they share, while copies go on.
 
     Args:
         bundle: with a plan for this device.
@@ -52,10 +50,9 @@ class TensorRTBackend:
     def __init__(self, bundle: Bundle, precision: str, batch: int = 1) -> None:
         self._slots: list[_Slot] = []
         self._memory: list[Any] = []
-        self._pending: deque[_Slot] = deque()
-        self._owner = 0  # the thread whose batches are pending
+        self._free: deque[_Slot] = deque()
+        self._ahead = Lock()  # of the iteration that leaves a batch in flight
         self._lock = RLock()  # of everything here; a thread that has it may close the backend
-        self._turn = 0
         self._engine = self._runtime = None
         self._driver = load_driver()
         self.launches = "CUDA graph" if self._driver else "enqueue (cuda-bindings is not installed)"
@@ -90,9 +87,10 @@ class TensorRTBackend:
         device_text = cuda.mem_alloc(text.nbytes)
         self._memory = [scratch, device_text]
         cuda.memcpy_htod(device_text, np.ascontiguousarray(text))
-        for _ in range(BATCHES):
+        for _ in range(SLOTS):
             slot = _Slot(self._gpu, engine)
             self._slots.append(slot)
+            self._free.append(slot)
             slot.context.set_device_memory(int(scratch), scratch_bytes)
             slot.context.set_tensor_address(TEXT, int(device_text))
             slot.reserve((self._high, *self.input_shape))
@@ -101,23 +99,46 @@ class TensorRTBackend:
         """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H', W'), both 0..1.
 
         Raises:
-            DeviceError, UsageError: as `submit`.
+            UsageError: images of another shape, type or number than the plan was built for.
+            DeviceError: it is closed; or the GPU failed, and then it is closed, and a new one can be made.
         """
-        with self._lock:
-            self._require_own()
-            if self._pending:
-                raise RuntimeError("collect() what was submitted before run()")
-            self.submit(images)
-            return self.collect()
+        self._require_fit(images)
+        with self._on_gpu():
+            return self._collect(self._submit(images))
 
-    def submit(self, images: NDArray[np.uint8]) -> None:
-        """Start on images uint8 (B, H, W, 3) without waiting; they may be overwritten once this returns.
+    def run_each(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[Results]:
+        """The results of batch after batch: the next is uploaded while one computes, and may then be overwritten.
+
+        One such iteration at a time is ahead of its results, as other threads need the other slot.
 
         Raises:
-            UsageError: images of another shape, type or number than the plan was built for.
-            DeviceError: batches of another thread are in flight. Or the GPU failed; then the backend is closed, and a
-                new one can be made.
+            UsageError, DeviceError: as `run`.
         """
+        if not self._ahead.acquire(blocking=False):
+            yield from map(self.run, batches)
+            return
+        waiting: _Slot | None = None
+        try:
+            for images in batches:
+                self._require_fit(images)
+                with self._on_gpu():
+                    before, waiting = waiting, self._submit(images)
+                    results = self._collect(before) if before else None
+                if results:
+                    yield results
+            if waiting:
+                with self._on_gpu():
+                    before, waiting = waiting, None
+                    results = self._collect(before)
+                yield results
+        finally:
+            with suppress(DeviceError):
+                if waiting:
+                    with self._on_gpu():
+                        self._collect(waiting)
+            self._ahead.release()
+
+    def _require_fit(self, images: NDArray[np.uint8]) -> None:
         if images.shape[1:] != self.input_shape or images.dtype != np.uint8:
             taken = ", ".join(map(str, self.input_shape))
             raise UsageError(f"the engine takes images uint8 (B, {taken}); got {images.dtype} {images.shape}")
@@ -126,40 +147,30 @@ class TensorRTBackend:
                 f"{self.plan.name} takes {self._low} to {self._high} images at once, not {len(images)}: "
                 f"choose another batch, or build it again with fbclip export --engine --batch MIN,OPT,MAX"
             )
-        with self._on_gpu():
-            if len(self._pending) == BATCHES:
-                raise RuntimeError(f"{BATCHES} batches are in flight: collect() one before the next submit()")
-            slot, other = self._slots[self._turn], self._slots[self._turn - 1]
-            slot.upload(images)
-            slot.stream.wait_for_event(other.computed)  # the scratch memory is its until then
-            self._start(slot)
-            slot.computed.record(slot.stream)
-            slot.download()
-            self._turn = (self._turn + 1) % BATCHES
-            self._pending.append(slot)
-            self._owner = get_ident()
 
-    def collect(self) -> Results:
-        """Wait for the oldest submitted batch: scores float32 (B,), maps float32 (B, H', W').
+    def _submit(self, images: NDArray[np.uint8]) -> _Slot:
+        """Start on images in a free slot, without waiting; they may be overwritten once this returns."""
+        slot = self._free[0]  # whoever has the lock finds one: `run` leaves none in flight, `run_each` one
+        slot.upload(images)
+        self._compute(slot)
+        slot.download()
+        return self._free.popleft()
 
-        Raises:
-            DeviceError: as `submit`.
-        """
-        with self._on_gpu():
-            if not self._pending:
-                raise RuntimeError("collect() needs a submitted batch")
-            slot = self._pending.popleft()
+    def _collect(self, slot: _Slot) -> Results:
+        """Wait for a slot's results; it is free then."""
+        try:
             slot.done.synchronize()
             count = slot.shape[0]
             return slot.host[SCORE][:count].copy(), slot.host[ANOMALY_MAP][:count].copy()
+        finally:  # also after Ctrl-C: what comes next waits in the slot's stream
+            self._free.append(slot)
 
-    def _require_own(self) -> None:
-        """Refuse a thread while another has batches in flight."""
-        if self._pending and self._owner != get_ident():
-            raise DeviceError(
-                "the engine has batches in flight that another thread submitted, and they are that thread's to "
-                "collect(); to share an engine between threads, call run()"
-            )
+    def _compute(self, slot: _Slot) -> None:
+        for other in self._slots:
+            if other is not slot:
+                slot.stream.wait_for_event(other.computed)  # the scratch memory is its until then
+        self._start(slot)
+        slot.computed.record(slot.stream)
 
     def _start(self, slot: _Slot) -> None:
         """Start the execution: a new shape is enqueued (TensorRT adapts to it then), a repeated one is replayed."""
@@ -177,15 +188,16 @@ class TensorRTBackend:
         slot.is_prepared = True
 
     def device_times(self, images: NDArray[np.uint8]) -> dict[str, float]:
-        """Milliseconds of one run by the GPU's events: upload, compute, download. Nothing may be in flight."""
+        """Milliseconds of one run by the GPU's events: upload, compute, download."""
+        self._require_fit(images)
         with self._on_gpu():
-            assert self._gpu and not self._pending
-            slot = self._slots[self._turn]
+            assert self._gpu
+            slot = self._free[0]
             begin, uploaded, computed, end = (self._gpu.cuda.Event() for _ in range(4))
             begin.record(slot.stream)
             slot.upload(images)
             uploaded.record(slot.stream)
-            self._start(slot)
+            self._compute(slot)
             computed.record(slot.stream)
             slot.download()
             end.record(slot.stream)
@@ -197,7 +209,7 @@ class TensorRTBackend:
             }
 
     def close(self) -> None:
-        """Give everything on the device back; safe to call again. Results that were not collected are lost."""
+        """Give everything on the device back, once a call under way is done; safe to call again."""
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
@@ -207,7 +219,7 @@ class TensorRTBackend:
                 self._release(gpu, error)
 
     def _release(self, gpu: Gpu, error: BaseException | None) -> None:
-        self._pending.clear()
+        self._free.clear()
         with suppress(DeviceError), gpu.current():
             with suppress(gpu.cuda.Error):  # what fails now has failed before
                 gpu.cuda.Context.synchronize()
@@ -218,12 +230,6 @@ class TensorRTBackend:
             self._engine = self._runtime = None  # after its contexts, before CUDA's
         gpu.close(error)
 
-    def __enter__(self) -> TensorRTBackend:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __del__(self) -> None:
         if hasattr(self, "_gpu"):
             self.close()
@@ -233,7 +239,6 @@ class TensorRTBackend:
         with self._lock:
             if self._gpu is None:
                 raise DeviceError("this TensorRT backend is closed: make a new one")
-            self._require_own()
             try:
                 with self._gpu.current():
                     yield

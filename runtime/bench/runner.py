@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
 from fbclip.resample import in_order, resize
-from fbclip.runtime.backends import Backend, OnnxRuntimeBackend, make_backend, require_probabilities
+from fbclip.runtime.backends import Backend, make_backend, require_probabilities
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from fbclip.runtime.host import peak_memory
 
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]

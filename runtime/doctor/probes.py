@@ -127,7 +127,7 @@ def inference(path: str, device: str = "auto", precision: str = "auto") -> Value
     from fbclip.resample import resize
     from fbclip.runtime.predictor import Predictor
 
-    predictor = Predictor(path or None, device, precision)
+    predictor = Predictor(path or None, device=device, precision=precision)
     frame = resize(read_image(list_images([])[0]), predictor.bundle.manifest.input_size)
     prediction = predictor(frame)
     if predictor.launches:  # on TensorRT: replay is tried when each of its two slots has run once

@@ -95,7 +95,7 @@ def bundle_subject(
         )
     recorded = manifest.provenance.get("seen")
     seen = None if recorded is None else Seen.from_dict(recorded, bundle.path)
-    predictor = Predictor(bundle, device, precision, threshold, batch_size=batch_size)
+    predictor = Predictor(bundle, device=device, precision=precision, threshold=threshold, batch=batch_size)
     description = {
         "kind": "bundle",
         "name": manifest.name,
@@ -350,14 +350,14 @@ def _panels(scored: Scored, sample: Sample, anomaly_map: NDArray[np.float32], su
     marked_from = subject.threshold if subject.map_threshold is None else subject.map_threshold
     regions, _ = find_evidence(heat, None, scored.score >= subject.threshold, marked_from)
     overlay = Prediction(
-        scored.score,
-        subject.threshold,
-        heat,
-        heat,
-        regions,
-        {},
-        photograph.astype(np.uint8),
-        subject.map_scale,
+        score=scored.score,
+        threshold=subject.threshold,
+        anomaly_map=heat,
+        model_map=heat,
+        regions=regions,
+        timings_ms={},
+        image=photograph.astype(np.uint8),
+        map_scale=subject.map_scale,
     ).overlay()
     bar = ((len(overlay) - PICTURE_SIDE, 0), (0, 0), (0, 0))  # the overlay's has the verdict
     row = [np.pad(panel, bar, constant_values=128) for panel in (photograph, marked)]

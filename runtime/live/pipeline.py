@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import ImageError
-from fbclip.runtime.backends import require_probabilities
+from fbclip.runtime.backends import Results, require_probabilities
 from fbclip.runtime.live.alarm import Alarm
 from fbclip.runtime.live.delivery import PAUSES_S, STUCK_S, Delivery
 from fbclip.runtime.live.records import Frame, Notice, Record, Sink, Source
@@ -102,7 +103,7 @@ class Pipeline:
         self._batch, self._name_files = batch, name_files
         self._state, self._message = "connecting", ""
         self._stopping = threading.Event()
-        self._began = time.monotonic()
+        self._began, self._seconds = time.monotonic(), 0.0
         self._ages, self._rate = Percentiles(), Rate()
         self._stages = {stage: Percentiles() for stage in STAGES}
         self._frames = self._anomalous = self._alarms = self._overruled = self._unusable = self._rejected = 0
@@ -130,6 +131,16 @@ class Pipeline:
         """Block until the source ends, a limit is reached or `stop` is called; frames in work are finished.
 
         Raises:
+            ImageError, FBClipError: as `records`.
+        """
+        for _ in self.records():
+            pass
+        return Summary(self.status(), self._rejection, self._absence(), self._failure, self._seconds)
+
+    def records(self) -> Generator[Record]:
+        """The same, and the records one by one as the sinks get them; to close it ends the run.
+
+        Raises:
             ImageError: the first frame of a live source can't be inspected, so none will.
             FBClipError: of the source or the model. Sinks are closed before.
         """
@@ -153,9 +164,8 @@ class Pipeline:
                 stack.callback(timer.join)  # no thread stays behind
                 stack.callback(timer.cancel)
             for scored in results:
-                self._conclude(*scored)
-            seconds = time.monotonic() - self._began
-        return Summary(self.status(), self._rejection, self._absence(), self._failure, seconds)
+                yield self._conclude(*scored)
+            self._seconds = time.monotonic() - self._began
 
     def stop(self) -> None:
         """End the run soon, from any thread: no more frames are taken, those in work are finished."""
@@ -266,18 +276,34 @@ class Pipeline:
 
     def _scored(self, jobs: Iterator[_Prepared]) -> Iterator[_Scored]:
         """What the model says of each frame; the time of images at once is shared out among them."""
-        while group := list(islice(jobs, self._batch)):
-            start, now = time.perf_counter(), time.monotonic()
-            images = group[0].batch if len(group) == 1 else np.concatenate([job.batch for job in group])
-            scores, maps = self.predictor.backend.run(images)
-            require_probabilities(scores, maps, [job.frame.name for job in group])
-            model_ms = (time.perf_counter() - start) * 1e3 / len(group)
+        waiting: deque[tuple[list[_Prepared], float, float]] = deque()
+
+        def batches() -> Iterator[tuple[NDArray[np.uint8], list[object]]]:
+            while group := list(islice(jobs, self._batch)):
+                waiting.append((group, time.perf_counter(), time.monotonic()))
+                images = group[0].batch if len(group) == 1 else np.concatenate([job.batch for job in group])
+                yield images, [job.frame.name for job in group]
+
+        ended = 0.0
+        for scores, maps in self._run_each(batches()):
+            group, began, now = waiting.popleft()
+            before, ended = ended, time.perf_counter()
+            model_ms = (ended - max(began, before)) * 1e3 / len(group)
             for job, score, model_map in zip(group, scores, maps, strict=True):
                 waited_ms = (now - job.frame.captured) * 1e3 - job.preprocess_ms
                 timings = (job.frame.read_ms, waited_ms, job.preprocess_ms, model_ms)
-                yield _Scored(
-                    job.frame, float(score), model_map, job.unusable, dict(zip(STAGES[:-1], timings, strict=True))
-                )
+                timings_ms = dict(zip(STAGES[:-1], timings, strict=True))
+                yield _Scored(job.frame, float(score), model_map, job.unusable, timings_ms)
+
+    def _run_each(self, batches: Iterator[tuple[NDArray[np.uint8], list[object]]]) -> Iterator[Results]:
+        """Of a camera, whose next frame is yet to come, each result at once; of files the next batch goes ahead of it."""
+        if not self.source.live:
+            yield from self.predictor.run_each(batches)
+            return
+        for images, names in batches:
+            scores, maps = self.predictor.backend.run(images)
+            require_probabilities(scores, maps, names)
+            yield scores, maps
 
     def _conclude(
         self,
@@ -286,9 +312,9 @@ class Pipeline:
         model_map: NDArray[np.float32],
         unusable: str | None,
         timings_ms: dict[str, float],
-    ) -> None:
+    ) -> Record:
         """Judge one frame and hand it to every sink."""
-        prediction = self.predictor.conclude(frame.image, score, model_map, timings_ms, unusable)
+        prediction = self.predictor.conclude(frame.image, score, model_map, timings_ms, unusable, frame.name)
         was_on, was_steady = self.alarm.on, self._drift_state
         is_on = prediction.verdict == "defect" if self.source.still else self.alarm.decide(prediction)
         files = self._name_files(frame, prediction, is_on) if self._name_files else (None, None)
@@ -305,6 +331,7 @@ class Pipeline:
             self._notify_turn("alarm", frame.wall, state, self.alarm.explain(prediction))
         if (drift := self.alarm.drift) and drift.state != was_steady:
             self._notify_turn("drift", frame.wall, drift.state, drift.explain())
+        return record
 
     def _count(self, record: Record) -> None:
         prediction = record.prediction

@@ -21,7 +21,6 @@ from pydantic import ValidationError
 
 import fbclip
 from fbclip.errors import FBClipError, ImageError, SizeError
-from fbclip.runtime.calibration import checked_threshold
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.serving.access import LOGIN, Access, Guard, problem
 from fbclip.runtime.serving.feed import Feed, Update
@@ -82,7 +81,7 @@ class Site:
 
     def set_threshold(self, threshold: float) -> None:
         """For the camera and for uploads, from the next image on."""
-        self.predictor.threshold = checked_threshold(threshold)
+        self.predictor.set_threshold(threshold)
 
 
 def create_app(

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from fbclip.errors import FBClipError, ImageError
 from fbclip.images import decode_image, encode_image
-from fbclip.runtime.backends import Backend
+from fbclip.runtime.backends import Backend, Results
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.serving.feed import SHOWN_SIDE
@@ -133,7 +133,7 @@ class Uploads:
         return prediction
 
 
-class InTurn:
+class InTurn(Backend):
     """A backend that the pipeline and uploads share: one thread runs it, in the order they ask."""
 
     def __init__(self, backend: Backend) -> None:
@@ -141,9 +141,17 @@ class InTurn:
         self._backend = backend
         self._thread = ThreadPoolExecutor(1, "model")
 
-    def run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    @property
+    def launches(self) -> str | None:  # type: ignore[override]
+        return self._backend.launches
+
+    def run(self, images: NDArray[np.uint8]) -> Results:
         """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H', W'), both 0..1."""
         return self._thread.submit(self._backend.run, images).result()
+
+    def close(self) -> None:
+        """Close the backend, once a call under way is done; safe to call again."""
+        self._backend.close()
 
 
 async def read_body(request: Request, limit: int, seconds: float) -> bytes:

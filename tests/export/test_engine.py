@@ -76,7 +76,7 @@ def test_lower_precision_from_the_checkpoint_to_the_score(
 ) -> None:
     bundle = Bundle.load(shutil.copytree(golden_bundle, tmp_path / "b.fbclip"))
     image = golden_files / "raw.png"
-    on_cpu = Predictor(bundle, "cpu", precision)(image).score
+    on_cpu = Predictor(bundle, device="cpu", precision=precision)(image).score
     assert abs(on_cpu - golden.arrays()["raw_image_score"]) <= budget
     for release in RELEASES:
         with monkeypatch.context() as patch, standins(release, patch):

@@ -20,7 +20,7 @@ from fbclip.export import parity
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.stages import compare_stages, first_diverging
 from fbclip.resample import resize
-from fbclip.runtime.backends import OnnxRuntimeBackend
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from fbclip.runtime.doctor import probes
 from helpers import golden
 

@@ -32,7 +32,8 @@ from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.model.backend import TorchBackend
 from fbclip.resample import resize
-from fbclip.runtime.backends import OnnxRuntimeBackend, make_backend
+from fbclip.runtime.backends import make_backend
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from helpers import golden
 
 NANO = Bundle.load()

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.runtime.live.records import Frame, Notice, Record
-from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.regions import find_regions
+from helpers.predicted import predicted
 
 
 def result(
@@ -21,8 +21,8 @@ def result(
     image = np.full((height, width, 3), 90, np.uint8)
     anomaly_map = np.full((height, width), 0.1, np.float32)
     image[100:140, 60:100], anomaly_map[100:140, 60:100] = 200, 0.75
-    prediction = Prediction(
-        score, 0.5, anomaly_map, anomaly_map, find_regions(anomaly_map, 0.5), {"model": 30.0}, image
+    prediction = predicted(
+        score, anomaly_map, image, regions=find_regions(anomaly_map, 0.5), timings_ms={"model": 30.0}
     )
     frame = Frame(image, name, index, time.monotonic() - 0.04, time.time())
     return Record(frame, prediction, alarm, alarm, {"wait": 1.0, "preprocess": 2.0, "model": 30.0, "postprocess": 4.0})

@@ -119,7 +119,7 @@ def running(
     token: str | None = None, limits: UploadLimits | None = None, live: bool = True, predictor: Predictor | None = None
 ) -> Iterator[Server]:
     belt, feed, predictor = Belt(), Feed(), predictor or shared_predictor()
-    predictor.threshold = 0.6
+    predictor.set_threshold(0.6)
     metrics = Metrics(lambda: belt.counters)
     pipeline = Pipeline(belt, predictor, [feed, metrics]) if live else None
     listening = listen("127.0.0.1", 0)

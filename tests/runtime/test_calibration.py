@@ -36,10 +36,10 @@ from fbclip.runtime.calibration import (
     rate_interval,
 )
 from fbclip.runtime.histogram import write_histogram
-from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.regions import find_regions
 from helpers.good_parts import write_good
+from helpers.predicted import predicted
 from helpers.waiting import PATIENCE_S
 
 FEW = st.sampled_from([np.float32(v) for v in (0, 0.1, 0.5, 0.7, 1)])  # many ties
@@ -162,7 +162,7 @@ def test_one_of_19_good_parts_is_above_and_no_other_is_painted_red(
 def test_the_scale_is_the_calibrations_not_the_images() -> None:
     def heat(anomaly_map: NDArray[np.float32]) -> NDArray[np.uint8]:
         image = np.full((320, 320, 3), 128, np.uint8)
-        return Prediction(0.1, 0.5, anomaly_map, anomaly_map, (), {}, image, (0.3, 0.97)).overlay()
+        return predicted(0.1, anomaly_map, image, map_scale=(0.3, 0.97)).overlay()
 
     faint, clear = (np.full((320, 320), value, np.float32) for value in (0.3, 0.95))
     low, high = (heat(m)[-160, 160].astype(int) for m in (faint, clear))
@@ -525,7 +525,7 @@ def test_copies_have_names_of_their_own(fbclip: Run, tmp_path: Path) -> None:
     assert "copied the embedded bundle to line3.fbclip" in done.stdout
     copy = Bundle.load(tmp_path / "line3.fbclip")
     assert (copy.name, copy.manifest.name) == ("line3", "fbclip-nano")
-    assert "line3.fbclip here is calibrated: --bundle line3.fbclip" in fbclip("infer", "--no-save").stdout
+    assert "line3.fbclip here is calibrated: take line3.fbclip as the bundle" in fbclip("infer", "--no-save").stdout
     assert (
         "copied line3.fbclip to line4.fbclip" in fbclip("calibrate", "line3.fbclip", "good", "--name", "line4").stdout
     )

@@ -31,13 +31,13 @@ HEIGHT, WIDTH = SCRATCHED.shape[:2]
 def labelled_regions(anomaly_map: NDArray[np.float32], threshold: float, min_area: int) -> set[Region]:
     """The literal way: a label for every pixel."""
     count, labels = cv2.connectedComponents((anomaly_map >= threshold).astype(np.uint8), connectivity=8)
-    regions = set()
+    found = set()
     for label in range(1, count):
         ys, xs = np.nonzero(labels == label)
         box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
         if len(ys) >= min_area:
-            regions.add(Region(box, float(anomaly_map[ys, xs].max()), len(ys), np.empty((0, 2), np.int32)))
-    return regions
+            found.add(Region(box, float(anomaly_map[ys, xs].max()), len(ys), np.empty((0, 2), np.int32)))
+    return found
 
 
 @settings(deadline=None)
@@ -138,8 +138,8 @@ def test_a_calibration_is_for_its_region(fbclip: Run, tmp_path: Path) -> None:
     shutil.copytree(Bundle.load().path, tmp_path / "copy.fbclip")
     fbclip("calibrate", "copy.fbclip", SAMPLES, "--false-alarm-rate", 0.2, "--roi", "0, 0,200,200")
     error = fbclip("infer", "--bundle", "copy.fbclip", code=2).stderr
-    assert "was calibrated with --roi 0,0,200,200" in error
-    assert "calibrate without --roi, or pass a --threshold" in error
+    assert "was calibrated for the region 0,0,200,200" in error
+    assert "calibrate for whole frames, or pass a threshold" in error
     fbclip("infer", "--bundle", "copy.fbclip", "--roi", "0,0,200,200")
     fbclip("infer", "--bundle", "copy.fbclip", "--threshold", 0.5)
 
@@ -147,5 +147,5 @@ def test_a_calibration_is_for_its_region(fbclip: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["5,5,5,9", "1,2,3", "nowhere.png", "9,1,2,3"])
 def test_wrong_regions_are_one_line(fbclip: Run, text: str) -> None:
     error = fbclip("infer", "--roi", text, code=2).stderr
-    assert "--roi is x0,y0,x1,y1" in error
+    assert "--roi: a region is x0,y0,x1,y1" in error
     assert error.count("\n") == 1

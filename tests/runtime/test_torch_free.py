@@ -17,9 +17,9 @@ import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import DeviceError, ImageError, UsageError
 from fbclip.images import read_image
-from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.regions import find_regions
+from helpers.predicted import predicted
 
 SAMPLES = Path(fbclip.__file__).parent / "assets" / "samples"
 SCRATCHED = SAMPLES / "brushed-steel-scratch.jpg"
@@ -99,7 +99,7 @@ def test_a_picture_is_shrunk_to_the_longest_side_asked_for() -> None:
     anomaly_map = np.zeros((1080, 1920), np.float32)
     anomaly_map[400:600, 900:1200] = 0.8
     image = np.full((1080, 1920, 3), 90, np.uint8)
-    prediction = Prediction(0.7, 0.5, anomaly_map, anomaly_map, find_regions(anomaly_map, 0.5), {}, image)
+    prediction = predicted(0.7, anomaly_map, image, regions=find_regions(anomaly_map, 0.5))
     whole, small = prediction.overlay(), prediction.overlay(960)
     assert (whole.shape[1], small.shape[1]) == (1920, 960)
     assert (prediction.overlay(1920) == whole).all()
@@ -115,7 +115,7 @@ def test_a_picture_is_shrunk_to_the_longest_side_asked_for() -> None:
 def test_overlays_are_legible_at_any_size(size_hw: tuple[int, int]) -> None:
     image = np.full((*size_hw, 3), 128, np.uint8)
     anomaly_map = np.full(size_hw, 0.2, np.float32)
-    overlay = Prediction(0.7, 0.5, anomaly_map, anomaly_map, find_regions(anomaly_map, 0.1), {}, image).overlay()
+    overlay = predicted(0.7, anomaly_map, image, regions=find_regions(anomaly_map, 0.1)).overlay()
     height, width = overlay.shape[:2]
     assert width >= 320
     assert height > 320
@@ -188,7 +188,7 @@ def test_samples_json_on_stdout_and_numbered_runs(fbclip: Run, tmp_path: Path) -
     [
         (["infer", "nowhere.png"], "there is no nowhere.png"),
         (["infer", "--threshold", "high"], "--threshold: a threshold is auto, or a probability"),
-        (["infer", "--device", "gpu"], "--device is auto, cpu, cuda, tensorrt"),
+        (["infer", "--device", "gpu"], "--device: a device is auto, cpu, cuda, tensorrt"),
         (["infer", "--device", "ort-tensorrt"], "needs ONNX Runtime's TensorrtExecutionProvider"),
         (["infer", "--bundle", "nowhere.fbclip"], "fbclip export"),
         (["export", "--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
@@ -272,9 +272,10 @@ def test_threads_stay_on_the_cores_that_the_process_is_given() -> None:
 @pytest.mark.parametrize("threshold", [2, True, "0.5", float("nan")])
 def test_a_threshold_that_is_no_probability_makes_nothing_good(threshold: Any) -> None:
     predict = Predictor()
-    predict.threshold = threshold
+    before = predict.threshold
     with pytest.raises(UsageError, match="probability between 0 and 1"):
-        predict(np.zeros((20, 20, 3), np.uint8))
+        predict.set_threshold(threshold)
+    assert predict.threshold == before
 
 
 @pytest.mark.parametrize("min_area", [-5, 1.5, float("nan"), True])
@@ -285,5 +286,7 @@ def test_a_least_area_is_a_number_of_pixels(min_area: Any) -> None:
 
 @pytest.mark.parametrize("image", [None, b"part.png", [[1]]])
 def test_what_is_no_image_is_named(image: Any) -> None:
-    with pytest.raises(ImageError, match="is a path, a Pillow image or an array; got "):
+    with pytest.raises(
+        ImageError, match="is a path, a Pillow image or an array, and several are a list of these; got "
+    ):
         Predictor()(image)

@@ -17,7 +17,7 @@ from fbclip.bundle import Bundle
 from fbclip.engines import EngineOptions
 from fbclip.errors import DeviceError, UsageError
 from fbclip.export.engine import build_engine
-from fbclip.runtime.backends import OnnxRuntimeBackend, provider_options
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend, provider_options
 from fbclip.runtime.backends.tensorrt import TensorRTBackend
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (8, 192, 192, 3), np.uint8)
@@ -70,24 +70,56 @@ def test_any_batch_in_any_order(
 def test_two_batches_in_flight(
     tensorrt: str, backend: TensorRTBackend, expected: tuple[NDArray[np.float32], NDArray[np.float32]]
 ) -> None:
+    """The next is taken before the results of the one before are given, and other calls go on meanwhile."""
     frame = np.empty_like(IMAGES[:1])
-    for number in range(len(IMAGES)):
-        frame[:] = IMAGES[number]  # as a camera that reuses its buffer
-        backend.submit(frame)
-        if number:
-            agree(backend.collect(), expected, slice(number - 1, number), tensorrt)
-    with pytest.raises(RuntimeError, match="before run"):
-        backend.run(frame)
-    agree(backend.collect(), expected, slice(len(IMAGES) - 1, None), tensorrt)
-    with pytest.raises(RuntimeError, match="needs a submitted batch"):
-        backend.collect()
+    taken = 0
+
+    def frames() -> Iterator[NDArray[np.uint8]]:
+        nonlocal taken
+        for image in IMAGES:
+            frame[:] = image  # as a camera that reuses its buffer
+            taken += 1
+            yield frame
+
+    for number, results in enumerate(backend.run_each(frames())):
+        assert taken == min(number + 2, len(IMAGES))
+        agree(results, expected, slice(number, number + 1), tensorrt)
+        agree(backend.run(IMAGES[:1]), expected, slice(0, 1), tensorrt)
+        if number == 2:
+            (beside,) = backend.run_each([IMAGES[3:5]])
+            agree(beside, expected, slice(3, 5), tensorrt)
+    assert number == len(IMAGES) - 1
+    assert backend.launches == "CUDA graph"
 
 
-def test_no_third_batch_in_flight(backend: TensorRTBackend) -> None:
-    backend.submit(IMAGES[:1])
-    backend.submit(IMAGES[:1])
-    with pytest.raises(RuntimeError, match="2 batches are in flight"):
-        backend.submit(IMAGES[:1])
+@pytest.mark.parametrize("ends", ["left", "source", "images"])
+def test_an_iteration_that_ends_early_leaves_nothing_in_flight(
+    tensorrt: str, backend: TensorRTBackend, expected: tuple[NDArray[np.float32], NDArray[np.float32]], ends: str
+) -> None:
+    def frames() -> Iterator[NDArray[np.uint8]]:
+        yield from (IMAGES[:1], IMAGES[1:2])
+        if ends == "source":
+            raise OSError("unplugged")
+        yield IMAGES[:9] if ends == "images" else IMAGES[:1]
+
+    for _ in range(3):
+        results = backend.run_each(frames())
+        next(results)
+        if ends == "left":
+            results.close()
+        else:
+            with pytest.raises(OSError if ends == "source" else UsageError):
+                next(results)
+    for start, found in enumerate(backend.run_each(IMAGES[n : n + 1] for n in range(3))):
+        agree(found, expected, slice(start, start + 1), tensorrt)
+
+
+def test_an_iteration_of_a_closed_one(backend: TensorRTBackend) -> None:
+    results = backend.run_each(IMAGES[n : n + 1] for n in range(3))
+    next(results)
+    backend.close()
+    with pytest.raises(DeviceError, match="closed"):
+        next(results)
 
 
 def test_results_are_the_callers(backend: TensorRTBackend) -> None:
@@ -134,11 +166,8 @@ def test_a_worker_thread_uses_it(
 
 
 def test_closed_is_closed(backend: TensorRTBackend, bundle: Bundle) -> None:
-    backend.submit(IMAGES[:1])
     backend.close()
     backend.close()
-    with pytest.raises(DeviceError, match="closed"):
-        backend.collect()
     with pytest.raises(DeviceError, match="closed"):
         backend.run(IMAGES[:1])
     with TensorRTBackend(bundle, "fp32") as another:
@@ -173,21 +202,22 @@ def test_where_capturing_fails_it_enqueues_and_says_so(
     assert "not replayed as CUDA graphs" in caplog.text
 
 
-@pytest.mark.parametrize("in_flight", [0, 1, 2])
-def test_an_error_of_the_device_closes_it_and_a_new_one_works(standin: str, tmp_path: Path, in_flight: int) -> None:
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_an_error_of_the_device_closes_it_and_a_new_one_works(standin: str, tmp_path: Path, in_flight: bool) -> None:
     import gpu_model
 
     bundle = with_engine(tmp_path)
     backend = TensorRTBackend(bundle, "fp32")
     for _ in range(4):
         backend.run(IMAGES[:1])
-    for _ in range(in_flight):
-        backend.submit(IMAGES[:1])
+    results = backend.run_each([IMAGES[:1]] * 3)
+    if in_flight:
+        next(results)
     (context,) = gpu_model.living
     with pytest.raises(gpu_model.LaunchError):
         gpu_model.fail(context, "cuStreamSynchronize failed: an illegal memory access was encountered")
     with pytest.raises(DeviceError, match=r"illegal memory access.*make a new one"):
-        backend.collect() if in_flight else backend.run(IMAGES[:1])
+        next(results) if in_flight else backend.run(IMAGES[:1])
     assert not gpu_model.living
     with TensorRTBackend(bundle, "fp32") as another:
         assert another.run(IMAGES[:1])[0].shape == (1,)

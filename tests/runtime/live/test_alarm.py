@@ -18,11 +18,12 @@ from fbclip.runtime.live.alarm import (
     largest_gap,
 )
 from fbclip.runtime.prediction import Prediction
+from helpers.predicted import predicted
 
 
 def prediction(score: float, threshold: float = 0.5) -> Prediction:
     empty = np.zeros((1, 1), np.float32)
-    return Prediction(score, threshold, empty, empty, (), {}, np.zeros((1, 1, 3), np.uint8))
+    return predicted(score, empty, threshold=threshold)
 
 
 def literal_alarms(anomalous: list[bool], needed: int, of: int) -> list[bool]:

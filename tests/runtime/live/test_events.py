@@ -17,8 +17,8 @@ from fbclip.errors import FBClipError, UsageError
 from fbclip.images import encode_image
 from fbclip.runtime.live.records import Frame, Notice, Record
 from fbclip.runtime.live.sinks.events import AFTER, BEFORE, LONGEST, UNSAVED, EventRecorder, event_folders, parse_size
-from fbclip.runtime.prediction import Prediction
 from helpers.disks import tiny_disk
+from helpers.predicted import predicted
 
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 
@@ -27,7 +27,7 @@ def result(index: int, began: bool = False, image: np.ndarray = NOISE) -> Record
     score = 0.9 if began else 0.1
     frame = Frame(image, f"camera 0 #{index}", index, float(index), 1.7e9 + index)
     anomaly_map = np.full(image.shape[:2], score, np.float32)
-    return Record(frame, Prediction(score, 0.5, anomaly_map, anomaly_map, (), {}, image), began, began, {})
+    return Record(frame, predicted(score, anomaly_map, image), began, began, {})
 
 
 def indices(event: Path) -> list[int]:

@@ -23,6 +23,7 @@ from PIL import Image
 import fbclip
 from fbclip.commands.values import parse_resolution
 from fbclip.errors import FBClipError, ImageError, UsageError
+from fbclip.runtime.backends import Backend
 from fbclip.runtime.live import delivery
 from fbclip.runtime.live.alarm import Alarm, Vote
 from fbclip.runtime.live.console import status_text
@@ -51,7 +52,7 @@ def frames(*steps: int | Callable[[], object]) -> Iterator[NDArray[np.uint8]]:
             eventually(step)
 
 
-class Brightness:
+class Brightness(Backend):
     """A backend whose score is the picture's first pixel."""
 
     device = "cpu"
@@ -63,6 +64,9 @@ class Brightness:
         self.threads.add(threading.get_ident())
         maps = images[..., 0].astype(np.float32) / 255
         return maps[:, 0, 0], maps
+
+    def close(self) -> None:
+        pass
 
 
 def predictor(**options: Any) -> Predictor:
@@ -388,7 +392,7 @@ def test_limits_and_regions_of_the_command(fbclip: Run, tmp_path: Path) -> None:
     assert not any(result["is_anomalous"] for result in results)
     assert all(result["score"] >= result["threshold"] for result in results)
     wrong = fbclip("infer", "belt.avi", "--roi", "0,0,5000,50", code=2)
-    assert "9 frames could not be inspected: --roi 0,0,5000,50 reaches beyond the frame" in wrong.stderr
+    assert "9 frames could not be inspected: the region 0,0,5000,50 reaches beyond the frame" in wrong.stderr
 
 
 def test_a_full_disk_ends_in_an_error(fbclip: Run, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from websockets.sync.client import connect
 
 from fbclip import Predictor
 from fbclip.errors import UsageError
+from fbclip.runtime.backends import Backend
 from fbclip.runtime.serving.access import Access
 from fbclip.runtime.serving.feed import Feed
 from fbclip.runtime.serving.run import listen
@@ -127,7 +128,7 @@ def test_a_body_that_takes_too_long() -> None:
         eventually(lambda: server.predict(png(8, 8))[0] == 200)
 
 
-class Held:
+class Held(Backend):
     """A backend that waits to be let go on."""
 
     device = "cpu"
@@ -142,6 +143,9 @@ class Held:
         self.calls.append(threading.current_thread().name)
         results: tuple[NDArray[np.float32], NDArray[np.float32]] = self.backend.run(images)
         return results
+
+    def close(self) -> None:
+        self.backend.close()
 
 
 def test_a_full_queue_says_so() -> None:

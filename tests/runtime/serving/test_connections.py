@@ -18,6 +18,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from fbclip import Predictor
 from fbclip.errors import FBClipError
+from fbclip.runtime.backends import Backend
 from fbclip.runtime.serving import access as guard
 from fbclip.runtime.serving import connections
 from fbclip.runtime.serving.connections import PER_ADDRESS, RESERVE, origin_of
@@ -388,7 +389,7 @@ def test_a_threshold_is_kept_without_sign(server: Server, sent: str, kept: str) 
     assert f'"threshold":{kept},' in server.ask("/v1/status", **OWNER)[1].decode()
 
 
-class Failing:
+class Failing(Backend):
     """A backend that fails as it is told to."""
 
     device = "cpu"
@@ -401,6 +402,9 @@ class Failing:
         if self.error:
             raise self.error
         return self.backend.run(images)
+
+    def close(self) -> None:
+        self.backend.close()
 
 
 def test_a_model_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
