@@ -6,10 +6,13 @@ Its modules need torch and onnx, but for `engine`; they are imported by the call
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from fbclip.terminal import say
 
 if TYPE_CHECKING:
     from inspect import Signature
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fbclip.bundle import Bundle
+    from fbclip.export.precision.int8 import Quantization
 
 
 def export(
@@ -62,9 +66,12 @@ def export(
         ParityError, GraphError: a graph strays too far from the model, or TensorRT would not take it; nothing is
             written then.
     """
-    from fbclip.bundle import DYNAMIC, STATIC, SUFFIX, checked_name, require_place
+    from rich.console import Console
+
+    from fbclip.bundle import SUFFIX, checked_name, require_place
     from fbclip.checkpoints import find_checkpoint, require_training_packages
     from fbclip.errors import UsageError
+    from fbclip.runtime.calibration import checked_threshold
 
     if int8 and int8_static:
         raise UsageError("a bundle holds one 8-bit graph: for CPUs (int8) or for TensorRT (int8_static); got both")
@@ -72,48 +79,57 @@ def export(
         raise UsageError("calibration images give fixed ranges (int8_static); other graphs have none: leave them out")
     if channel_order not in ("rgb", "bgr"):
         raise UsageError(f"a channel order is rgb or bgr; got {channel_order!r}", option="channel_order")
+    if threshold is not None:
+        checked_threshold(threshold)
     path = find_checkpoint(checkpoint)
     require_training_packages()
     from fbclip.export.bundle import Deployment, export_bundle
-    from fbclip.export.parity import find_calibration, find_proof, read_calibration, read_proof
-    from fbclip.export.precision.int8 import Quantization
+    from fbclip.export.parity import find_calibration, find_proof, read_proof
     from fbclip.export.report import print_parity
     from fbclip.manifest import DEFAULT_THRESHOLD
     from fbclip.model.checkpoint import about, load
-    from fbclip.runtime.calibration import checked_threshold
 
-    def tell(line: str) -> None:
-        if console:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-
+    console = console or Console(quiet=True)
+    tell = partial(say, console)
+    paths, labels = find_proof(list(map(str, parity_images)))
+    ranges = find_calibration(list(map(str, calibration_images))) if int8_static else []
     known = about(path)
     own_name = known.name if name is None else checked_name(name)
-    target = require_place(Path(out or f"{own_name}{SUFFIX}"))
-    paths, labels = find_proof(list(map(str, parity_images)))
+    target = require_place(Path(out or f"{own_name}{SUFFIX}"))  # before the work, not after it
     tell(f"loading {path.name}")
     model = load(path, clip, clip_weights, image_size, feature_layers)
     model.set_noun(object)
     size_hw = frame_size or (model.config.image_size, model.config.image_size)
-    proof = read_proof(paths, labels, size_hw, tell)
-    quantization = Quantization(DYNAMIC) if int8 else None
-    if int8_static:
-        images = find_calibration(list(map(str, calibration_images)))
-        quantization = Quantization(STATIC, read_calibration(images, size_hw, tell))
-    if threshold is None:
-        threshold = DEFAULT_THRESHOLD if known.threshold is None else known.threshold
     deployment = Deployment(
         own_name,
         fp16,
-        quantization,
+        _quantization(int8, ranges, size_hw, tell),
         frame_size,
         channel_order,
-        checked_threshold(threshold),
+        next(value for value in (threshold, known.threshold, DEFAULT_THRESHOLD) if value is not None),
         {"checkpoint": path.name} | ({"seen": known.seen.to_dict()} if known.seen else {}),
     )
-    bundle, parities = export_bundle(model, target, proof, deployment, tell)
-    if console:
-        print_parity(parities, console)
+    was_calibrated = (target / "calibration.json").exists()
+    bundle, parities = export_bundle(model, target, read_proof(paths, labels, size_hw, tell), deployment, tell)
+    print_parity(parities, console)
+    if was_calibrated:
+        again = f"fbclip calibrate GOOD... --bundle {bundle.path}"
+        tell(f"the calibration of the bundle that was there is gone with it: {again}")
+    tell(f"wrote {bundle.path}")
     return bundle
+
+
+def _quantization(
+    int8: bool, ranges: list[Path], size_hw: tuple[int, int], tell: Callable[[str], None]
+) -> Quantization | None:
+    """How the 8-bit graph is written: with ranges of its own for each image, or fixed by these; None for none."""
+    from fbclip.bundle import DYNAMIC, STATIC
+    from fbclip.export.parity import read_calibration
+    from fbclip.export.precision.int8 import Quantization
+
+    if ranges:
+        return Quantization(STATIC, read_calibration(ranges, size_hw, tell))
+    return Quantization(DYNAMIC) if int8 else None
 
 
 class _Room(ModuleType):

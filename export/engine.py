@@ -35,11 +35,10 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     Raises:
         UsageError: anything else.
     """
-    numbers = parse_numbers(text, "batch", (1, 1, 4))
+    rule = "a batch is MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, like 1,1,4"
+    numbers = parse_numbers(text, rule, "batch")
     if len(numbers) not in (1, 3) or list(numbers) != sorted(numbers):
-        raise UsageError(
-            f"a batch is MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, like 1,1,4; got {text!r}", option="batch"
-        )
+        raise UsageError(f"{rule}; got {text!r}", option="batch")
     low, usual, high = numbers * 3 if len(numbers) == 1 else numbers
     return low, usual, high
 

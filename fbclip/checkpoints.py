@@ -24,8 +24,11 @@ def require_training_packages() -> None:
         )
 
 
-def find_checkpoint(name: str | Path) -> Path:
+def find_checkpoint(name: str | Path, option: str = "checkpoint") -> Path:
     """The file of a checkpoint, given by its path, by a run's folder, or as "nano": the embedded model.
+
+    Args:
+        option: the parameter that names it.
 
     Raises:
         UsageError: there is none.
@@ -36,8 +39,7 @@ def find_checkpoint(name: str | Path) -> Path:
         if path.is_file():
             return path
     raise UsageError(
-        f"a checkpoint is its file, a run's folder, or nano for the embedded model; there is none at {name}",
-        option="checkpoint",
+        f"no checkpoint at {name}: pass its file, a run's folder, or nano for the embedded model", option=option
     )
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import BundleOption, RunGroup
+from fbclip.commands.groups import BundleOption, RunGroup, frame_hw
 from fbclip.commands.mount import mounted, option
-from fbclip.commands.values import parse_frame_hw, parse_names
+from fbclip.parsing import parse_names, parse_numbers
 
 if TYPE_CHECKING:
     from fbclip.runtime.bench.run import Options
@@ -115,10 +115,10 @@ def _options(timing: TimingGroup, torch: TorchGroup) -> Options:
     from fbclip.runtime.bench.run import Options
 
     return Options(
-        parse_names(timing.backends),
-        parse_names(timing.precision),
-        _batches(timing.batch),
-        parse_frame_hw(timing.resolution, timing.frame_size),
+        parse_names(timing.backends) if timing.backends else None,
+        parse_names(timing.precision) if timing.precision else None,
+        parse_numbers(timing.batch, "images at once are numbers from 1 with commas, like 1,4", "batch"),
+        frame_hw(timing.resolution, timing.frame_size),
         timing.runs,
         timing.profile,
         torch.checkpoint,
@@ -126,15 +126,3 @@ def _options(timing: TimingGroup, torch: TorchGroup) -> Options:
         torch.clip_weights,
         torch="fbclip.model.backend",
     )
-
-
-def _batches(text: str) -> tuple[int, ...]:
-    from fbclip.errors import UsageError
-
-    try:
-        batches = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        batches = (0,)
-    if min(batches) < 1:
-        raise UsageError(f"images at once are numbers from 1 with commas, like 1,4; got {text!r}", option="batch")
-    return batches

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -70,23 +69,25 @@ def calibrate(
     ] = None,
 ) -> None:
     """Set the threshold from good parts alone, with a stated rate of false alarms."""
-    from fbclip.folders import list_images
-    from fbclip.runtime.calibrate import calibrate, choose_bundle, good_images, report, write
-    from fbclip.runtime.predictor import Predictor
-    from fbclip.runtime.roi import Roi
-    from fbclip.terminal import make_console
-    from fbclip.terminal import say as print_line
+    from fbclip.tasks import calibrate
+    from fbclip.terminal import make_console, say
 
     console = make_console()
-    say = partial(print_line, console)
-    bundle, path, places = choose_bundle(good, name, target.bundle)
-    images = good_images(places, taking.every, taking.max_frames, say, taking.skip_first)
-    defective = list_images(defects, say) if defects else []
-    region = Roi.parse(roi) if roi else None
-    predictor = Predictor(bundle, device=target.device, precision=target.precision, calibrated=False, roi=region)
-    calibration, found, bad = calibrate(predictor, images, false_alarm_rate, defective, console)
-    report(calibration, found, bad, say)
-    write(calibration, bad.scores, bundle, path, say)
-    say(f"wrote {path / 'calibration.json'} and its picture, calibration.png: use it with --bundle {path}")
-    if found.skipped or bad.skipped:
+    done = calibrate(
+        target.bundle,
+        good,
+        false_alarm_rate=false_alarm_rate,
+        defects=defects,
+        device=target.device,
+        precision=target.precision,
+        roi=roi,
+        every=taking.every,
+        max_frames=taking.max_frames,
+        skip_first=taking.skip_first,
+        name=name,
+        console=console,
+    )
+    path = done.bundle.path
+    say(console, f"wrote {path / 'calibration.json'} and its picture, calibration.png: use it with --bundle {path}")
+    if done.good.skipped or done.defects.skipped:
         raise typer.Exit(2)

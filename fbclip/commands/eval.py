@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from fbclip.checkpoints import find_checkpoint, require_training_packages
 from fbclip.commands.data import LAYOUT
 from fbclip.commands.groups import BundleGroup, ModelGroup, RunGroup
 from fbclip.commands.mount import is_chosen, mounted, option
-from fbclip.commands.values import find_checkpoint, need_train_extra, parse_names, parse_threshold
+from fbclip.parsing import parse_names, parse_threshold
 
 if TYPE_CHECKING:
     from fbclip.runtime.evaluation.evaluate import Subject
@@ -72,7 +73,10 @@ def eval_(
     if checkpoint and not is_chosen(context, "bundle"):
         deployed = replace(deployed, bundle=None)
     checkpoint = _checkpoint(checkpoint, deployed, model)
-    tests = [to_evaluate(open_dataset(place, test.layout), parse_names(test.classes)) for place in path]
+    tests = [
+        to_evaluate(open_dataset(place, test.layout), parse_names(test.classes) if test.classes else None)
+        for place in path
+    ]
     subject = _subject(checkpoint, deployed, model, test)
     folder = run.folder("eval")
     console = make_console()
@@ -108,7 +112,7 @@ def _checkpoint(checkpoint: Path | None, deployed: BundleGroup, model: ModelGrou
         raise UsageError(
             f"a checkpoint runs in fp32; got --precision {deployed.precision}: export it with --fp16, pass --bundle"
         )
-    return find_checkpoint(str(checkpoint), "checkpoint")
+    return find_checkpoint(checkpoint)
 
 
 def _subject(checkpoint: Path | None, deployed: BundleGroup, model: ModelGroup, test: TestGroup) -> Subject:
@@ -117,7 +121,7 @@ def _subject(checkpoint: Path | None, deployed: BundleGroup, model: ModelGroup, 
     threshold = parse_threshold(test.threshold)
     if checkpoint is None:
         return bundle_subject(deployed.bundle, deployed.device, deployed.precision, threshold, test.batch)
-    need_train_extra()
+    require_training_packages()
     from fbclip.training.evaluation import checkpoint_subject
 
     return checkpoint_subject(

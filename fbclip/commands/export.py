@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from fbclip.commands.groups import BATCH_NAMES, ModelGroup
+from fbclip.commands.groups import BATCH_NAMES, ModelGroup, frame_hw
 from fbclip.commands.mount import mounted, option
-from fbclip.commands.values import find_checkpoint, need_train_extra, parse_frame_hw
 from fbclip.errors import UsageError
 
 if TYPE_CHECKING:
     from fbclip.engines import EngineOptions
-    from fbclip.export.precision.int8 import Quantization
 
 
 class ChannelOrder(str, Enum):
@@ -71,7 +68,7 @@ class GraphGroup:
 
     @property
     def frame_hw(self) -> tuple[int, int] | None:
-        return parse_frame_hw(self.resolution, self.frame_size)
+        return frame_hw(self.resolution, self.frame_size)
 
 
 @dataclass(frozen=True)
@@ -180,59 +177,28 @@ def _export(
     checkpoint: Path | None, network: ModelGroup, graphs: GraphGroup, name: str | None, out: Path | None
 ) -> Path:
     """Write a bundle and prove it; returns its folder."""
-    from fbclip.bundle import SUFFIX, checked_name, require_place
-    from fbclip.runtime.calibration import checked_threshold
-
-    if graphs.threshold is not None:
-        checked_threshold(graphs.threshold)
-    need_train_extra()
-    path, layers, frame_hw = find_checkpoint(str(checkpoint or "nano"), "checkpoint"), network.layers, graphs.frame_hw
-    from fbclip.export.bundle import Deployment, export_bundle
-    from fbclip.export.parity import find_calibration, find_proof, read_proof
-    from fbclip.export.report import print_parity
-    from fbclip.manifest import DEFAULT_THRESHOLD
-    from fbclip.model.checkpoint import about, load
+    from fbclip.export import export
     from fbclip.terminal import make_console
-    from fbclip.terminal import say as print_line
 
-    console = make_console()
-    say = partial(print_line, console)
-    paths, labels = find_proof(graphs.parity_images or [])
-    ranges = find_calibration(graphs.calibration_images or []) if graphs.int8_static else []
-    known = about(path)
-    own_name = known.name if name is None else checked_name(name)
-    target = require_place(out or Path(f"{own_name}{SUFFIX}"))  # before the work, not after it
-    threshold = next(value for value in (graphs.threshold, known.threshold, DEFAULT_THRESHOLD) if value is not None)
-    say(f"loading {path.name}")
-    model = load(path, network.clip, network.clip_weights, network.image_size, layers)
-    model.set_noun(graphs.object)
-    size_hw = frame_hw or (model.config.image_size,) * 2
-    proof = read_proof(paths, labels, size_hw, say)
-    quantization = _quantization(graphs, ranges, size_hw, say)
-    provenance = {"checkpoint": path.name} | ({"seen": known.seen.to_dict()} if known.seen else {})
-    order = graphs.channel_order.value
-    deployment = Deployment(own_name, graphs.fp16, quantization, frame_hw, order, threshold, provenance)
-    was_calibrated = (target / "calibration.json").exists()
-    exported, parities = export_bundle(model, target, proof, deployment, say)
-    print_parity(parities, console)
-    if was_calibrated:
-        again = f"fbclip calibrate GOOD... --bundle {exported.path}"
-        say(f"the calibration of the bundle that was there is gone with it: {again}")
-    say(f"wrote {exported.path}")
-    return exported.path
-
-
-def _quantization(
-    graphs: GraphGroup, ranges: list[Path], size_hw: tuple[int, int], say: Callable[[str], None]
-) -> Quantization | None:
-    """How the 8-bit graph is written; None for none."""
-    from fbclip.bundle import DYNAMIC, STATIC
-    from fbclip.export.parity import read_calibration
-    from fbclip.export.precision.int8 import Quantization
-
-    if graphs.int8_static:
-        return Quantization(STATIC, read_calibration(ranges, size_hw, say))
-    return Quantization(DYNAMIC) if graphs.int8 else None
+    return export(
+        checkpoint or "nano",
+        out,
+        fp16=graphs.fp16,
+        int8=graphs.int8,
+        int8_static=graphs.int8_static,
+        calibration_images=graphs.calibration_images or (),
+        threshold=graphs.threshold,
+        frame_size=graphs.frame_hw,
+        channel_order=graphs.channel_order.value,
+        object=graphs.object,
+        clip=network.clip,
+        clip_weights=network.clip_weights,
+        image_size=network.image_size,
+        feature_layers=network.layers,
+        parity_images=graphs.parity_images or (),
+        name=name,
+        console=make_console(),
+    ).path
 
 
 def _deploy(bundle: Path, plan: PlanGroup, options: EngineOptions, name: str | None) -> None:

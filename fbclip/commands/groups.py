@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from fbclip.commands.mount import STREAMS, option
-from fbclip.commands.values import parse_layers, parse_resolution, parse_threshold
+from fbclip.errors import UsageError
+from fbclip.parsing import parse_frame_size, parse_layers, parse_resolution, parse_threshold
 
 if TYPE_CHECKING:
     from fbclip.runtime.live.sinks import SinkOptions
@@ -101,7 +102,7 @@ class SourceGroup:
     def capture(self) -> CaptureOptions:
         from fbclip.runtime.live.sources import CaptureOptions
 
-        size_wh = parse_resolution(self.resolution)
+        size_wh = parse_resolution(self.resolution) if self.resolution else None
         return CaptureOptions(size_wh, self.fps, self.every, self.give_up, self.watch, skip_first=self.skip_first)
 
 
@@ -191,7 +192,7 @@ class ModelGroup:
 
     @property
     def layers(self) -> tuple[int, ...] | None:
-        return parse_layers(self.feature_layers)
+        return parse_layers(self.feature_layers) if self.feature_layers is not None else None
 
 
 @dataclass(frozen=True)
@@ -210,3 +211,12 @@ class RunGroup:
         from fbclip.files import new_run
 
         return new_run(self.project or Path("runs", command), self.name, self.exist_ok)
+
+
+def frame_hw(resolution: str | None, frame_size: str | None) -> tuple[int, int] | None:
+    """Height and width in pixels, from `--resolution`, or `--frame-size`, which older releases have, height first."""
+    if resolution and frame_size:
+        raise UsageError("--frame-size is the older form of --resolution: pass one of them")
+    if frame_size is not None:
+        return parse_frame_size(frame_size)
+    return parse_resolution(resolution)[::-1] if resolution is not None else None

@@ -9,7 +9,7 @@ import typer
 
 from fbclip.commands.groups import BundleGroup, SinkGroup, SourceGroup, VerdictGroup
 from fbclip.commands.mount import NOTHING, mounted, option, refuse
-from fbclip.commands.values import need
+from fbclip.errors import require_package
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def serve(
     ] = None,
 ) -> None:
     """Watch a camera in a browser, and inspect images that are sent."""
-    need(("fastapi", "uvicorn", "websockets", "prometheus_client"), "fbclip serve", ": pip install 'fbclip[serve]'")
+    for package in ("fastapi", "uvicorn", "websockets", "prometheus_client"):
+        require_package(package, "serve")
     from fbclip.runtime.live.alarm import Vote
     from fbclip.runtime.live.run import Inspection
     from fbclip.runtime.serving.run import Endpoint, serve

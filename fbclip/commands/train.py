@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from fbclip.checkpoints import find_checkpoint, require_training_packages
 from fbclip.commands.groups import BATCH_NAMES, ModelGroup
 from fbclip.commands.mount import mounted, option
-from fbclip.commands.values import find_checkpoint, need_train_extra
 from fbclip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def train(
     ] = None,
 ) -> None:
     """Train on a data set with masks, or on procedural defects."""
-    need_train_extra()
+    require_training_packages()
     from fbclip.data.holdout import SHARE, split
     from fbclip.data.layouts import open_dataset
     from fbclip.files import require_writable

@@ -268,10 +268,11 @@ def test_older_command_lines_are_understood(arguments: list[str], name: str, val
 
 
 def test_one_form_for_sizes() -> None:
-    from fbclip.commands.values import parse_frame_hw, parse_resolution
+    from fbclip.commands.groups import frame_hw
+    from fbclip.parsing import parse_resolution
 
     assert parse_resolution("1920x1080") == (1920, 1080)
-    assert parse_frame_hw("1920x1080", None) == parse_frame_hw(None, "1080x1920") == (1080, 1920)
+    assert frame_hw("1920x1080", None) == frame_hw(None, "1080x1920") == (1080, 1920)
 
 
 def test_the_bundle_to_calibrate_may_come_either_way(tmp_path: Path) -> None:

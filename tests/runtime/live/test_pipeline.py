@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fbclip
-from fbclip.commands.values import parse_resolution
 from fbclip.errors import FBClipError, ImageError, UsageError
+from fbclip.parsing import parse_resolution
 from fbclip.runtime.backends import Backend
 from fbclip.runtime.live import delivery
 from fbclip.runtime.live.alarm import Alarm, Vote
