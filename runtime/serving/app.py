@@ -30,7 +30,7 @@ from fbclip.runtime.serving.uploads import UploadLimits, Uploads, read_body
 if TYPE_CHECKING:
     from fbclip.runtime.live.pipeline import Pipeline
     from fbclip.runtime.live.records import Record
-    from fbclip.runtime.live.sinks.metrics import Metrics
+    from fbclip.runtime.live.sinks.metrics import Prometheus
 
 WEB = Path(__file__).parent / "web"
 FRAME_INTERVAL = 1 / 15  # seconds between two pictures for one viewer; more would only cost
@@ -89,7 +89,7 @@ def create_app(
     access: Access,
     feed: Feed | None = None,
     pipeline: Pipeline | None = None,
-    metrics: Metrics | None = None,
+    metrics: Prometheus | None = None,
     limits: UploadLimits | None = None,
 ) -> FastAPI:
     """The ASGI application: page, REST interface, WebSocket.
@@ -254,7 +254,7 @@ def _body(schemas: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {kind: {"schema": s} for kind, s in schemas.items()}}}
 
 
-def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+def _add_metrics(app: FastAPI, metrics: Prometheus) -> None:
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     def scrape() -> Response:
         """For Prometheus."""

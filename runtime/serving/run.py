@@ -19,7 +19,7 @@ from fbclip.errors import UsageError
 from fbclip.runtime.live.console import NoticeLog, print_summary
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.run import Inspection, insist_on_all, make_pipeline
-from fbclip.runtime.live.sinks.metrics import Metrics
+from fbclip.runtime.live.sinks.metrics import Prometheus
 from fbclip.runtime.live.sources import open_source
 from fbclip.runtime.live.status import Summary
 from fbclip.runtime.predictor import Predictor
@@ -68,10 +68,10 @@ def serve(predictor: Predictor, inspection: Inspection | None, endpoint: Endpoin
             source = stack.enter_context(open_source(inspection.source, inspection.capture))
             if source.still:
                 raise UsageError(f"what is watched is a camera, stream, video or folder; {source.name} is images")
-            metrics = Metrics(lambda: source.counters)
+            metrics = Prometheus(lambda: source.counters)
             pipeline = make_pipeline(source, predictor, inspection, NoticeLog(console), feed, metrics)
         else:
-            metrics = Metrics(dict)
+            metrics = Prometheus(dict)
         server = WebServer(create_app(predictor, access, feed, pipeline, metrics))
         stack.enter_context(short_log())
         say(console, f"serving on {_url(ip, port)}")

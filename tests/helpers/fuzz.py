@@ -377,7 +377,8 @@ def _camera() -> tuple[int, list[bytes]]:
 
 def fuzz_stream(rng: random.Random, folder: Path) -> bool:
     """Whether a mutated stream gave a frame; Fault otherwise."""
-    from fbclip.runtime.live.sources.devices import Fault, connect_stream, prepare_opencv
+    from fbclip.runtime.live.sources.devices import Fault, prepare_opencv
+    from fbclip.runtime.live.sources.streams import connect_stream
 
     prepare_opencv()
     port, answer = _camera()

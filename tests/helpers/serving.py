@@ -27,7 +27,7 @@ from fbclip.assets import SAMPLES
 from fbclip.images import read_image
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.records import Frame, Notice
-from fbclip.runtime.live.sinks.metrics import Metrics
+from fbclip.runtime.live.sinks.metrics import Prometheus
 from fbclip.runtime.serving.access import Access
 from fbclip.runtime.serving.app import create_app
 from fbclip.runtime.serving.connections import WebServer
@@ -120,7 +120,7 @@ def running(
 ) -> Iterator[Server]:
     belt, feed, predictor = Belt(), Feed(), predictor or shared_predictor()
     predictor.set_threshold(0.6)
-    metrics = Metrics(lambda: belt.counters)
+    metrics = Prometheus(lambda: belt.counters)
     pipeline = Pipeline(belt, predictor, [feed, metrics]) if live else None
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]

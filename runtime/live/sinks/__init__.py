@@ -102,9 +102,9 @@ def _makers(options: SinkOptions, source: Source) -> list[Callable[[], Sink]]:
 
         makers.append(lambda: Webhook(url))
     if (port := options.metrics_port) is not None:
-        from fbclip.runtime.live.sinks.metrics import Metrics
+        from fbclip.runtime.live.sinks.metrics import Prometheus
 
-        makers.append(lambda: Metrics(lambda: source.counters, port, options.metrics_host))
+        makers.append(lambda: Prometheus(lambda: source.counters, port, options.metrics_host))
     return makers
 
 

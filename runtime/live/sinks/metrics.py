@@ -18,7 +18,7 @@ SCORES = tuple(n / 20 for n in range(1, 20))
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
-class Metrics:
+class Prometheus:
     """Counts and distributions for Prometheus, in a registry of their own.
 
     Args:

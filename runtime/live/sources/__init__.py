@@ -20,7 +20,7 @@ from fbclip.errors import ImageError, UsageError
 from fbclip.folders import list_images
 from fbclip.images import SUFFIXES, is_image, note_of_pages, read_image
 from fbclip.runtime.live.records import Frame
-from fbclip.runtime.live.sources import devices
+from fbclip.runtime.live.sources import cameras, devices, streams
 from fbclip.runtime.live.sources.capture import BaseSource, CaptureOptions, LiveSource
 from fbclip.runtime.live.sources.devices import Device, Fault
 from fbclip.runtime.live.sources.watch import arrivals
@@ -205,11 +205,11 @@ def _open_watched(text: str, options: CaptureOptions) -> WatchSource:
 def _open_stream(text: str, options: CaptureOptions) -> LiveSource:
     if camera := _camera(text, options):
         return camera
-    name = devices.stream_address(text).name
+    name = streams.stream_address(text).name
     if options.resolution or options.fps:
         asked = "resolution" if options.resolution else "fps"
         raise UsageError(f"a size and a rate are asked of cameras; {name} has its own: leave them out", option=asked)
-    return LiveSource(name, partial(devices.connect_stream, text, options.stall), options)
+    return LiveSource(name, partial(streams.connect_stream, text, options.stall), options)
 
 
 def _refuse_camera_options(name: str, options: CaptureOptions) -> None:
@@ -225,12 +225,12 @@ def _refuse_camera_options(name: str, options: CaptureOptions) -> None:
 
 def _camera(text: str, options: CaptureOptions) -> LiveSource | None:
     if match := re.fullmatch(r"csi://(\d{1,2})", text):
-        devices.require_gstreamer(text)
-        connect: Connect = partial(devices.connect_csi, int(match[1]), options.resolution, options.fps)
+        cameras.require_gstreamer(text)
+        connect: Connect = partial(cameras.connect_csi, int(match[1]), options.resolution, options.fps)
         return LiveSource(text, connect, options)
     if re.fullmatch(r"\d{1,3}|/dev/(?!shm\b).+", text):  # what the system's rules call cameras may be any name there
         device = Path(text if text.startswith("/") else f"/dev/video{text}")
         return LiveSource(
-            str(device), partial(devices.connect_camera, device, options.resolution, options.fps), options
+            str(device), partial(cameras.connect_camera, device, options.resolution, options.fps), options
         )
     return None

@@ -39,7 +39,7 @@ TEXT = re.compile(rb"^content-type[ \t]*:[ \t]*(?:text|application)/", re.IGNORE
 
 
 @dataclass(frozen=True)
-class Picture:
+class StreamPicture:
     """What came as one picture.
 
     Attributes:
@@ -155,7 +155,7 @@ class Pictures:
     def feed(self, data: bytes) -> None:
         self._received += data
 
-    def take(self) -> Picture | None:
+    def take(self) -> StreamPicture | None:
         """The next one, once it is whole."""
         return next(self._cut)
 
@@ -171,7 +171,7 @@ class Pictures:
             return "a JPEG begins, but its end mark (FF D9) does not come"
         return "what arrives never makes a picture: no JPEG begins in it (FF D8)"
 
-    def _cutting(self) -> Generator[Picture | None, None, None]:
+    def _cutting(self) -> Generator[StreamPicture | None, None, None]:
         """Pictures one after the other; None where more must arrive."""
         received = self._received
         lost = False  # after damage: what comes is no other picture until one begins for certain
@@ -188,7 +188,7 @@ class Pictures:
             token = bytes(head[1]) if head else b""
             del received[:begin]
             if junk:
-                yield Picture(b"", "bytes that are no picture")
+                yield StreamPicture(b"", "bytes that are no picture")
             if head and token != self._token:
                 self._token = token
                 self._boundary = re.compile(rb"--" + re.escape(token) + rb"\r?\n(?:\r?\n|[!-~]+:|\xff\xd8)")
@@ -222,7 +222,7 @@ class Pictures:
                 return gap, begin, None
         return None
 
-    def _jpeg(self, length: int) -> Generator[Picture | None, None, tuple[bool, int]]:
+    def _jpeg(self, length: int) -> Generator[StreamPicture | None, None, tuple[bool, int]]:
         """The JPEG that begins here; returns whether it was damaged, and what is left of its part of that length."""
         received = self._received
         walk = self._walk = Walk()
@@ -239,16 +239,16 @@ class Pictures:
         except Torn:
             follows = walk.in_scan and received.startswith(SOI, walk.at)
             del received[: walk.at if follows else 2]
-            yield Picture(b"", "a picture that is cut short")
+            yield StreamPicture(b"", "a picture that is cut short")
             return not follows, 0
         finally:
             self._walk = None
         data = bytes(received[: walk.at])
         del received[: walk.at]
-        yield Picture(data, walk.fault)
+        yield StreamPicture(data, walk.fault)
         return False, max(0, length - len(data))
 
-    def _other(self, token: bytes, length: int, is_text: bool) -> Generator[Picture | None, None, None]:
+    def _other(self, token: bytes, length: int, is_text: bool) -> Generator[StreamPicture | None, None, None]:
         """The part that begins here, up to its length or to where the boundary comes before."""
         received = self._received
         looked = 0
@@ -263,4 +263,4 @@ class Pictures:
         data = bytes(received[:following])
         del received[:following]
         if not is_text and JUNK.search(data):
-            yield Picture(data)
+            yield StreamPicture(data)

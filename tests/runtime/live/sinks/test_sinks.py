@@ -31,7 +31,7 @@ from fbclip.runtime.live.records import Record
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks, window
 from fbclip.runtime.live.sinks.events import EventRecorder, event_folders
 from fbclip.runtime.live.sinks.lines import LineFile
-from fbclip.runtime.live.sinks.metrics import Metrics
+from fbclip.runtime.live.sinks.metrics import Prometheus
 from fbclip.runtime.live.sinks.video import Video
 from fbclip.runtime.live.sinks.webhook import Webhook
 from fbclip.runtime.live.sinks.window import Window
@@ -566,7 +566,7 @@ def test_metrics_count_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     before = set(threading.enumerate())
     totals = {"frames": 10, "dropped": 3, "reconnects": 1}
-    metrics = Metrics(lambda: totals, port=0)
+    metrics = Prometheus(lambda: totals, port=0)
     for index, score in enumerate((0.2, 0.3, 0.75)):
         metrics.write(result(index, score, alarm=score >= 0.5))
     metrics.notify(notice("source", "live"))

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fbclip.runtime.live.sources import mjpeg
-from fbclip.runtime.live.sources.devices import Fault, MjpegStream, connect_stream
-from fbclip.runtime.live.sources.mjpeg import Picture, Pictures
+from fbclip.runtime.live.sources.devices import Fault
+from fbclip.runtime.live.sources.mjpeg import Pictures, StreamPicture
+from fbclip.runtime.live.sources.streams import MjpegStream, connect_stream
 from helpers.stream_faults import SIZE, Camera, answering, jpeg, serving
 from helpers.waiting import PATIENCE_S
 
@@ -124,7 +125,7 @@ def test_every_picture_of_every_manner_arrives(manner: str) -> None:
 def test_a_boundary_that_comes_late() -> None:
     pictures = [jpeg(number) for number in range(6)]
     stream = b"".join(pictures[:3]) + b"".join(map(USUAL, pictures[3:]))
-    assert cut(stream, 1000) == [Picture(picture) for picture in pictures]
+    assert cut(stream, 1000) == [StreamPicture(picture) for picture in pictures]
 
 
 def test_one_picture_per_connection() -> None:
@@ -255,7 +256,7 @@ def test_a_log_in_where_there_is_no_status() -> None:
 # Pictures in bytes
 
 
-def cut(stream: bytes, *sizes: int) -> list[Picture]:
+def cut(stream: bytes, *sizes: int) -> list[StreamPicture]:
     """What is taken out of a stream that arrives in pieces of these sizes, again and again."""
     pictures, found, at = Pictures(), [], 0
     while at < len(stream):
@@ -296,7 +297,7 @@ pieces = st.lists(st.sampled_from([7, 100, 1460, 65536]), min_size=1, max_size=5
 @given(shots, st.sampled_from(PLAIN), pieces)
 def test_pictures_arrive_as_they_were_in_any_pieces(pictures: list[bytes], manner: str, sizes: list[int]) -> None:
     head, part = MANNERS[manner]
-    assert cut(head + b"".join(map(part, pictures)), *sizes) == [Picture(picture) for picture in pictures]
+    assert cut(head + b"".join(map(part, pictures)), *sizes) == [StreamPicture(picture) for picture in pictures]
 
 
 @given(
@@ -428,7 +429,7 @@ def test_headers_that_lie_take_no_memory() -> None:
     """OpenCV alone would take 2.7 GB for the pixels of the first."""
     program = (
         "import io, resource, sys\n"
-        "from fbclip.runtime.live.sources.devices import Fault, MjpegStream\n"
+        "from fbclip.runtime.live.sources.devices import Fault\nfrom fbclip.runtime.live.sources.streams import MjpegStream\n"
         "stream = MjpegStream(io.BytesIO(sys.stdin.buffer.read()), 60)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for _ in range(3):\n"

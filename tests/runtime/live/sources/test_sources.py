@@ -32,17 +32,10 @@ from fbclip.runtime.host import Machine
 from fbclip.runtime.live.records import Frame, Notice
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks
 from fbclip.runtime.live.sources import BaseSource, CaptureOptions, FileSource, capture, is_stream, open_source
+from fbclip.runtime.live.sources.cameras import connect_camera, csi_pipeline
 from fbclip.runtime.live.sources.capture import LiveSource
-from fbclip.runtime.live.sources.devices import (
-    Device,
-    Fault,
-    VideoDevice,
-    connect_camera,
-    connect_stream,
-    csi_pipeline,
-    open_ffmpeg,
-    stream_address,
-)
+from fbclip.runtime.live.sources.devices import Device, Fault, VideoDevice, open_ffmpeg
+from fbclip.runtime.live.sources.streams import connect_stream, stream_address
 from fbclip.runtime.live.sources.watch import arrivals
 from helpers.live import QUICK, Frames
 from helpers.stream_faults import SIZE, Camera, Proxy, filming, jpeg, serving
