@@ -1,4 +1,4 @@
-"""What a benchmark found, as it is shown, recorded and compared. `docs/benchmarks.md` describes the JSON."""
+"""What a benchmark found, as it is shown, recorded and compared. `docs/guides/benchmarks.md` describes the JSON."""
 
 from __future__ import annotations
 
