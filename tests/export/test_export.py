@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import Run, export_arguments
+from conftest import Run
 from PIL import Image
 
-from fbclip import Predictor
+from fbclip import Predictor, load_checkpoint
 from fbclip.assets import EMBEDDED
 from fbclip.bundle import ANOMALY_MAP, CPU_GRAPH, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import BundleError, ImageError, ParityError
@@ -82,7 +82,7 @@ def check_cpu_graph(bundle: Bundle) -> None:
 
 
 def check_same_numbers(bundle: Bundle) -> None:
-    images = resize(EXPECTED["raw_image"], golden.IMAGE_SIZE)[None].repeat(2, axis=0)
+    images = resize(EXPECTED["raw_image"], bundle.manifest.image_size)[None].repeat(2, axis=0)
     portable, ours = (
         OnnxRuntimeBackend(p, bundle.text).run(images) for p in (bundle.graph("fp32"), bundle.cpu_graph())
     )
@@ -124,7 +124,7 @@ def check_taps(bundle: Bundle, folder: Path) -> None:
     assert [f.name for f in folder.glob("*.tapped*")] == []
 
 
-def test_whole_frames_of_a_camera(fbclip: Run, golden_files: Path, tmp_path: Path) -> None:
+def test_whole_frames_of_a_camera(fbclip: Run, tmp_path: Path) -> None:
     frame_hw = (123, 201)
     (tmp_path / "set/good").mkdir(parents=True)
     (tmp_path / "set/defective").mkdir()
@@ -134,9 +134,8 @@ def test_whole_frames_of_a_camera(fbclip: Run, golden_files: Path, tmp_path: Pat
         frame = Image.fromarray(coarse).resize(frame_hw[::-1], Image.Resampling.BICUBIC)
         frame.save(tmp_path / f"set/{'defective' if number % 2 else 'good'}/{number}.png")
     (tmp_path / "set/good/broken.png").write_text("no image")
-    arguments = export_arguments(golden_files)[:-2]
-    options = ["--frame-size", "123x201", "--channel-order", "bgr", "--parity-images", "set"]
-    done = fbclip(*arguments, *options, "--out", "frames.fbclip")
+    options = ["--resolution", "201x123", "--channel-order", "bgr", "--parity-images", "set"]
+    done = fbclip("export", *options, "--out", "frames.fbclip")
     assert "broken.png is no image" in done.stdout
     bundle = Bundle.load(tmp_path / "frames.fbclip")
     assert (bundle.manifest.frame_size, bundle.manifest.channel_order) == (frame_hw, "bgr")
@@ -189,19 +188,16 @@ def test_another_noun_changes_the_text_only(golden_files: Path) -> None:
     assert (model.encode_text() - before).abs().max() > 1e-3
 
 
-def test_a_graph_that_drifts_is_refused(golden_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_deviates_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(parity.BUDGETS, "fp32", (1e-9, 1e-9))
-    model = golden.model(golden_files)
     with pytest.raises(ParityError, match="no bundle was written"):
-        export_bundle(model, tmp_path / "b.fbclip", PROOF, Deployment("b"))
+        export_bundle(load_checkpoint(), tmp_path / "b.fbclip", PROOF, Deployment("b"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_beside_a_graph_that_is_too_large(
-    golden_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_beside_a_graph_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "EXTERNAL_DATA_FROM", 0)
-    bundle, _ = export_bundle(golden.model(golden_files), tmp_path / "b.fbclip", PROOF, Deployment("b"))
+    bundle, _ = export_bundle(load_checkpoint(), tmp_path / "b.fbclip", PROOF, Deployment("b"))
     data = bundle.path / "model.onnx.data"
     assert data.stat().st_size > bundle.graph("fp32").stat().st_size
     check_same_numbers(bundle)
