@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class DeployedModel(nn.Module):
     def __init__(self, model: FBCLIP, frame_size: tuple[int, int] | None = None, channel_order: str = "rgb") -> None:
         super().__init__()
         config = model.config
+        self.batched = False
         self.visual: Visual = model.visual
         self.visual.tower.fold_normalisation(config.clip.mean, config.clip.std, channel_order)
         self.frame_size = frame_size or (config.image_size, config.image_size)
@@ -57,8 +59,14 @@ class DeployedModel(nn.Module):
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Images uint8 (B, H, W, 3) and text (2, E) -> score (B,) and anomaly map (B, H, W), float32."""
         pixels = image.float().permute(0, 3, 1, 2)  # the cast first: uint8 is no type to compute with in TensorRT
-        score, patch_map = self.visual(self.resize(pixels), text)
+        score, patch_map = self.visual(self.resize(pixels), text, self.batched)
         return score, self.map_rows @ patch_map @ self.map_cols.mT
+
+    def arranged(self, batched: bool) -> DeployedModel:
+        """The same model with the same weights, where the inputs of the separation attention go together or one by one."""
+        other = copy(self)
+        other.batched = batched
+        return other
 
 
 class FrameResize(nn.Module):
@@ -99,8 +107,7 @@ def to_grey_levels(coarse: Tensor, fine: Tensor) -> Tensor:
 
 def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> None:
     """Write the portable graph: a dynamic batch, standard operators, nodes named by stage ("block 3/MatMul 2")."""
-    model.visual.batched = True
-    program = trace(model, text)
+    program = trace(model.arranged(batched=True), text)
     size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size_bytes > EXTERNAL_DATA_FROM:
         program.save(path, external_data=True)

@@ -30,8 +30,9 @@ Place = tuple[str, int, int]  # file, offset and length in bytes
 
 def write_cpu_graph(model: DeployedModel, text: Tensor, path: Path, portable: Path) -> None:
     """Write the graph beside the portable one, which holds its weights."""
-    model.visual.batched = False
-    program = trace(model, text, {torch.ops.aten.scaled_dot_product_attention.default: fused_attention})
+    program = trace(
+        model.arranged(batched=False), text, {torch.ops.aten.scaled_dot_product_attention.default: fused_attention}
+    )
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         apart = Path(folder, path.name)
         program.save(apart, external_data=True)

@@ -260,14 +260,7 @@ class ScoreAndMap(NamedTuple):
 
 
 class Visual(nn.Module):
-    """The part that runs per image, and that is exported as it stands.
-
-    Attributes:
-        batched: all 3K inputs go through the separation attention as one batch: the smallest graph, and large products
-            for a GPU. One after the other they stay in a CPU's caches and take a fraction of the memory.
-    """
-
-    batched = False
+    """The part that runs per image, and that is exported as it stands."""
 
     def __init__(self, config: Config, tower: VisionTower) -> None:
         super().__init__()
@@ -276,17 +269,22 @@ class Visual(nn.Module):
         self.separation = SeparationAttention(tower.proj.shape[0])
         self.scale_weights = nn.Parameter(torch.zeros(MAX_FEATURE_LAYERS))
 
-    def forward(self, image: Tensor, text: Tensor) -> ScoreAndMap:
-        """Normalised images (B, 3, S, S), float32, and text features (2, E) -> ScoreAndMap."""
-        z = list(self.separated(self.tower(image)))
+    def forward(self, image: Tensor, text: Tensor, batched: bool = False) -> ScoreAndMap:
+        """Normalised images (B, 3, S, S), float32, and text features (2, E) -> ScoreAndMap.
+
+        Args:
+            batched: all 3K inputs go through the separation attention as one batch: the smallest graph, and large
+                products for a GPU. One after the other they stay in a CPU's caches and take a fraction of the memory.
+        """
+        z = list(self.separated(self.tower(image), batched))
         b = background(*z)
         logits = [self.logits(self.suppressed(part, b), text).flatten(1, 2) for part in z]
         return self.scores(torch.cat(logits, dim=1).unflatten(1, (-1, 3)))
 
-    def separated(self, tokens: Tensor) -> Iterator[Tensor]:
+    def separated(self, tokens: Tensor, batched: bool = False) -> Iterator[Tensor]:
         """Tokens (B, K, N, C) -> Z after separation attention: K times the identity, semantic and spatial view, each
         (B, 1, 1, N, C), or all of them batched, (B, K, 3, N, C)."""
-        if self.batched:
+        if batched:
             views = self.views(tokens)
             yield self.separation(views.flatten(0, 2)).unflatten(0, (-1, *views.shape[1:3]))
             return
