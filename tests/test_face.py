@@ -422,20 +422,19 @@ def small_checkpoint(golden_files: Path) -> Path:
     return golden_files / "small.safetensors"
 
 
-def test_export_is_what_the_command_does(
-    tmp_path: Path, small_checkpoint: Path, capfd: pytest.CaptureFixture[str], one_thread: None
-) -> None:
-    bundle = fbclip.export(small_checkpoint, tmp_path / "part.fbclip", threshold=0.4, parity_images=[IMAGES[1]])
-    assert capfd.readouterr().out == ""
-    assert bundle.path == tmp_path / "part.fbclip" and bundle.manifest.name == "small"
-    assert fbclip.Predictor(bundle)(IMAGES[0]).threshold == 0.4
-    for wrong, message in (
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         ({"int8": True, "int8_static": True}, "one 8-bit graph"),
         ({"calibration_images": IMAGES}, "int8_static"),
         ({"channel_order": "gbr"}, "rgb or bgr"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            fbclip.export(out=tmp_path / "other.fbclip", **wrong)  # type: ignore[arg-type]
+        ({"threshold": 2}, "between 0 and 1"),
+    ],
+)
+def test_wrong_exports_are_told_at_once(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Right ones are the command's, which calls the same function (tests/export), and the example's."""
+    with pytest.raises(UsageError, match=message):
+        fbclip.export(out=tmp_path / "other.fbclip", **wrong)
 
 
 # --- page and examples ----------------------------------------------------------------------------------------------
