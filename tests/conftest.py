@@ -18,7 +18,8 @@ from helpers import golden
 STANDIN = Path(__file__).parent / "helpers" / "standin"
 RELEASES = ("10.3.0", "10.16.1", "11.4.0")  # of TensorRT, whose interfaces are recorded
 SLOW_FIXTURES = {"fbclip", "golden_bundle", "standin", "tensorrt", "belt", "broker"}  # commands, exports, servers
-SLOW_FOLDERS = ("export", "training", "serving", "bench", "sources", "sinks")
+SLOW_FOLDERS = ("export", "training", "serving", "bench", "sources", "sinks", "doctor", "evaluation")
+SLOW_FILES = ("test_terminal", "test_fuzz", "test_properties", "test_calibration", "test_threads", "test_holdout")
 LONGEST = ("export", "training")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -32,7 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make check` leaves out, and begin with the longest files, so that no process is left with one at the end."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if SLOW_FIXTURES & fixtures or any(folder in item.path.parts for folder in SLOW_FOLDERS):
+        is_slow_place = item.path.stem in SLOW_FILES or any(folder in item.path.parts for folder in SLOW_FOLDERS)
+        if SLOW_FIXTURES & fixtures or is_slow_place:
             item.add_marker("slow")
     items.sort(key=lambda item: not any(folder in item.path.parts for folder in LONGEST))
 

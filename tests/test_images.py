@@ -287,6 +287,7 @@ def test_a_file_much_larger_than_its_pixels(tmp_path: Path) -> None:
             read_image(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_memory_for_large_pictures(tmp_path: Path) -> None:
     """25 megapixels of each kind, read in a process of their own: decoder, result and little more."""
     side = 5000

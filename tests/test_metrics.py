@@ -89,6 +89,7 @@ def test_images_against_scikit_learn(rows: list[tuple[bool, float]]) -> None:
     assert 2 * (hit & labels).sum() / (hit.sum() + labels.sum()) == pytest.approx(found.f1_max)
 
 
+@pytest.mark.slow
 @fast
 @given(st.integers(0, 10_000), st.booleans())
 def test_pixels_against_the_definition(seed: int, tied: bool) -> None:
@@ -137,6 +138,7 @@ def test_what_shares_a_counter_stays_within_the_stated_bound(seed: int) -> None:
     assert max(map(abs, errors)) <= found.error_bound + 1e-12
 
 
+@pytest.mark.slow
 def test_the_bound_is_small_where_scores_spread() -> None:
     rng = np.random.default_rng(0)
     masks = (rng.random((4, 256, 256)) < 0.1).astype(np.uint8)

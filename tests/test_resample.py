@@ -14,6 +14,7 @@ from fbclip.resample import bilinear_matrix, resize, upsampling_matrix
 sides = st.integers(1, 90)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(sides, sides, sides, st.sampled_from([2, 256]), st.integers(0, 99))
 def test_the_resize_in_the_graph_is_pillows(height: int, width: int, size: int, levels: int, seed: int) -> None:

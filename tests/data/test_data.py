@@ -758,6 +758,7 @@ def test_listed_files_that_are_not_there(fbclip: Run, tmp_path: Path) -> None:
     assert "training: wrong" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_magnetic_tiles(real_images: Path) -> None:
     dataset = open_dataset(real_images)

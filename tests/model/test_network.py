@@ -99,6 +99,7 @@ def test_scores_and_maps(model: FBCLIP) -> None:
     assert np.abs(UPSAMPLING @ patch_map.numpy() @ UPSAMPLING.T - EXPECTED["anomaly_map"]).max() <= PROBABILITY
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_literal_reference(model: FBCLIP) -> None:
     score, patch_map = reference.forward(model.visual, torch.from_numpy(EXPECTED["image"]), model.encode_text())
@@ -112,6 +113,7 @@ def test_preprocessing() -> None:
     assert np.abs(normalised - EXPECTED["preprocessed"]).max() <= PROBABILITY
 
 
+@pytest.mark.slow
 def test_three_training_steps(golden_files: Path) -> None:
     model = golden.model(golden_files)
     image, label, mask = (torch.from_numpy(EXPECTED[name]) for name in ("image", "gt_label", "gt_mask"))

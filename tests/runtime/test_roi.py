@@ -49,6 +49,7 @@ def labelled_regions(anomaly_map: NDArray[np.float32], threshold: float, min_are
     st.integers(0, 6),
     st.booleans(),
 )
+@pytest.mark.slow
 def test_regions_are_the_labelled_ones(
     height: int, width: int, seed: int, threshold: float, min_area: int, is_noise: bool
 ) -> None:

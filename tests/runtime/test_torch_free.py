@@ -25,6 +25,7 @@ SAMPLES = Path(fbclip.__file__).parent / "assets" / "samples"
 SCRATCHED = SAMPLES / "brushed-steel-scratch.jpg"
 
 
+@pytest.mark.slow
 def test_the_runtime_needs_neither_torch_nor_open_clip() -> None:
     """Every module but those that train, export and hold the model is imported where torch can't be."""
     program = """
