@@ -98,7 +98,7 @@ class Bundle:
             manifest_path.lstat()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BundleError(
-                f"a bundle is a folder with a manifest.json; {folder} has none: make one with fbclip export"
+                f"a bundle is a folder with a manifest.json; {folder} has none: {_cure(folder)}", option="bundle"
             ) from error
         except (OSError, ValueError) as error:
             raise BundleError(f"{folder} can't be read: {one_line(error)}") from error
@@ -337,6 +337,13 @@ def _checked(folder: Path, manifest: Manifest, name: str) -> Path:
             f"copy or export the bundle again"
         )
     return path
+
+
+def _cure(folder: Path) -> str:
+    """What to do where a bundle is not there."""
+    if (near := folder.with_name(f"{folder.name}{SUFFIX}")).is_dir():
+        return f"did you mean {near}?"
+    return "make one with fbclip calibrate (a copy of the embedded one) or fbclip export"
 
 
 def _inside(folder: Path, path: Path) -> Path:

@@ -26,7 +26,7 @@ from fbclip.terminal import say
 Places = str | Path | Sequence[str | Path]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibrated:
     """What `calibrate` found.
 
@@ -40,6 +40,11 @@ class Calibrated:
     calibration: Calibration
     good: calibrating.Scores
     defects: calibrating.Scores
+
+    def __repr__(self) -> str:
+        made = self.calibration
+        promise = f"threshold={made.threshold:.4f}, false_alarm_rate={made.false_alarm_rate:g}"
+        return f"Calibrated({str(self.bundle.path)!r}, {promise}, good={len(self.good.scores)})"
 
 
 def calibrate(

@@ -246,7 +246,9 @@ def calibrate(
         rank(len(good) if isinstance(good, Collection) else MOST_IMAGES, rate)
     found = _score(predictor, good, "good parts", console)
     count = len(found.scores)
-    if rate is None and 1 < count < USUAL_COUNT:
+    if rate is None and count < 2:
+        raise UsageError(f"a calibration takes two good images or more, and thirty to be of use; got {count}")
+    if rate is None and count < USUAL_COUNT:
         rate = lowest_rate(count)
         chosen = f"{count} images allow a false-alarm rate of {rate:g} at best, which is taken"
         print_line(console, f"{chosen}; {USUAL_RATE:g} needs {USUAL_COUNT}")

@@ -116,8 +116,12 @@ class Predictor:
 
     @property
     def threshold(self) -> float:
-        """Scores from here on are anomalous, 0..1; `set_threshold` changes it."""
+        """Scores from here on are anomalous, 0..1; to set it is `set_threshold`."""
         return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self.set_threshold(threshold)
 
     def set_threshold(self, threshold: float) -> None:
         """Scores from here on are anomalous, in predictions that are concluded from now on; from any thread.
@@ -193,11 +197,12 @@ class Predictor:
         if self._given is not None:
             return f"threshold {self._given:g} was given"
         if self.calibration is None:
-            text = f"threshold {self.bundle.manifest.threshold:g} is the bundle's default: no calibration; "
-            if self.bundle.path == EMBEDDED and (here := calibrated_bundles(Path())):
-                verb = "is" if len(here) == 1 else "are"
-                return f"{text}{' and '.join(map(str, here))} here {verb} calibrated: take {here[0]} as the bundle"
-            return f"{text}run fbclip calibrate"
+            text = f"threshold {self.bundle.manifest.threshold:g} is the model's own"
+            if self.bundle.path != EMBEDDED or not (here := calibrated_bundles(Path())):
+                return f"{text}; no calibration: run fbclip calibrate"
+            if len(here) == 1:
+                return f"{text}; {here[0]} here is calibrated: add --bundle {here[0]}"
+            return f"{text}; calibrated ones are here, choose with --bundle: {', '.join(map(str, here))}"
         return self.calibration.explain(self.bundle, self.precision)
 
     def prepare(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -84,7 +84,7 @@ def bench(
         option("Also write bench.json here, or - for standard output.", metavar="PATH", panel=RunGroup.PANEL),
     ] = None,
 ) -> None:
-    """Time backends side by side, how far their results deviate, and how near the machine's limit they are."""
+    """Time the ways to run the model side by side, compare their results, and say how near the machine's limit they are."""
     from fbclip.bundle import Bundle
     from fbclip.errors import UsageError
     from fbclip.files import require_file, write_text

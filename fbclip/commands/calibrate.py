@@ -53,14 +53,17 @@ def calibrate(
     false_alarm_rate: Annotated[
         float | None,
         option(
-            "Share of good parts that may raise a false alarm. Needs 1/rate - 1 good images: 19 for 0.05, 99 for 0.01. "
+            "Share of good parts that may be called defective, like 0.01. n images allow 1/(n+1): 19 for 0.05, 99 for 0.01. "
             "Default: 0.01, or the lowest that fewer images allow.",
             metavar="RATE",
         ),
     ] = None,
     defects: Annotated[
         list[str] | None,
-        option("Images of defective parts: adds the expected miss rate. May be given again.", metavar="PATH"),
+        option(
+            "Images of defective parts, to learn how many would be missed; they don't change the threshold. May be given again.",
+            metavar="PATH",
+        ),
     ] = None,
     roi: Annotated[str | None, option(ROI, metavar="AREA")] = None,
     name: Annotated[

@@ -6,6 +6,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from enum import Enum
 from typing import Any, get_args
 
@@ -156,8 +157,9 @@ def _in_one_line(context: Any = None) -> Iterator[None]:
 
 def _told(error: Any, parameter: Any) -> str:
     """The message of such an error: the rule and the value."""
-    if near := sorted(getattr(error, "possibilities", None) or []):
-        return f"no such option: {error.option_name}; the nearest is {' or '.join(near)}"
+    if near := getattr(error, "possibilities", None):
+        nearest = get_close_matches(error.option_name, near, 1, 0.0)[0]
+        return f"no such option: {error.option_name}; the nearest is {nearest}"
     if parameter is None:
         text = error.format_message()
     elif not error.message:

@@ -10,7 +10,7 @@ from fbclip.commands.mount import mounted
 
 @mounted()
 def doctor(bundle: BundleOption = None, json: JsonReport = None) -> None:
-    """Say what works on this machine and what is missing, with the cure."""
+    """Check what works on this machine, and say how to install what is missing."""
     from fbclip.files import require_file
     from fbclip.runtime.doctor.examine import examine, print_report, works, write_report
     from fbclip.terminal import make_console

@@ -45,7 +45,12 @@ class GraphGroup:
             metavar="NUMBER",
         ),
     ] = None
-    object: Annotated[str, option("What the prompts call the inspected thing.", metavar="NOUN")] = "object"
+    object: Annotated[
+        str,
+        option(
+            'Word for the inspected thing in the model\'s text prompts, as in "OBJECT with defect".', metavar="NOUN"
+        ),
+    ] = "object"
     resolution: Annotated[
         str | None,
         option(
@@ -84,7 +89,8 @@ class PlanGroup:
         ),
     ] = None
     engine: Annotated[
-        bool, option("Build a TensorRT engine for the GPU here; with --triton as its model.", "--engine")
+        bool,
+        option("Build a TensorRT engine for this machine's GPU; with --triton, use it as Triton's model.", "--engine"),
     ] = False
     triton: Annotated[
         Path | None, option("Also write the model into this NVIDIA Triton model repository.", metavar="PATH")
@@ -98,7 +104,7 @@ class PlanGroup:
     ] = "1"
     workspace: Annotated[int | None, option("Limit of the engine's scratch memory in MiB.", metavar="N", min=1)] = None
     optimization_level: Annotated[
-        int | None, option("0 builds the engine quickly, 5 makes it quick.", metavar="N", min=0, max=5)
+        int | None, option("0 to 5: higher takes longer to build and may run faster.", metavar="N", min=0, max=5)
     ] = None
     hardware_compatible: Annotated[
         bool, option("Engine also runs on any GPU from Ampere on (not on Jetson).", "--hardware-compatible")
@@ -126,7 +132,10 @@ def export(
     plan: PlanGroup,
     checkpoint: Annotated[
         Path | None,
-        option("Checkpoint to export: fbclip's FILE, nano, or an official one. Default: nano.", metavar="PATH"),
+        option(
+            "Trained weights to export: a file or a run's folder of fbclip train, nano (the embedded model), or a file of the FB-CLIP authors. Default: nano.",
+            metavar="PATH",
+        ),
     ] = None,
     name: Annotated[
         str | None,

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from fbclip.runtime.roi import Roi
 
 BUNDLE = "Bundle to use: a folder NAME.fbclip that export or calibrate wrote. Default: the embedded model."
-DEVICE = "Where the model runs: auto, cpu, cuda, tensorrt (an engine of the bundle) or ort-tensorrt."
+DEVICE = "Where the model runs: auto (cuda where ONNX Runtime has it, else cpu), cpu, cuda, tensorrt (an engine of the bundle) or ort-tensorrt (TensorRT inside ONNX Runtime)."
 PRECISION = "Graph of the bundle to run: auto, fp32, fp16 or int8."
-THRESHOLD = "Scores from here on are defects: 0 to 1, or auto: the calibrated one, else the bundle's."
+THRESHOLD = (
+    "Scores from here on are defects: 0 to 1. auto: the calibrated threshold, or the model's own without calibration."
+)
 ROI = "Inspect only this part of the frame: x0,y0,x1,y1 in pixels, or a mask picture."
 BATCH_NAMES = ("--batch", "--batch-size")
 
@@ -49,7 +51,9 @@ class VerdictGroup:
         option("Ignore marked regions smaller than N pixels; an image without a larger one is good.", metavar="N"),
     ] = 0
     vote: Annotated[
-        str, option("Raise an alarm when K of the last N frames have a defect.", metavar="K/N"), STREAMS
+        str,
+        option("Raise an alarm when K of the last N frames have a defect; it ends at K/2 or fewer.", metavar="K/N"),
+        STREAMS,
     ] = "1/1"
 
     @property
@@ -78,7 +82,9 @@ class SourceGroup:
     """How a camera, stream, video or watched folder is read."""
 
     PANEL: ClassVar = "Cameras, streams, videos, watched folders"
-    camera: Annotated[str | None, option("The same as SOURCE: a camera's number, …", metavar="SOURCE")] = None
+    camera: Annotated[
+        str | None, option("Another way to give SOURCE: a camera's number or address.", metavar="SOURCE")
+    ] = None
     watch: Annotated[bool, option("SOURCE is a folder: inspect images as they arrive.", "--watch")] = False
     resolution: Annotated[
         str | None, option("Width and height to ask the camera for, like 1280x720.", metavar="WxH"), STREAMS
@@ -114,7 +120,7 @@ class SinkGroup:
     json: Annotated[
         str | None,
         option(
-            "Add JSON lines to this file, or - for standard output.",
+            "Add a line of JSON for each image or frame to this file; - for standard output.",
             metavar="PATH",
         ),
     ] = None
@@ -150,7 +156,7 @@ class SinkGroup:
     ] = None
     metrics_port: Annotated[
         int | None,
-        option("Serve Prometheus metrics on 127.0.0.1:N.", metavar="N", min=1, max=65535),
+        option("Offer counters for Prometheus at http://127.0.0.1:N/metrics.", metavar="N", min=1, max=65535),
         STREAMS,
     ] = None
 
@@ -186,9 +192,9 @@ class ModelGroup:
     image_size: Annotated[
         int | None, option("Side of the model's square input in pixels. Default: the model's own.", metavar="N")
     ] = None
-    feature_layers: Annotated[str | None, option("Blocks whose tokens are used, like 1,6,12,18,24.", metavar="N,…")] = (
-        None
-    )
+    feature_layers: Annotated[
+        str | None, option("Numbers of the vision transformer's layers to use, like 1,6,12,18,24.", metavar="N,…")
+    ] = None
 
     @property
     def layers(self) -> tuple[int, ...] | None:

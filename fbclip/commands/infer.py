@@ -38,7 +38,7 @@ class PictureGroup:
         MapSize.frame
     )
     project: Annotated[Path, option("Folder of the runs.", metavar="PATH")] = Path("runs/infer")
-    name: Annotated[str, option("Name of this run: its folder.", metavar="NAME")] = "exp"
+    name: Annotated[str, option("Name of this run's folder; exp2, exp3, … follow.", metavar="NAME")] = "exp"
     exist_ok: Annotated[bool, option("Write into the run's folder if it is there.", "--exist-ok")] = False
 
     def saving(self, live: bool) -> Saving | None:
@@ -73,7 +73,7 @@ class WorkGroup:
 
     PANEL: ClassVar = "Model and device"
     max_frames: Annotated[int | None, option("End after N images or frames.", metavar="N", min=1)] = None
-    batch: Annotated[int, option("Images of files that the model is given at once.", metavar="N", min=1)] = 1
+    batch: Annotated[int, option("Images given to the model at once, of files alone.", metavar="N", min=1)] = 1
 
 
 @mounted(first=("bundle", "threshold", "json", "watch", "events"))

@@ -40,12 +40,14 @@ class DataGroup:
             max=0.9,
         ),
     ] = None
-    samples: Annotated[int, option("Procedural images per epoch.", metavar="N", min=1)] = 10_000
-    ramp: Annotated[int, option("Procedural images over which the variety grows.", metavar="N", min=0)] = 0
+    samples: Annotated[int, option("Generated images per epoch.", metavar="N", min=1)] = 10_000
+    ramp: Annotated[
+        int, option("Generated images over which --variety rises from 0; 0: at once.", metavar="N", min=0)
+    ] = 0
     variety: Annotated[
         float,
         option(
-            "How varied procedural images are: 0 plain, 1 varied, 2 irregular as photographs are.",
+            "How varied generated images are: 0 plain, 1 varied, 2 irregular as photographs are.",
             metavar="NUMBER",
             min=0,
             max=2,
@@ -61,16 +63,21 @@ class ScheduleGroup:
     PANEL: ClassVar = "Schedule"
     epochs: Annotated[int, option("Times that all images are seen.", metavar="N", min=1)] = 3
     batch: Annotated[int, option("Images per forward pass and process.", *BATCH_NAMES, metavar="N", min=1)] = 4
-    accumulate: Annotated[int, option("Forward passes that make up a step.", metavar="N", min=1)] = 1
+    accumulate: Annotated[int, option("Batches that are added up before the weights change.", metavar="N", min=1)] = 1
     lr: Annotated[float, option("Learning rate of Adam.", metavar="RATE")] = 5e-5
     cosine: Annotated[bool, option("Warm up, then decay the rate along a cosine.", "--cosine")] = False
-    train_tower: Annotated[bool, option("Train the vision tower too.", "--train-tower")] = False
+    train_tower: Annotated[
+        bool, option("Also train CLIP's image encoder, which otherwise stays as it is.", "--train-tower")
+    ] = False
     muon_lr: Annotated[
         float | None,
-        option("Train the tower's matrices with Muon at this rate: quick from scratch.", metavar="RATE"),
+        option(
+            "Train the image encoder's matrices with the optimiser Muon at this rate, for training from scratch.",
+            metavar="RATE",
+        ),
     ] = None
     amp: Annotated[str, option("Mixed precision: no, bf16, fp16 or auto.", metavar="NAME")] = "no"
-    seed: Annotated[int, option("Seed of the weights, the order and the procedural images.", metavar="N")] = 0
+    seed: Annotated[int, option("Seed of the weights, the order and the generated images.", metavar="N")] = 0
     cache_tokens: Annotated[
         Path | None,
         option("Keep the frozen backbone's tokens in this folder: later epochs skip it.", metavar="PATH"),
@@ -84,7 +91,7 @@ class TeacherGroup:
     PANEL: ClassVar = "Teacher"
     teacher: Annotated[
         str | None,
-        option("Also teach the tower this network's features: efficientnet-lite0.", metavar="NAME"),
+        option("Also teach the image encoder this network's features: efficientnet-lite0.", metavar="NAME"),
     ] = None
     teacher_weight: Annotated[
         float, option("Weight of the teacher's loss, relative to the task's 1.", metavar="NUMBER")
@@ -110,7 +117,11 @@ def train(
     teaching: TeacherGroup,
     output: OutputGroup,
     source: Annotated[
-        str, typer.Argument(metavar="[DATA]", help="A data set (see fbclip data), or 'procedural'.")
+        str,
+        typer.Argument(
+            metavar="[DATA]",
+            help="A data set (see fbclip data), or 'procedural': generated pictures with drawn defects.",
+        ),
     ] = PROCEDURAL,
     start: Annotated[
         str | None,
@@ -122,7 +133,7 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train on a data set with masks, or on procedural defects."""
+    """Train on a data set with masks, or on generated pictures with drawn defects."""
     require_training_packages()
     from fbclip.data.holdout import SHARE, split
     from fbclip.data.layouts import open_dataset

@@ -101,7 +101,7 @@ class OnnxRuntimeBackend(Backend):
         """
         with self._turn:
             if self.session is None:
-                raise DeviceError(f"this backend of {self.graph} is closed: make a new one")
+                raise DeviceError("this Predictor is closed: make a new one")
             self._binding.bind_cpu_input(IMAGE, np.ascontiguousarray(images))
             for name in (SCORE, ANOMALY_MAP):  # anew, as their shapes follow the batch
                 self._binding.bind_output(name, "cpu")

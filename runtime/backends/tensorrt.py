@@ -238,7 +238,7 @@ class TensorRTBackend(Backend):
     def _on_gpu(self) -> Iterator[None]:
         with self._lock:
             if self._gpu is None:
-                raise DeviceError("this TensorRT backend is closed: make a new one")
+                raise DeviceError("this Predictor is closed: make a new one")
             try:
                 with self._gpu.current():
                     yield

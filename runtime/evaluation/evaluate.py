@@ -179,7 +179,7 @@ class DataResult:
         return {name: float(np.mean(column)) if column else None for name, column in defined.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """What `evaluate` found.
 
@@ -193,6 +193,14 @@ class Evaluation:
     results: tuple[DataResult, ...]
     skipped: tuple[tuple[Item, str], ...]
     complete: bool = True
+
+    def __repr__(self) -> str:
+        found = (
+            f"{result.data.root.name}: "
+            + ", ".join(f"{name} {value:.3f}" for name, value in result.mean.items() if value is not None)
+            for result in self.results
+        )
+        return f"Evaluation({'; '.join(found)})"
 
 
 def to_evaluate(data: Dataset, classes: tuple[str, ...] | None) -> Dataset:

@@ -30,7 +30,8 @@ def require_report() -> None:
     """Raise UsageError where the report's packages are missing, before any work is done."""
     if missing := missing_packages():
         raise UsageError(
-            f"the HTML report needs {' and '.join(missing)}: pip install 'fbclip[eval]', or do without", option="report"
+            f"the HTML report needs {' and '.join(missing)}: pip install 'fbclip[eval]', or go without the report (fbclip eval --no-report)",
+            option="report",
         )
 
 

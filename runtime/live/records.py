@@ -62,7 +62,7 @@ class Source(Protocol):
         """End the iteration and release everything; from any thread, more than once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
     """What is delivered of one frame.
 
@@ -83,6 +83,10 @@ class Record:
     map: str | None = None
     _drawing: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
     _drawn: dict[int | None, NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        prediction = self.prediction
+        return f"Record({self.frame.name!r}, {prediction.verdict} {prediction.score:.3f}, alarm={self.alarm})"
 
     def draw(self, longest: int | None = None) -> NDArray[np.uint8]:
         """`Prediction.overlay`, drawn when the first sink asks and shared by all: nothing may be drawn on it."""

@@ -75,7 +75,7 @@ def test_the_command_needs_no_torch(fbclip: Run, tmp_path: Path) -> None:
     [
         (["--bundle", "b.fbclip"], "--bundle goes with"),
         (["--bundle", "b.fbclip", "--triton", "models", "--fp16"], "--bundle goes with"),
-        (["--bundle", "nowhere.fbclip", "--triton", "models"], "has none: make one with fbclip export"),
+        (["--bundle", "nowhere.fbclip", "--triton", "models"], "has none: make one with fbclip calibrate"),
         (["--precision", "fp16"], "--triton"),
         (
             ["--bundle", Bundle.load().path, "--triton", "/dev/null/models"],

@@ -460,7 +460,7 @@ def test_from_pictures_of_good_parts_to_verdicts(fbclip: Run, tmp_path: Path) ->
     shutil.copy(paths[0], tmp_path / "good" / "copy.png")
     (tmp_path / "good" / "broken.png").write_text("no image")
     default = Bundle.load().manifest.threshold
-    assert f"threshold {default} is the bundle's default: no calibration" in fbclip("infer", "--no-save").stdout
+    assert f"threshold {default} is the model's own; no calibration" in fbclip("infer", "--no-save").stdout
     done = fbclip("calibrate", "good", "--false-alarm-rate", 0.1, "--defects", paths[3], code=2)  # one is broken
     assert "copied the embedded bundle to fbclip-nano.fbclip" in done.stdout
     assert "broken.png is no image" in done.stdout
@@ -525,11 +525,11 @@ def test_copies_have_names_of_their_own(fbclip: Run, tmp_path: Path) -> None:
     assert "copied the embedded bundle to line3.fbclip" in done.stdout
     copy = Bundle.load(tmp_path / "line3.fbclip")
     assert (copy.name, copy.manifest.name) == ("line3", "fbclip-nano")
-    assert "line3.fbclip here is calibrated: take line3.fbclip as the bundle" in fbclip("infer", "--no-save").stdout
+    assert "line3.fbclip here is calibrated: add --bundle line3.fbclip" in fbclip("infer", "--no-save").stdout
     assert (
         "copied line3.fbclip to line4.fbclip" in fbclip("calibrate", "line3.fbclip", "good", "--name", "line4").stdout
     )
-    assert "line3.fbclip and line4.fbclip here are calibrated" in fbclip("infer", "--no-save").stdout
+    assert "choose with --bundle: line3.fbclip, line4.fbclip" in fbclip("infer", "--no-save").stdout
     assert sorted(path.name for path in tmp_path.glob("*.fbclip")) == ["line3.fbclip", "line4.fbclip"]
 
 

@@ -262,7 +262,7 @@ def test_the_embedded_bundle_as_installed(fbclip: Run, tmp_path: Path) -> None:
     assert results["model"]["sha256"] == sha256(EMBEDDED / "manifest.json")
     assert results["threshold"] == Bundle.load().manifest.threshold
     assert results["threshold_from"] in done.stdout
-    assert "is the bundle's default: no calibration" in results["threshold_from"]
+    assert "is the model's own; no calibration" in results["threshold_from"]
     assert re.fullmatch("[0-9a-f]{64}", results["data"][0]["fingerprint"])
     assert [entry["image"] for entry in results["skipped"]] == [str(broken)]
     with (out / "results.csv").open() as file:
