@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         from fbclip.errors import FBClipError
 
+        self._refuse_unknown_variables()
         try:
             return super().invoke(ctx)
         except FBClipError as error:
@@ -41,6 +43,16 @@ class Command(TyperCommand):
                 if parameter.name == error.option:
                     error.flag = flag_of(parameter)
             raise
+
+    def _refuse_unknown_variables(self) -> None:
+        """A variable that sets nothing may be a mistyped threshold."""
+        from fbclip.errors import UsageError
+
+        known = [str(name) for parameter in self.params for name in getattr(parameter, "envvar", None) or ()]
+        for name in os.environ:
+            if name.startswith(f"FBCLIP_{self.name}_".upper()) and name not in known:
+                nearest = get_close_matches(name, known, 1, 0.0)[0]
+                raise UsageError(f"{name} sets no option of fbclip {self.name}: the nearest is {nearest}")
 
     def get_help(self, ctx: Any) -> str:
         return spelled(super().get_help(ctx))  # click's echo writes UTF-8 to a console that lacks it

@@ -299,3 +299,15 @@ def test_no_command_has_a_heap_of_parameters() -> None:
         assert len(inspect.signature(function).parameters) <= 10, name
         for parameter in inspect.signature(command.callback).parameters.values():
             assert len(get_args(parameter.annotation)) > 1 or parameter.name == "context", (name, parameter.name)
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [("FBCLIP_INFER_TRESHOLD", "FBCLIP_INFER_THRESHOLD"), ("FBCLIP_INFER_NO_SAVE", "FBCLIP_INFER_SAVE")],
+)
+def test_a_mistyped_variable_is_told(variable: str, nearest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert f"{variable} sets no option of fbclip infer: the nearest is {nearest}" in refused("infer")
+    monkeypatch.setenv("FBCLIP_EVAL_BATCH", "nonsense of another command")
+    monkeypatch.delenv(variable)
+    assert "sets no option" not in refused("infer", "nowhere.png")
