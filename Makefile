@@ -15,10 +15,10 @@ demo: $(DEMO)/.installed ## install the torch-free runtime and find the defects 
 
 # One process a core: many tests wait for servers, clocks and child processes.
 test: $(DEV)/.installed ## everything that runs without a GPU
-	$(DEV)/bin/python -m pytest -n auto --dist loadfile
+	$(DEV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: lint ## linters, types and the quick tests: for daily work
-	$(DEV)/bin/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(DEV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 fuzz: $(DEV)/.installed ## 300,000 mutated pictures and 10,000 of all else; FUZZ_SEED= draws others (see docs/reference/robustness.md)
 	$(DEV)/bin/python tests/helpers/fuzz.py pictures --count 300000 --seed $(FUZZ_SEED)
