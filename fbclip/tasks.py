@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
 from fbclip.terminal import say
 
-Places = str | Path | Sequence[str | Path]
+Places = str | Path | Iterable[str | Path]
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,7 +49,7 @@ class Calibrated:
 
 def calibrate(
     bundle: str | Path | None,
-    good: Places | Sequence[NDArray[np.uint8]],
+    good: Places | Iterable[NDArray[np.uint8]],
     *,
     false_alarm_rate: float | None = None,
     defects: Places | None = None,
@@ -84,13 +84,15 @@ def calibrate(
     """
     console = console or Console(quiet=True)
     tell = partial(say, console)
-    frames = [each for each in good if isinstance(each, np.ndarray)] if not isinstance(good, (str, Path)) else []
-    places = [] if frames else _texts(good)  # type: ignore[arg-type]
-    if frames and len(frames) != len(good):  # type: ignore[arg-type]
-        raise UsageError("good parts are places or frames; got both", option="good")
+    for option, value, least in (("every", every, 1), ("max_frames", max_frames, 1), ("skip_first", skip_first, 0)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise UsageError(f"a number of images or frames is {least} or more; got {value!r:.50}", option=option)
+    places, frames = _parts(good)
+    if defects is not None:
+        defects = _texts(defects, "defects")
     loaded, path, _ = calibrating.choose_bundle(places or ["frames"], name, None if bundle is None else Path(bundle))
     images = frames[::every][:max_frames] or calibrating.good_images(places, every, max_frames, tell, skip_first)
-    defective = list_images(_texts(defects), tell) if defects else []
+    defective = list_images(defects, tell) if defects else []
     with Predictor(loaded, device=device, precision=precision, calibrated=False, roi=roi) as predictor:
         made, found, missed = calibrating.calibrate(predictor, images, false_alarm_rate, defective, console)
     calibrating.report(made, found, missed, tell)
@@ -100,7 +102,7 @@ def calibrate(
 
 def evaluate(
     bundle: str | Path | None,
-    data: str | Path | Sequence[str | Path],
+    data: Places,
     *,
     device: str = "auto",
     precision: str = "auto",
@@ -129,11 +131,31 @@ def evaluate(
         BundleError, DeviceError, UsageError: no such bundle, device or data set, or no test images.
     """
     wanted = tuple(classes) if classes else None
-    tests = [evaluating.to_evaluate(open_dataset(Path(place), layout), wanted) for place in _texts(data)]
+    tests = [evaluating.to_evaluate(open_dataset(Path(place), layout), wanted) for place in _texts(data, "data")]
     subject = evaluating.bundle_subject(Path(bundle) if bundle else None, device, precision, threshold, batch)
     with subject.backend:
         return evaluating.evaluate(subject, tests, batch, console or Console(quiet=True))
 
 
-def _texts(places: Places) -> list[str]:
-    return [str(places)] if isinstance(places, (str, Path)) else [str(place) for place in places]
+def _texts(places: Places, option: str) -> list[str]:
+    found = [str(places)] if isinstance(places, (str, Path)) else [str(place) for place in places]
+    if not found:
+        raise UsageError("there are no images: name files, a folder or a glob", option=option)
+    return found
+
+
+def _parts(good: Places | Iterable[NDArray[np.uint8]]) -> tuple[list[str], list[NDArray[np.uint8]]]:
+    """Good parts as places, or as frames."""
+    if isinstance(good, (str, Path)):
+        return [str(good)], []
+    if isinstance(good, np.ndarray) and good.ndim != 4:
+        raise UsageError(
+            f"frames are a list of uint8 (H, W, 3), or one array (N, H, W, 3); got {good.shape}", option="good"
+        )
+    parts = list(good)
+    frames = [part for part in parts if isinstance(part, np.ndarray)]
+    if wrong := [frame for frame in frames if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3]:
+        raise UsageError(f"frames are uint8 (H, W, 3); got {wrong[0].dtype} {wrong[0].shape}", option="good")
+    if frames and len(frames) != len(parts):
+        raise UsageError("good parts are places or frames; got both", option="good")
+    return ([], frames) if frames else (_texts(parts, "good"), [])  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ SHOWN_SIDE = 1280  # pixels of the longer side of what a notebook shows
 DASH, GAP = 8, 6  # of a weak region's outline, in widths of its line
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Prediction:
     """What the model says of one image.
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, overload
 
@@ -187,10 +186,17 @@ class Predictor:
 
         votes = Vote.parse(vote) if isinstance(vote, str) else vote
         if not isinstance(source, BaseSource):
-            source = open_source(str(source) if isinstance(source, int | Path) else source)
-        source.listen(partial(_log, source.live))
+            source = open_source(
+                str(source)
+                if isinstance(source, int | Path)
+                else list(map(str, source))
+                if not isinstance(source, str)
+                else source
+            )
         alarm = Alarm(votes, Drift(self.calibration.scores) if self.calibration else None)
-        return Pipeline(source, self, [], alarm, batch=1 if source.total is None else self.batch).records()
+        return Pipeline(
+            source, self, [_NoticeLogger(source.live)], alarm, batch=1 if source.total is None else self.batch
+        ).records()
 
     def explain_threshold(self) -> str:
         """One line for a person: the threshold it began with, and where that comes from."""
@@ -343,10 +349,24 @@ class Predictor:
         return _Shown(frame, batch, find_blindness(batch), name, timings_ms)
 
 
-def _log(live: bool, notice: Notice) -> None:
-    """What a source that is streamed says of itself; of files that is what they leave out."""
-    told = notice.state == "lost" or (notice.state == "live" and not live)
-    logger.log(logging.WARNING if told else logging.INFO, "%s: %s", notice.subject, notice.message)
+class _NoticeLogger:
+    """A sink for `stream`: what its source says, and what is left out."""
+
+    name = "log"
+
+    def __init__(self, live: bool) -> None:
+        self._live = live
+
+    def write(self, record: Record) -> None:
+        """Records are handed to whoever iterates."""
+
+    def notify(self, notice: Notice) -> None:
+        if notice.kind == "source":
+            told = notice.state == "lost" or (notice.state == "live" and not self._live)
+            logger.log(logging.WARNING if told else logging.INFO, "%s: %s", notice.subject, notice.message)
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class _Shown(NamedTuple):

@@ -87,11 +87,17 @@ def _text(path: Path, key: str, entry: Any, parameter: Any, inverted: bool) -> A
     several = parameter.nargs != 1 or getattr(parameter, "multiple", False)
     if getattr(parameter, "is_flag", False) != isinstance(entry, bool):
         rule = "takes no true or false" if isinstance(entry, bool) else "is true or false"
-        raise UsageError(f"{key} {rule}; got {entry!r:.50} in {path}")
+        raise UsageError(f"{key} {rule}; got {_kind(entry)} in {path}")
     if isinstance(entry, bool):
         return entry != inverted
     parts = entry if isinstance(entry, list) else [entry]
     if any(isinstance(part, bool) or not isinstance(part, str | int | float) for part in parts):
-        raise UsageError(f"{key} is a text, a number or a list of them; got {entry!r:.50} in {path}")
+        raise UsageError(f"{key} is a text, a number or a list of them; got {_kind(entry)} in {path}")
     texts = [str(part) for part in parts]
     return texts if several else ",".join(texts)
+
+
+def _kind(entry: Any) -> str:
+    """What a value is, in TOML's words; it may be a secret itself."""
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "a table"}
+    return kinds.get(type(entry), "a date")

@@ -102,7 +102,7 @@ class SourceGroup:
 
     def texts(self, source: list[str] | None) -> list[str]:
         """What `open_source` takes, of the argument and --camera."""
-        return [*(source or []), *([self.camera] if self.camera else [])]
+        return [*(source or []), *([self.camera] if self.camera is not None else [])]
 
     @property
     def capture(self) -> CaptureOptions:

@@ -96,6 +96,7 @@ def infer(
     ] = None,
 ) -> None:
     """Find defects in images or in the frames of a camera, and draw where they are."""
+    from fbclip.assets import SAMPLES
     from fbclip.files import require_file
     from fbclip.runtime.live.alarm import Vote
     from fbclip.runtime.live.pipeline import Limits
@@ -105,6 +106,8 @@ def infer(
 
     console = make_console(stderr=results.json == "-")
     texts, capture = reading.texts(source), reading.capture
+    if not texts and not reading.watch:
+        texts = [str(SAMPLES)]
     with open_source(texts, capture) as opened:
         refuse(context, IMAGES if opened.still else STREAMS, verdict, reading, view, results)
         predictor = verdict.predictor(model, work.batch)

@@ -92,7 +92,7 @@ class ImageTable:
         add(self._rows, (row.score, -self._number, row))
 
     def notify(self, notice: Notice) -> None:
-        if notice.kind in ("source", "sink") and notice.state != "ended":
+        if notice.kind == "source" and notice.state != "ended":
             say(self.console, notice.message, "yellow")
 
     def close(self) -> None:
@@ -188,6 +188,8 @@ def print_images(status: Status, table: ImageTable, console: Console) -> None:
 def print_losses(status: Status, console: Console) -> None:
     """A line for each sink that lost something or failed."""
     for name, sink in status.sinks.items():
+        if name == NoticeLog.name:
+            continue
         if sink.dropped:
             say(console, f"{name} lost {sink.dropped} results and notices: {sink.dropped_because}")
         elif sink.error:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -107,6 +106,7 @@ class Pipeline:
         self._ages, self._rate = Percentiles(), Rate()
         self._stages = {stage: Percentiles() for stage in STAGES}
         self._frames = self._anomalous = self._alarms = self._overruled = self._unusable = self._rejected = 0
+        self._large = 0  # pictures that are judged or rejected
         self._rejecting, self._rejection = False, ""
         self._repetition = Repetition()
         self._blindness: str | None = None  # of the last frame
@@ -156,7 +156,7 @@ class Pipeline:
             stack.callback(prepared.close)
             results = ahead(self._scored(prepared), "model")
             stack.callback(results.close)
-            stack.callback(self.source.close)  # first of all, for the stages may wait for a frame
+            stack.callback(self.stop)  # first of all, for the stages may wait for a frame
             if self.limits.duration is not None:
                 timer = threading.Timer(self.limits.duration, self.stop)
                 timer.daemon = True
@@ -206,17 +206,19 @@ class Pipeline:
 
     def _paced(self) -> Iterator[Frame]:
         """The frames of a source that waits; after a large one nothing is read until it is delivered."""
-        for taken, frame in enumerate(self.source, 1):
-            is_large = frame.image.size > 3 * LARGE
+        taken = 0
+        for frame in self.source:
+            is_large = _is_large(frame)
+            taken += is_large
             yield frame
             if is_large:
                 with self._progress:
-                    self._progress.wait_for(self._has_judged(taken))
+                    self._progress.wait_for(self._is_through(taken))
                 for delivery in self._deliveries:
                     delivery.settle()
 
-    def _has_judged(self, taken: int) -> Callable[[], bool]:
-        return lambda: self._frames + self._rejected >= taken or self._stopping.is_set()
+    def _is_through(self, taken: int) -> Callable[[], bool]:
+        return lambda: self._large >= taken or self._stopping.is_set()
 
     def _prepared(self, frames: Iterable[Frame]) -> Iterator[_Prepared]:
         """Frames as the graph takes them, until the source ends."""
@@ -228,7 +230,7 @@ class Pipeline:
             try:
                 batch = self.predictor.prepare(frame.image)
             except ImageError as error:
-                self._reject(error, first=taken == 0)
+                self._reject(error, frame, first=taken == 0)
                 continue
             if self._rejecting:
                 self._rejecting = False
@@ -262,38 +264,48 @@ class Pipeline:
         gone = self._loss if time.monotonic() - self._lost_at >= self.limits.lost_s else ""
         return gone or (blind if self.source.live else "")  # of files each frame is one that was asked for
 
-    def _reject(self, error: ImageError, first: bool) -> None:
+    def _reject(self, error: ImageError, frame: Frame, first: bool) -> None:
         """Count a frame that can't be inspected; a camera whose first one can't will have no other."""
         if first and self.source.live:
             raise error
         self._rejection = str(error)
         if not self._rejecting:
             self._rejecting = not self.source.still
-            self._notify_source("lost", str(error))
+            self._notify_source("lost", f"skipped {frame.name}: {error}")
         with self._progress:
             self._rejected += 1
+            self._large += _is_large(frame)
             self._progress.notify_all()
 
     def _scored(self, jobs: Iterator[_Prepared]) -> Iterator[_Scored]:
         """What the model says of each frame; the time of images at once is shared out among them."""
         waiting: deque[tuple[list[_Prepared], float, float]] = deque()
-
-        def batches() -> Iterator[tuple[NDArray[np.uint8], list[object]]]:
-            while group := list(islice(jobs, self._batch)):
-                waiting.append((group, time.perf_counter(), time.monotonic()))
-                images = group[0].batch if len(group) == 1 else np.concatenate([job.batch for job in group])
-                yield images, [job.frame.name for job in group]
-
         ended = 0.0
-        for scores, maps in self._run_each(batches()):
-            group, began, now = waiting.popleft()
-            before, ended = ended, time.perf_counter()
-            model_ms = (ended - max(began, before)) * 1e3 / len(group)
-            for job, score, model_map in zip(group, scores, maps, strict=True):
-                waited_ms = (now - job.frame.captured) * 1e3 - job.preprocess_ms
-                timings = (job.frame.read_ms, waited_ms, job.preprocess_ms, model_ms)
-                timings_ms = dict(zip(STAGES[:-1], timings, strict=True))
-                yield _Scored(job.frame, float(score), model_map, job.unusable, timings_ms)
+        while first := next(jobs, None):
+            for scores, maps in self._run_each(self._batches(first, jobs, waiting)):
+                group, began, now = waiting.popleft()
+                before, ended = ended, time.perf_counter()
+                model_ms = (ended - max(began, before)) * 1e3 / len(group)
+                for job, score, model_map in zip(group, scores, maps, strict=True):
+                    waited_ms = (now - job.frame.captured) * 1e3 - job.preprocess_ms
+                    timings = (job.frame.read_ms, waited_ms, job.preprocess_ms, model_ms)
+                    timings_ms = dict(zip(STAGES[:-1], timings, strict=True))
+                    yield _Scored(job.frame, float(score), model_map, job.unusable, timings_ms)
+
+    def _batches(
+        self, first: _Prepared, jobs: Iterator[_Prepared], waiting: deque[tuple[list[_Prepared], float, float]]
+    ) -> Iterator[tuple[NDArray[np.uint8], list[object]]]:
+        """Jobs in batches, up to a large one: its result is given out before the next is waited for, since that is read
+        when the large one is delivered."""
+        job: _Prepared | None = first
+        while job:
+            group = [job]
+            while len(group) < self._batch and not _is_large(group[-1].frame) and (job := next(jobs, None)):
+                group.append(job)
+            waiting.append((group, time.perf_counter(), time.monotonic()))
+            images = group[0].batch if len(group) == 1 else np.concatenate([each.batch for each in group])
+            yield images, [each.frame.name for each in group]
+            job = None if _is_large(group[-1].frame) else next(jobs, None)
 
     def _run_each(self, batches: Iterator[tuple[NDArray[np.uint8], list[object]]]) -> Iterator[Results]:
         """Of a camera, whose next frame is yet to come, each result at once; of files the next batch goes ahead of it."""
@@ -342,6 +354,7 @@ class Pipeline:
         self._score = prediction.score
         with self._progress:
             self._frames += 1
+            self._large += _is_large(record.frame)
             self._progress.notify_all()
 
     @property
@@ -402,3 +415,7 @@ def ahead(items: Iterator[T], name: str) -> Generator[T, None, None]:
         while (item := coming.result()) is not None:
             coming = pool.submit(next, items, None)
             yield item
+
+
+def _is_large(frame: Frame) -> bool:
+    return frame.image.size > 3 * LARGE

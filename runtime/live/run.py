@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,6 +72,9 @@ def inspect_source(predictor: Predictor, source: Source, inspection: Inspection,
         if isinstance(view, ImageTable) and view.has_rows:  # what was done before
             print_images(pipeline.status(), view, console)
         raise
+    left = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+    if summary.failure == str(left):  # the reader of our output, who needs no word of it
+        raise left
     if isinstance(view, ImageTable):
         print_images(summary.status, view, console)
     else:

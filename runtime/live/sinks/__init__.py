@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from fbclip.errors import UsageError
 from fbclip.runtime.live.records import Sink, Source
 from fbclip.runtime.live.sinks.lines import COLUMNS, Csv, JsonLines, LineFile, StandardOutput
 from fbclip.runtime.live.sinks.pictures import Pictures, Saving
@@ -60,6 +62,8 @@ def make_sinks(options: SinkOptions, source: Source) -> list[Sink]:
     Raises:
         UsageError: a file that can't be written, a malformed address, a package or display that is missing.
     """
+    if options.json and options.csv and os.path.realpath(options.json) == os.path.realpath(options.csv):
+        raise UsageError(f"JSON lines and a CSV table are two files; got {options.csv} for both", option="csv")
     sinks: list[Sink] = []
     with ExitStack() as opened:  # one that can't be made closes those before it
         for make in _makers(options, source):

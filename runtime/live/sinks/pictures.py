@@ -114,10 +114,9 @@ def names_of(stills: Sequence[Path]) -> dict[str, str]:
     used: Counter[str] = Counter()
     for still in stills:
         stem = name = shortened(still.stem)
-        used[stem] += 1
         while name in taken:
             used[stem] += 1
-            name = f"{stem}-{used[stem]}"
+            name = f"{stem}-{used[stem] + 1}"
         taken.add(name)
         names[str(still)] = name
     return names

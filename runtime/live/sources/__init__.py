@@ -153,8 +153,7 @@ def open_source(text: str | Sequence[str], options: CaptureOptions | None = None
 
     Args:
         text: a camera's number or device file, `csi://N`, `rtsp://…`, `http://…`, a video, an image, a folder, a glob;
-            with `options.watch` the folder to watch. Or several files, folders and globs, one after the other; none are
-            the sample images.
+            with `options.watch` the folder to watch. Or several files, folders and globs, one after the other.
         options: how to read it.
 
     Raises:
@@ -172,6 +171,8 @@ def open_source(text: str | Sequence[str], options: CaptureOptions | None = None
         return _open_watched(alone[0], options) if options.watch else _open_stream(alone[0], options)
     if options.watch:
         raise UsageError("the folder to watch is missing: name it", option="watch")
+    if not texts:
+        raise UsageError("there is nothing to inspect: name images, a folder, a video or a camera", option="source")
     return _open_files(texts, options)
 
 
@@ -183,7 +184,7 @@ def is_stream(text: str) -> bool:
 
 
 def _open_files(texts: list[str], options: CaptureOptions) -> FileSource:
-    name = shown(texts[0]) if len(texts) == 1 else f"{len(texts)} sources" if texts else "the samples"
+    name = shown(texts[0]) if len(texts) == 1 else f"{len(texts)} sources"
     _refuse_camera_options(name, options)
     for text in texts:
         if text and not os.path.lexists(text) and not glob.has_magic(text):

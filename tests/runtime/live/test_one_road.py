@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,22 @@ from conftest import Run
 from numpy.typing import NDArray
 from PIL import Image
 
+from fbclip import calibrate, evaluate
 from fbclip.assets import SAMPLES
-from fbclip.errors import FBClipError
+from fbclip.backend import Backend
+from fbclip.errors import FBClipError, UsageError
 from fbclip.runtime.live import pipeline as pipelines
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.run import insist_on_all
 from fbclip.runtime.live.sources import open_source
 from fbclip.runtime.predictor import Predictor
-from helpers.live import IMAGE, PATIENT, Frames, Memory
+from helpers.live import IMAGE, PATIENT, Background, Frames, Memory
 from helpers.tiny import tiny_bundle
 from helpers.video import write_video
+from helpers.waiting import eventually
 
 
-class Counting:
+class Counting(Backend):
     """A backend that tells how many images it is given at once."""
 
     def __init__(self, backend: Any) -> None:
@@ -36,6 +40,9 @@ class Counting:
     def run(self, images: NDArray[np.uint8]) -> Any:
         self.batches.append(len(images))
         return self._backend.run(images)
+
+    def close(self) -> None:
+        self._backend.close()
 
 
 def picture(value: int, size: tuple[int, int] = (64, 48)) -> NDArray[np.uint8]:
@@ -54,7 +61,7 @@ def test_several_at_once_give_the_results_of_one_by_one_in_order(tmp_path: Path)
     put(tmp_path / "in", 40, 80, 120, 160, 200)
     found = []
     for batch in (1, 2):
-        predictor, sink = Predictor(batch_size=batch), Memory()
+        predictor, sink = Predictor(batch=batch), Memory()
         predictor.backend = counting = Counting(predictor.backend)
         Pipeline(open_source(str(tmp_path / "in")), predictor, [sink], limits=PATIENT, batch=batch).run()
         assert counting.batches == ([1] * 5 if batch == 1 else [2, 2, 1])
@@ -150,3 +157,82 @@ def test_a_file_that_holds_something_else_is_not_added_to(fbclip: Run, tmp_path:
     error = fbclip("infer", "in", "--json", "notes.json", "--no-save", code=2).stderr
     assert "holds no JSON lines of results; choose another file" in error
     assert (tmp_path / "notes.json").read_text() == '{"colour": "red"}\n'
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every picture counts as a large one."""
+    monkeypatch.setattr(pipelines, "LARGE", 1000)  # pixels
+
+
+class Ahead(Counting):
+    """A backend that asks for the next batch before it gives out what it has, as TensorRT's does."""
+
+    def run_each(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[Any]:
+        before = None
+        for images in batches:
+            if before is not None:
+                yield self.run(before)
+            before = images
+        if before is not None:
+            yield self.run(before)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_large_pictures_wait_for_no_batch(batch: int, tmp_path: Path) -> None:
+    sink, predictor = Memory(), Predictor(tiny_bundle(tmp_path), batch=batch)
+    predictor.backend = Ahead(predictor.backend)
+    with Background(Pipeline(Frames([IMAGE] * 5, still=True), predictor, [sink], limits=PATIENT, batch=batch)) as run:
+        assert run.result().status.frames == 5
+    assert sink.indices == list(range(5))
+
+
+@pytest.mark.usefixtures("large")
+def test_a_stream_of_large_pictures_may_be_left(tmp_path: Path) -> None:
+    put(tmp_path / "in", 40, 80, 120)
+    before = set(threading.enumerate())
+    for record in Predictor(tiny_bundle(tmp_path)).stream(str(tmp_path / "in")):
+        assert record.frame.name.endswith("00.png")
+        break
+    eventually(lambda: set(threading.enumerate()) <= before)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_model_that_fails_on_a_large_picture_ends_the_run(tmp_path: Path) -> None:
+    class Broken(Counting):
+        def run(self, images: NDArray[np.uint8]) -> Any:
+            raise FBClipError("the GPU fell off")
+
+    predictor = Predictor(tiny_bundle(tmp_path))
+    predictor.backend = Broken(predictor.backend)
+    run = Background(Pipeline(Frames([IMAGE] * 5, still=True), predictor, [], limits=PATIENT))
+    with run, pytest.raises(FBClipError, match="fell off"):
+        run.result()
+
+
+def test_what_a_stream_leaves_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path / "in", 40, 80)
+    predictor = Predictor(tiny_bundle(tmp_path), roi=(0, 0, 500, 500))
+    assert list(predictor.stream(str(tmp_path / "in"))) == []
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "skipped" in caplog.messages[0] and "00.png" in caplog.messages[0]
+
+
+def test_json_and_csv_are_two_files(fbclip: Run, tmp_path: Path) -> None:
+    put(tmp_path / "in", 90)
+    error = fbclip("infer", "in", "--json", "o", "--csv", "./o", "--no-save", code=2).stderr
+    assert error == "fbclip: --csv: JSON lines and a CSV table are two files; got o for both\n"
+    assert not (tmp_path / "o").exists()
+
+
+def test_nothing_to_inspect_is_not_the_samples(tmp_path: Path) -> None:
+    for call in (lambda: open_source([]), lambda: Predictor().stream([])):
+        with pytest.raises(UsageError, match="nothing to inspect"):
+            call()
+    bundle = tiny_bundle(tmp_path)
+    for good in ([], iter(()), np.zeros((8, 8, 3), np.uint8), [np.zeros((8, 8, 3))]):
+        with pytest.raises(UsageError, match=r"no images|frames are"):
+            calibrate(bundle, good)
+    with pytest.raises(UsageError, match="no images"):
+        evaluate(None, [])
