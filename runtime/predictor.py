@@ -193,6 +193,10 @@ class Predictor:
                 if not isinstance(source, str)
                 else source
             )
+        if votes and source.still:
+            raise UsageError(
+                f"a vote is over time, and {source.name} is images, each of which is its own", option="vote"
+            )
         alarm = Alarm(votes, Drift(self.calibration.scores) if self.calibration else None)
         return Pipeline(
             source, self, [_NoticeLogger(source.live)], alarm, batch=1 if source.total is None else self.batch

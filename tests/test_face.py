@@ -30,6 +30,7 @@ from helpers.good_parts import write_good
 from helpers.own_data import make_own
 from helpers.predicted import predicted
 from helpers.tiny import tiny_bundle
+from helpers.video import write_video
 from helpers.waiting import eventually
 
 ROOT = Path(__file__).parent.parent
@@ -215,14 +216,21 @@ def test_the_threshold_is_set_by_a_method(tmp_path: Path) -> None:
     predict.set_threshold(0)
     assert predict.threshold == 0
     assert predict(IMAGES[0]).label == "defect"
-    with pytest.raises(AttributeError):
-        predict.threshold = 0.5  # type: ignore[misc]
     with pytest.raises(UsageError, match="between 0 and 1"):
         predict.set_threshold(1.5)
     assert predict.threshold == 0
 
 
-def test_a_stream_votes_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_votes_and_ends(tmp_path: Path) -> None:
+    write_video(tmp_path / "belt.avi", ["good"] * 4)
+    predict = fbclip.Predictor(tiny_bundle(tmp_path), threshold=0.0)
+    records = list(predict.stream(tmp_path / "belt.avi", vote="2/3"))
+    assert [record.alarm for record in records] == [False, True, True, True]
+    assert [record.alarm_began for record in records] == [False, True, False, False]
+    assert list(records[0].timings_ms) == ["read", "wait", "preprocess", "model", "postprocess"]
+
+
+def test_a_stream_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "line"
     folder.mkdir()
     for number, path in enumerate(IMAGES):
@@ -230,13 +238,12 @@ def test_a_stream_votes_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     (folder / "9.jpg").write_text("no image")
     predict = fbclip.Predictor(tiny_bundle(tmp_path), threshold=0.0)
     with caplog.at_level(logging.WARNING, "fbclip"):
-        results = list(predict.stream(folder, vote="2/3"))
-    assert [result.alarm for result in results] == [False, True, True, True]
-    assert [result.alarm_began for result in results] == [False, True, False, False]
-    assert scores([result.prediction for result in results]) == [predict(path).score for path in IMAGES]
-    assert [result.prediction.name for result in results] == [str(folder / f"{number}.jpg") for number in range(4)]
-    assert set(results[0].stages_ms) == {"wait", "preprocess", "model", "postprocess"}
+        records = list(predict.stream(folder))
+    assert scores([record.prediction for record in records]) == [predict(path).score for path in IMAGES]
+    assert [record.prediction.name for record in records] == [str(folder / f"{number}.jpg") for number in range(4)]
     assert "9.jpg is no image" in caplog.text
+    with pytest.raises(UsageError, match="a vote is over time"):
+        predict.stream(folder, vote="2/3")
 
 
 def test_a_stream_closes_its_source_where_the_loop_is_left(tmp_path: Path) -> None:
@@ -255,7 +262,7 @@ def test_a_stream_leaves_out_what_does_not_fit(tmp_path: Path, caplog: pytest.Lo
     predict = fbclip.Predictor(tiny_bundle(tmp_path), roi=(0, 0, 40, 40))
     (result,) = predict.stream(folder)
     assert result.frame.name.endswith("1.jpg")
-    assert "0.png: left out: the region 0,0,40,40 reaches beyond the frame" in caplog.text
+    assert "0.png: the region 0,0,40,40 reaches beyond the frame" in caplog.text
 
 
 def test_a_wrong_stream_is_told_at_once(tmp_path: Path) -> None:

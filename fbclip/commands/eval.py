@@ -81,7 +81,8 @@ def eval_(
     folder = run.folder("eval")
     console = make_console()
     say(console, subject.threshold_from)
-    evaluation = evaluate(subject, tests, test.batch, console)
+    with subject.backend:
+        evaluation = evaluate(subject, tests, test.batch, console)
     stamped = stamp(evaluation)
     show(evaluation, console, stamped["warnings"])
     write_results(evaluation, stamped, folder)

@@ -110,12 +110,12 @@ def infer(
         texts = [str(SAMPLES)]
     with open_source(texts, capture) as opened:
         refuse(context, IMAGES if opened.still else STREAMS, verdict, reading, view, results)
-        predictor = verdict.predictor(model, work.batch)
-        if verdict.threshold == "auto":
-            say(console, predictor.explain_threshold())
-        for target in (results.json, results.csv):
-            require_file(target)
-        sinks = replace(results.sinks, saving=pictures.saving(opened.live), show=view.show, video=view.video)
-        limits = Limits(work.max_frames, view.duration)
-        inspection = Inspection(texts, capture, sinks, Vote.parse(verdict.vote), limits, work.batch)
-        inspect_source(predictor, opened, inspection, console)
+        with verdict.predictor(model, work.batch) as predictor:
+            if verdict.threshold == "auto":
+                say(console, predictor.explain_threshold())
+            for target in (results.json, results.csv):
+                require_file(target)
+            sinks = replace(results.sinks, saving=pictures.saving(opened.live), show=view.show, video=view.video)
+            limits = Limits(work.max_frames, view.duration)
+            inspection = Inspection(texts, capture, sinks, Vote.parse(verdict.vote), limits, work.batch)
+            inspect_source(predictor, opened, inspection, console)

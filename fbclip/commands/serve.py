@@ -63,7 +63,7 @@ def serve(
         inspection = Inspection(texts, reading.capture, results.sinks, Vote.parse(verdict.vote))
     else:
         refuse(context, NOTHING, verdict, reading, results)
-    predictor = verdict.predictor(model)
-    if verdict.threshold == "auto":
-        say(console, predictor.explain_threshold())
-    serve(predictor, inspection, Endpoint(server.host, server.port, server.token), console)
+    with verdict.predictor(model) as predictor:
+        if verdict.threshold == "auto":
+            say(console, predictor.explain_threshold())
+        serve(predictor, inspection, Endpoint(server.host, server.port, server.token), console)

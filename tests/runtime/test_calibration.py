@@ -507,7 +507,7 @@ def test_a_strange_bundle_of_the_embedded_name_is_left_alone(tmp_path: Path, mon
         (["good", "nowhere"], "there is no nowhere"),
         (["good", "--defects", "nowhere"], "'nowhere' matches none"),
         (["good", "--roi", "0,0,5000,5000"], "reaches beyond the frame|needs at least"),
-        (["good", "--name", "a/b"], "--name is up to 100 letters"),
+        (["good", "--name", "a/b"], "--name: a name is up to 100 letters"),
     ],
 )
 def test_a_calibration_that_fails_leaves_nothing(

@@ -347,7 +347,6 @@ def test_what_is_a_stream(tmp_path: Path) -> None:
         (["/dev/video7"], True, False),
         ([str(folder)], False, True),
         ([str(image), str(folder)], False, True),
-        ([], False, True),
     ):
         source = open_source(texts)
         assert (source.live, source.still) == (live, still)
