@@ -3,6 +3,8 @@
 - `reference/commands.md`: each command of the app, with its options, in place of a comment.
 - Links that leave this folder (recorded results, source files) lead somewhere on a code host and nowhere on the site:
   there they are shown as the file's path.
+- Python blocks lose the words that are for their test (`no test`, `needs pandas`), which are no fence to the renderer.
+- A fence that is still not rendered as code ends the build.
 """
 
 from __future__ import annotations
@@ -11,21 +13,35 @@ import re
 from typing import Any
 
 import typer
+from mkdocs.exceptions import PluginError
 
 COMMANDS = "<!-- the commands -->"
 OUTSIDE = re.compile(
     r"\[([^\]]*)\]\((?:\.\./)+((?:benchmarks|runtime|export|fbclip|tests|cli\.py|CONTRIBUTING|README)[^)]*)\)"
 )
+MARKS = re.compile(r"^```python (?:no test|needs \w+)$", re.M)  # of tests/test_face.py
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page as it is rendered. `page.file.src_uri` is its path below `docs/`."""
+    markdown = MARKS.sub("```python", markdown)
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, describe_commands())
     return OUTSIDE.sub(
         lambda link: f"`{link[2]}`" if link[1] in ("result", "results", link[2]) else f"{link[1]} (`{link[2]}`)",
         markdown,
     )
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """The page's content as it was rendered.
+
+    Raises:
+        PluginError: a fence was taken for text.
+    """
+    if "<p>```" in html:
+        raise PluginError(f"{page.file.src_uri}: a fence isn't rendered as code; look at its first line")
+    return html
 
 
 def describe_commands() -> str:

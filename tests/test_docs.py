@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 
+import fbclip
 from fbclip.assets import SAMPLES
 from fbclip.cli import app
 
@@ -117,6 +118,13 @@ def test_tests_that_the_docs_name_exist() -> None:
         if file or name:
             assert here in files
             assert not name or f"def {name}(" in files[here].read_text(), f"{here}::{name}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    errors = {name for name in fbclip.__all__ if name.endswith("Error")}  # a filter of their own takes these
+    named = {*re.findall(r"^        - (\w+)$", page, re.M), *re.findall(r"^      heading: fbclip\.(\w+)$", page, re.M)}
+    assert named == {*fbclip.__all__} - errors - {"__version__"}
 
 
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
