@@ -17,4 +17,4 @@ print(f"{calibration.missed} of {calibration.defects} defects are missed")
 # %% Used from now on by whoever names the bundle
 with Predictor("line3.fbclip") as predict:
     for prediction in predict("defects"):
-        print(prediction.label, round(prediction.score, 3), prediction.name)
+        print(prediction.verdict, round(prediction.score, 3), prediction.name)

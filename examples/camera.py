@@ -14,6 +14,6 @@ source = sys.argv[1] if len(sys.argv) > 1 else "0"  # or /dev/video0, csi://0, r
 with Predictor() as predict:
     for result in predict.stream(source, vote="3/5"):
         prediction = result.prediction
-        print(f"{result.frame.name}  {prediction.label}  {prediction.score:.3f}", "ALARM" if result.alarm else "")
+        print(f"{result.frame.name}  {prediction.verdict}  {prediction.score:.3f}", "ALARM" if result.alarm else "")
         if result.alarm_began:
             prediction.save("alarm.jpg")

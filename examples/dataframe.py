@@ -12,7 +12,7 @@ with Predictor() as predict:
     rows = [
         {
             "name": prediction.name,
-            "label": prediction.label,
+            "label": prediction.verdict,
             "score": prediction.score,
             "regions": len(prediction.regions),
             "marked_pixels": int(prediction.mask.sum()),

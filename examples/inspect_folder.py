@@ -17,6 +17,6 @@ with Predictor() as predict:
 
 # %% The worst first
 for prediction in sorted(predictions, key=lambda each: -each.score):
-    print(f"{prediction.label:8} {prediction.score:.3f}  {len(prediction.regions)} regions  {prediction.name}")
+    print(f"{prediction.verdict:8} {prediction.score:.3f}  {len(prediction.regions)} regions  {prediction.name}")
     if prediction.is_anomalous:
         prediction.save(out / f"{Path(prediction.name).stem}.jpg")

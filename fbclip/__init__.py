@@ -4,7 +4,7 @@
 
     with Predictor() as predict:                    # the embedded model; Predictor("part.fbclip") for yours
         prediction = predict("part.png")            # a path, Pillow image or array; a list or a folder gives a list
-        print(prediction.label, prediction.score, prediction.boxes)
+        print(prediction.verdict, prediction.score, prediction.boxes)
         prediction.save("overlay.png")
     calibrate("part.fbclip", "good/")               # a threshold from good parts, with a stated false-alarm rate
 
