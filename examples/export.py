@@ -15,4 +15,4 @@ bundle = export(checkpoint, "part.fbclip", parity_images=["part.png"], console=C
 # %% The device needs neither torch nor the checkpoint
 with Predictor(bundle.path) as predict:
     print(predict)
-    print(predict("part.png").label)
+    print(predict("part.png").verdict)

@@ -41,7 +41,7 @@ class Predictor:
         bundle: a bundle, its path, or None for the embedded default model.
         device: "auto", "cpu", "cuda" or "tensorrt"; never another than the one asked for.
         precision: "auto", "fp32", "fp16" or "int8".
-        threshold: of scores, 0..1; None for the calibration's, or the bundle's default where there is none.
+        threshold: of scores, 0..1; None for the calibration's, or the model's own where there is none.
         calibrated: whether to use the bundle's calibration (see `fbclip.calibrate`), for the maps also where a
             threshold is given: scores and maps have scales of their own.
         roi: where frames are inspected: a `Roi`, (x0, y0, x1, y1) in pixels, or what `Roi.parse` takes; None for all of
