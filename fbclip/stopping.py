@@ -29,7 +29,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self.before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+            heard = (n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN)
+            self.before = {n: signal.signal(n, self._note) for n in heard}  # what the shell has ignored stays so
         return self
 
     def __exit__(self, *error: object) -> None:

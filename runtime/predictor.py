@@ -164,7 +164,7 @@ class Predictor:
         return predictions[0] if is_one else predictions
 
     def stream(
-        self, source: BaseSource | str | Path | int | Sequence[str], *, vote: Vote | str | None = None
+        self, source: BaseSource | str | int | Path | Sequence[str | Path], *, vote: Vote | str | None = None
     ) -> Generator[Record]:
         """Records of a camera, stream, video, folder or glob, one after the other; a camera drops what isn't in time.
 
@@ -186,13 +186,7 @@ class Predictor:
 
         votes = Vote.parse(vote) if isinstance(vote, str) else vote
         if not isinstance(source, BaseSource):
-            source = open_source(
-                str(source)
-                if isinstance(source, int | Path)
-                else list(map(str, source))
-                if not isinstance(source, str)
-                else source
-            )
+            source = open_source(source)
         if votes and source.still:
             raise UsageError(
                 f"a vote is over time, and {source.name} is images, each of which is its own", option="vote"

@@ -148,7 +148,7 @@ def _refuse(path: Path) -> NDArray[np.uint8]:
     raise ImageError(f"{path} is neither an image that Pillow nor a video that FFmpeg can read")
 
 
-def open_source(text: str | Sequence[str], options: CaptureOptions | None = None) -> BaseSource:
+def open_source(text: str | int | Path | Sequence[str | Path], options: CaptureOptions | None = None) -> BaseSource:
     """A camera, stream, video or images by what the command line calls them. Cameras and streams open at the first frame.
 
     Args:
@@ -162,7 +162,7 @@ def open_source(text: str | Sequence[str], options: CaptureOptions | None = None
     """
     devices.prepare_opencv()
     options = options or CaptureOptions()
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = [str(text)] if isinstance(text, str | int | Path) else list(map(str, text))
     if alone := [text for text in texts if options.watch or is_stream(text)]:
         if len(texts) > 1:
             raise UsageError(
