@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import Run
+from conftest import Run, export_arguments
 from PIL import Image
 
 from fbclip import Predictor, load_checkpoint
@@ -124,7 +124,7 @@ def check_taps(bundle: Bundle, folder: Path) -> None:
     assert [f.name for f in folder.glob("*.tapped*")] == []
 
 
-def test_whole_frames_of_a_camera(fbclip: Run, tmp_path: Path) -> None:
+def test_whole_frames_of_a_camera(fbclip: Run, golden_files: Path, tmp_path: Path) -> None:
     frame_hw = (123, 201)
     (tmp_path / "set/good").mkdir(parents=True)
     (tmp_path / "set/defective").mkdir()
@@ -134,8 +134,9 @@ def test_whole_frames_of_a_camera(fbclip: Run, tmp_path: Path) -> None:
         frame = Image.fromarray(coarse).resize(frame_hw[::-1], Image.Resampling.BICUBIC)
         frame.save(tmp_path / f"set/{'defective' if number % 2 else 'good'}/{number}.png")
     (tmp_path / "set/good/broken.png").write_text("no image")
+    arguments = export_arguments(golden_files)[:-2]
     options = ["--resolution", "201x123", "--channel-order", "bgr", "--parity-images", "set"]
-    done = fbclip("export", *options, "--out", "frames.fbclip")
+    done = fbclip(*arguments, *options, "--out", "frames.fbclip")
     assert "broken.png is no image" in done.stdout
     bundle = Bundle.load(tmp_path / "frames.fbclip")
     assert (bundle.manifest.frame_size, bundle.manifest.channel_order) == (frame_hw, "bgr")
