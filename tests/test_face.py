@@ -25,7 +25,6 @@ from fbclip.errors import DeviceError, ImageError, UsageError
 from fbclip.images import read_image
 from fbclip.runtime.live.sources import CaptureOptions, open_source
 from fbclip.runtime.regions import find_evidence
-from helpers import golden
 from helpers.good_parts import write_good
 from helpers.own_data import make_own
 from helpers.predicted import predicted
@@ -418,17 +417,6 @@ def test_evaluate_is_what_the_command_does(tmp_path: Path, capfd: pytest.Capture
         fbclip.evaluate(None, tmp_path / "own", classes=["screw"])
 
 
-@pytest.fixture(scope="module")
-def small_checkpoint(golden_files: Path) -> Path:
-    """The recorded configuration as a checkpoint of ours, CLIP included."""
-    from fbclip.model.checkpoint import load, save
-
-    clip, weights = (str(golden_files / name) for name in ("clip.json", "clip.pt"))
-    model = load(golden_files / "official.pth", clip, weights, golden.IMAGE_SIZE, golden.FEATURE_LAYERS)
-    save(model, golden_files / "small.safetensors")
-    return golden_files / "small.safetensors"
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -474,10 +462,8 @@ def test_the_page_runs(parts: Path) -> None:
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_runs(parts: Path, example: Path, request: pytest.FixtureRequest) -> None:
+def test_an_example_runs(parts: Path, example: Path) -> None:
     arguments: list[object] = ["good"] if example.stem == "camera" else []
-    if example.stem == "export":  # what ships takes minutes
-        arguments = [request.getfixturevalue("small_checkpoint")]
     done = subprocess.run([sys.executable, example, *arguments], cwd=parts, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
