@@ -1,6 +1,6 @@
 """Watch a camera: an alarm where 3 of the last 5 frames are defects.
 
-A folder or a video in its place ends by itself: python examples/camera.py good
+A video in its place ends by itself: python examples/camera.py belt.avi
 """
 
 # %%

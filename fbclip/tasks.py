@@ -90,7 +90,8 @@ def calibrate(
     places, frames = _parts(good)
     if defects is not None:
         defects = _texts(defects, "defects")
-    loaded, path, _ = calibrating.choose_bundle(places or ["frames"], name, None if bundle is None else Path(bundle))
+    chosen = None if bundle is None else Path(bundle)
+    loaded, path, places = calibrating.choose_bundle(places or ["frames"], name, chosen)
     images = frames[::every][:max_frames] or calibrating.good_images(places, every, max_frames, tell, skip_first)
     defective = list_images(defects, tell) if defects else []
     with Predictor(loaded, device=device, precision=precision, calibrated=False, roi=roi) as predictor:

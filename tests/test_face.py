@@ -91,7 +91,7 @@ def test_export_is_the_room_and_the_function(first: str) -> None:
     )
     signature, message = run_python(program).splitlines()
     assert signature.startswith("True checkpoint out fp16")
-    assert "there is none at nowhere.pth" in message
+    assert "no checkpoint at nowhere.pth" in message
 
 
 @pytest.mark.parametrize("call", ["export(out='x.fbclip')", "load_checkpoint()"])
@@ -444,6 +444,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(path, tmp_path / "defects")
     Image.open(IMAGES[1]).save(tmp_path / "part.png")
     make_own(tmp_path / "data", {"nut": (3, 3)})
+    write_video(tmp_path / "belt.avi", ["good"] * 3)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     return tmp_path
@@ -463,7 +464,7 @@ def test_the_page_runs(parts: Path) -> None:
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_runs(parts: Path, example: Path) -> None:
-    arguments: list[object] = ["good"] if example.stem == "camera" else []
+    arguments: list[object] = ["belt.avi"] if example.stem == "camera" else []
     done = subprocess.run([sys.executable, example, *arguments], cwd=parts, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout

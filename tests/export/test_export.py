@@ -196,9 +196,11 @@ def test_a_graph_that_deviates_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_beside_a_graph_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_beside_a_graph_that_is_too_large(
+    golden_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(graphs, "EXTERNAL_DATA_FROM", 0)
-    bundle, _ = export_bundle(load_checkpoint(), tmp_path / "b.fbclip", PROOF, Deployment("b"))
+    bundle, _ = export_bundle(golden.model(golden_files), tmp_path / "b.fbclip", PROOF, Deployment("b"))
     data = bundle.path / "model.onnx.data"
     assert data.stat().st_size > bundle.graph("fp32").stat().st_size
     check_same_numbers(bundle)
