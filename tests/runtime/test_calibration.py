@@ -393,7 +393,7 @@ def test_without_a_rate_it_is_the_lowest_that_the_images_allow(
     calibrated[1].save(bundle)
     with pytest.raises(UsageError, match=r"19 images allow 0\.05 at best: choose 0\.05"):
         calibrate(Predictor(bundle, calibrated=False), iter(paths), 0.01, [], Console(quiet=True))
-    with pytest.raises(UsageError, match="needs at least 99 good images; got 1: give more"):
+    with pytest.raises(UsageError, match="takes two good images or more, and thirty to be of use; got 1"):
         calibrate(Predictor(bundle, calibrated=False), paths[:1], None, [], Console(quiet=True))
 
 
