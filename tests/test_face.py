@@ -450,6 +450,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_runs(parts: Path) -> None:
     """Its blocks in their order, but for those that say `no test`: cameras, and packages that aren't here."""
     page = (ROOT / "docs" / "python.md").read_text()
@@ -462,6 +463,7 @@ def test_the_page_runs(parts: Path) -> None:
             exec(compiled, names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_runs(parts: Path, example: Path) -> None:
     arguments: list[object] = ["belt.avi"] if example.stem == "camera" else []
