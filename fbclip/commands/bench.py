@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TimingGroup:
     """What is timed."""
 
-    PANEL: ClassVar = "What is timed"
+    PANEL: ClassVar[str] = "What is timed"
     backends: Annotated[
         str | None,
         option(
@@ -48,7 +48,7 @@ class TimingGroup:
 class TorchGroup:
     """What torch runs."""
 
-    PANEL: ClassVar = "Timings of torch"
+    PANEL: ClassVar[str] = "Timings of torch"
     checkpoint: Annotated[
         Path | None,
         option("Checkpoint of the same model, for the torch timings. Default: the embedded one.", metavar="PATH"),

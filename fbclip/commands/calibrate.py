@@ -16,7 +16,7 @@ from fbclip.commands.mount import mounted, option
 class TargetGroup:
     """What will inspect."""
 
-    PANEL: ClassVar = "Model and device"
+    PANEL: ClassVar[str] = "Model and device"
     bundle: Annotated[
         Path | None,
         option(
@@ -33,7 +33,7 @@ class TargetGroup:
 class TakingGroup:
     """Which images of the sources are taken."""
 
-    PANEL: ClassVar = "Images taken"
+    PANEL: ClassVar[str] = "Images taken"
     every: Annotated[int, option("Take every Nth image or frame: neighbours are too alike.", metavar="N", min=1)] = 1
     max_frames: Annotated[int | None, option("Take N images or frames; a camera needs it.", metavar="N", min=1)] = None
     skip_first: Annotated[int, option("Leave out N frames after each connect to a camera.", metavar="N", min=0)] = 0

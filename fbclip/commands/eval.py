@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class TestGroup:
     """What is measured, and how."""
 
-    PANEL: ClassVar = "Data and measures"
+    PANEL: ClassVar[str] = "Data and measures"
     threshold: Annotated[
         str,
         option(

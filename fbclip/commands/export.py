@@ -25,7 +25,7 @@ class ChannelOrder(str, Enum):
 class GraphGroup:
     """The graphs that are written, and how they are proven."""
 
-    PANEL: ClassVar = "Graphs of the bundle"
+    PANEL: ClassVar[str] = "Graphs of the bundle"
     fp16: Annotated[bool, option("Also write a half-precision graph.", "--fp16", "--half")] = False
     int8: Annotated[bool, option("Also write an 8-bit graph, for CPUs.", "--int8")] = False
     int8_static: Annotated[
@@ -80,7 +80,7 @@ class GraphGroup:
 class PlanGroup:
     """What TensorRT builds."""
 
-    PANEL: ClassVar = "TensorRT engine, Triton model"
+    PANEL: ClassVar[str] = "TensorRT engine, Triton model"
     bundle: Annotated[
         Path | None,
         option(

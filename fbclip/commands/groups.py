@@ -33,7 +33,7 @@ JsonReport = Annotated[str | None, option("Write the report to this file, or - f
 class BundleGroup:
     """What inspects."""
 
-    PANEL: ClassVar = "Model and device"
+    PANEL: ClassVar[str] = "Model and device"
     bundle: BundleOption = None
     device: Annotated[str, option(DEVICE, metavar="NAME")] = "auto"
     precision: Annotated[str, option(PRECISION, metavar="NAME")] = "auto"
@@ -43,7 +43,7 @@ class BundleGroup:
 class VerdictGroup:
     """What counts as a defect, and as an alarm."""
 
-    PANEL: ClassVar = "Verdict"
+    PANEL: ClassVar[str] = "Verdict"
     threshold: Annotated[str, option(THRESHOLD, metavar="NUMBER")] = "auto"
     roi: Annotated[str | None, option(ROI, metavar="AREA")] = None
     min_area: Annotated[
@@ -81,7 +81,7 @@ class VerdictGroup:
 class SourceGroup:
     """How a camera, stream, video or watched folder is read."""
 
-    PANEL: ClassVar = "Cameras, streams, videos, watched folders"
+    PANEL: ClassVar[str] = "Cameras, streams, videos, watched folders"
     camera: Annotated[
         str | None, option("Another way to give SOURCE: a camera's number or address.", metavar="SOURCE")
     ] = None
@@ -116,7 +116,7 @@ class SourceGroup:
 class SinkGroup:
     """Where results go."""
 
-    PANEL: ClassVar = "Results"
+    PANEL: ClassVar[str] = "Results"
     json: Annotated[
         str | None,
         option(
@@ -180,7 +180,7 @@ class SinkGroup:
 class ModelGroup:
     """What torch loads beside a checkpoint of ours, which needs none of it."""
 
-    PANEL: ClassVar = "Models other than fbclip's own checkpoints"
+    PANEL: ClassVar[str] = "Models other than fbclip's own checkpoints"
     clip: Annotated[
         str | None,
         option("Name of a CLIP model in open_clip, like ViT-L-14-336, or its configuration (.json).", metavar="NAME"),
@@ -205,7 +205,7 @@ class ModelGroup:
 class RunGroup:
     """The folder of a run: PROJECT/NAME, then NAME2, NAME3, …"""
 
-    PANEL: ClassVar = "Folder of results"
+    PANEL: ClassVar[str] = "Folder of results"
     project: Annotated[
         Path | None, option("Folder of the runs. Default: runs/ and the command's name.", metavar="PATH")
     ] = None

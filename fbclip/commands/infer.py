@@ -25,7 +25,7 @@ class MapSize(str, Enum):
 class PictureGroup:
     """Pictures and maps of results: in PROJECT/NAME, then NAME2, NAME3, …"""
 
-    PANEL: ClassVar = "Pictures and maps"
+    PANEL: ClassVar[str] = "Pictures and maps"
     save: Annotated[
         bool | None,
         option(
@@ -57,7 +57,7 @@ class PictureGroup:
 class ViewGroup:
     """What is seen of a stream, and when it ends."""
 
-    PANEL: ClassVar = SourceGroup.PANEL
+    PANEL: ClassVar[str] = SourceGroup.PANEL
     duration: Annotated[float | None, option("End after this long.", metavar="SECONDS", min=0), STREAMS] = None
     show: Annotated[
         bool, option("Show the pictures in a window (needs opencv-python, not headless).", "--show"), STREAMS
@@ -71,7 +71,7 @@ class ViewGroup:
 class WorkGroup:
     """How much is inspected, and how much of it at once."""
 
-    PANEL: ClassVar = "Model and device"
+    PANEL: ClassVar[str] = "Model and device"
     max_frames: Annotated[int | None, option("End after N images or frames.", metavar="N", min=1)] = None
     batch: Annotated[int, option("Images given to the model at once, of files alone.", metavar="N", min=1)] = 1
 

@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class Verdict:
-        PANEL: ClassVar = "Verdict"  # title over these options in -h
+        PANEL: ClassVar[str] = "Verdict"  # title over these options in -h
         threshold: Annotated[str, option("…", metavar="NUMBER")] = "auto"
         vote: Annotated[str, option("…", metavar="K/N"), STREAMS] = "1/1"  # a stream's alone
 

@@ -16,7 +16,7 @@ from fbclip.errors import require_package
 class ServerGroup:
     """Where the page is."""
 
-    PANEL: ClassVar = "Server"
+    PANEL: ClassVar[str] = "Server"
     host: Annotated[
         str, option("Address to listen on, 0.0.0.0 for all. One that others reach needs --token.", metavar="ADDRESS")
     ] = "127.0.0.1"

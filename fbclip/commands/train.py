@@ -29,7 +29,7 @@ PROCEDURAL = "procedural"
 class DataGroup:
     """The images."""
 
-    PANEL: ClassVar = "Data"
+    PANEL: ClassVar[str] = "Data"
     validation: Annotated[
         float | None,
         option(
@@ -60,7 +60,7 @@ class DataGroup:
 class ScheduleGroup:
     """The recipe."""
 
-    PANEL: ClassVar = "Schedule"
+    PANEL: ClassVar[str] = "Schedule"
     epochs: Annotated[int, option("Times that all images are seen.", metavar="N", min=1)] = 3
     batch: Annotated[int, option("Images per forward pass and process.", *BATCH_NAMES, metavar="N", min=1)] = 4
     accumulate: Annotated[int, option("Batches that are added up before the weights change.", metavar="N", min=1)] = 1
@@ -88,7 +88,7 @@ class ScheduleGroup:
 class TeacherGroup:
     """A network whose features the tower learns too."""
 
-    PANEL: ClassVar = "Teacher"
+    PANEL: ClassVar[str] = "Teacher"
     teacher: Annotated[
         str | None,
         option("Also teach the image encoder this network's features: efficientnet-lite0.", metavar="NAME"),
@@ -102,7 +102,7 @@ class TeacherGroup:
 class OutputGroup:
     """What is written."""
 
-    PANEL: ClassVar = "Output"
+    PANEL: ClassVar[str] = "Output"
     out: Annotated[Path, option("Folder for the checkpoint, metrics.jsonl and pictures.", metavar="PATH")] = OUT
     resume: Annotated[bool, option("Go on from what --out holds.", "--resume")] = False
     save_every: Annotated[int, option("Steps between checkpoints.", metavar="N", min=1)] = 200
