@@ -737,9 +737,10 @@ def test_the_first_frames_of_each_connection_are_left_out(fake: Any) -> None:
 def test_the_commands_leave_out_first_frames(fbclip: Run, mjpeg: Any) -> None:
     url = mjpeg[2]
     done = fbclip("infer", url, "--skip-first", 5, "--max-frames", 1, "--json", "-")
-    assert [record["index"] for record in map(json.loads, done.stdout.splitlines()) if record["kind"] == "result"] == [
-        5
-    ]
+    records = list(map(json.loads, done.stdout.splitlines()))
+    (index,) = (record["index"] for record in records if record["kind"] == "result")
+    dropped = max(record["counters"]["dropped"] for record in records if record["kind"] == "source")
+    assert 5 <= index <= 5 + dropped  # a slow machine drops frames, too
     (image,) = good_images([url], 1, 1, lambda line: None, skip_first=5)
     assert isinstance(image, np.ndarray) and abs(image[..., 0].mean() - 5) < 3
     for command in (["serve"], ["calibrate", "."]):
