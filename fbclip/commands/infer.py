@@ -100,7 +100,7 @@ def infer(
     from fbclip.files import require_file
     from fbclip.runtime.live.alarm import Vote
     from fbclip.runtime.live.pipeline import Limits
-    from fbclip.runtime.live.run import Inspection, inspect_source
+    from fbclip.runtime.live.run import Inspection, inspect
     from fbclip.runtime.live.sources import open_source
     from fbclip.terminal import make_console, say
 
@@ -118,4 +118,4 @@ def infer(
             sinks = replace(results.sinks, saving=pictures.saving(opened.live), show=view.show, video=view.video)
             limits = Limits(work.max_frames, view.duration)
             inspection = Inspection(texts, capture, sinks, Vote.parse(verdict.vote), limits, work.batch)
-            inspect_source(predictor, opened, inspection, console)
+            inspect(predictor, opened, inspection, console)

@@ -22,7 +22,7 @@ from fbclip.runtime.live.pipeline import Limits, Pipeline
 from fbclip.runtime.live.records import Sink, Source
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks
 from fbclip.runtime.live.sinks.pictures import Pictures
-from fbclip.runtime.live.sources import CaptureOptions, WatchSource, open_source
+from fbclip.runtime.live.sources import CaptureOptions, WatchSource
 from fbclip.runtime.live.status import Summary
 from fbclip.runtime.predictor import Predictor
 from fbclip.stopping import StopRequest
@@ -51,19 +51,13 @@ class Inspection:
     batch: int = 1
 
 
-def inspect(predictor: Predictor, inspection: Inspection, console: Console) -> None:
-    """Inspect a source until it ends, a limit, Ctrl-C or SIGTERM, and say what was done.
+def inspect(predictor: Predictor, source: Source, inspection: Inspection, console: Console) -> None:
+    """Inspect an open source until it ends, a limit, Ctrl-C or SIGTERM, and say what was done.
 
     Raises:
         Interrupted: a signal ended it; frames in work were finished, sinks closed.
         FBClipError: of the source or the model; as `insist_on_all`.
     """
-    with open_source(inspection.source, inspection.capture) as source:
-        inspect_source(predictor, source, inspection, console)
-
-
-def inspect_source(predictor: Predictor, source: Source, inspection: Inspection, console: Console) -> None:
-    """`inspect`, of a source that is open."""
     view = ImageTable(console) if source.still else NoticeLog(console)
     pipeline = make_pipeline(source, predictor, inspection, view)
     try:
