@@ -67,6 +67,11 @@ class ClipConfig:
         return int(self.vision.get("layers", 12))
 
     @property
+    def width(self) -> int:
+        """Of the vision tower, C."""
+        return int(self.vision.get("width", 768))
+
+    @property
     def patch_size(self) -> int:
         return int(self.vision.get("patch_size", 16))
 

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fbclip.errors import UsageError
+from fbclip.memory import Shape
 from fbclip.model.clip import ClipConfig
 
 PROMPTS = ("{context} {noun} without defect.", "{context} {noun} with defect.")  # normal, abnormal
 CONTEXT_TOKENS = 12  # learned vectors that stand in for the X tokens
 MAX_FEATURE_LAYERS = 6  # entries of scale_weights in the published checkpoints
+WIDEST_GROUP = 256  # a full covariance of ViT-L/14's four layers would be a twentieth of its operations
 PUBLISHED: dict[str, tuple[int, tuple[int, ...]]] = {"ViT-L-14-336": (518, (1, 6, 12, 18, 24))}
 
 
@@ -54,6 +56,21 @@ class Config:
     def grid(self) -> int:
         """Patches along a side, g."""
         return self.image_size // self.clip.patch_size
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """Blocks whose tokens a memory of good parts is made of: the feature layers past a quarter of the depth, of
+        which at least two are needed; where there is one alone, the block at two thirds of its depth besides."""
+        last = self.feature_layers[-1]
+        layers = tuple(n for n in self.feature_layers if n >= last / 4)
+        return layers if len(layers) > 1 else tuple(sorted({max(1, round(last * 2 / 3)), last}))
+
+    @property
+    def memory_shape(self) -> Shape:
+        """Of the features. Layers share a group, in which all is decorrelated, up to `WIDEST_GROUP` numbers."""
+        width, count = self.clip.width, len(self.memory_layers)
+        together = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * width <= WIDEST_GROUP))
+        return Shape(self.grid, count // together, together * width)
 
     @property
     def prompts(self) -> tuple[str, str]:

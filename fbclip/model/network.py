@@ -276,10 +276,14 @@ class Visual(nn.Module):
             batched: all 3K inputs go through the separation attention as one batch: the smallest graph, and large
                 products for a GPU. One after the other they stay in a CPU's caches and take a fraction of the memory.
         """
-        z = list(self.separated(self.tower(image), batched))
+        return self.probabilities(self.token_logits(self.tower(image), text, batched))
+
+    def token_logits(self, tokens: Tensor, text: Tensor, batched: bool = False) -> Tensor:
+        """Tokens of the feature layers (B, K, N, C) and text features (2, E) -> fused logits (B, N)."""
+        z = list(self.separated(tokens, batched))
         b = background(*z)
         logits = [self.logits(self.suppressed(part, b), text).flatten(1, 2) for part in z]
-        return self.scores(torch.cat(logits, dim=1).unflatten(1, (-1, 3)))
+        return self.fused(torch.cat(logits, dim=1).unflatten(1, (-1, 3)))
 
     def separated(self, tokens: Tensor, batched: bool = False) -> Iterator[Tensor]:
         """Tokens (B, K, N, C) -> Z after separation attention: K times the identity, semantic and spatial view, each
@@ -320,11 +324,14 @@ class Visual(nn.Module):
         direction = (text[1:] - text[:1]).mT / TEMPERATURE  # a column: ONNX Runtime takes 12 times as long for a vector
         return cast(Tensor, (projected @ direction).squeeze(-1) / projected.norm(dim=-1).clamp_min(1e-12))
 
-    def scores(self, logits: Tensor) -> ScoreAndMap:
-        """Logits (B, K, 3, N) -> ScoreAndMap (section 7). A softmax of two logits is a sigmoid of their difference."""
+    def fused(self, logits: Tensor) -> Tensor:
+        """Logits (B, K, 3, N) of all outputs -> their weighted sum (B, N) (section 7)."""
         weights = self.scale_weights.softmax(dim=0)[: logits.shape[1]]
-        probability = (weights[:, None] * logits.sum(dim=2)).sum(dim=1).sigmoid()  # (B, N)
-        side = self.spatial.rows
+        return cast(Tensor, (weights[:, None] * logits.sum(dim=2)).sum(dim=1))
+
+    def probabilities(self, logits: Tensor) -> ScoreAndMap:
+        """Fused logits (B, N) -> ScoreAndMap. A softmax of two logits is a sigmoid of their difference."""
+        probability, side = logits.sigmoid(), self.spatial.rows
         return ScoreAndMap(probability[:, 0], probability[:, 1:].unflatten(1, (side, side)))
 
 

@@ -87,13 +87,14 @@ class VisionTower(nn.Module):
         class_token = self.class_embedding.expand(patches.shape[0], 1, -1)
         return cast(Tensor, self.ln_pre(torch.cat([class_token, patches], dim=1) + self.positions()))
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S) -> tokens of the K feature layers (B, K, N, C), class token first."""
+    def forward(self, image: Tensor, layers: tuple[int, ...] | None = None) -> Tensor:
+        """Normalised images (B, 3, S, S) -> tokens of K layers (B, K, N, C), class token first; of the feature layers
+        where no others are named."""
         x = self.embed(image)
         tokens = []
         for number, block in enumerate(self.blocks, start=1):
             x = block_forward(cast(ResidualAttentionBlock, block), x)
-            if number in self.feature_layers:
+            if number in (layers or self.feature_layers):
                 tokens.append(x)
         return torch.stack(tokens, dim=1)
 

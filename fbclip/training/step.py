@@ -89,7 +89,7 @@ def scores_of_tokens(
         z = visual.separation(views.flatten(0, 2))
     z = z.float().unflatten(0, views.shape[:3])
     projected = visual.suppressed(z, background(z))
-    score, patch_map = visual.scores(visual.logits(projected, text))
+    score, patch_map = visual.probabilities(visual.fused(visual.logits(projected, text)))
     return score, patch_map, projected
 
 

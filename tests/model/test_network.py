@@ -123,7 +123,7 @@ def test_three_training_steps(golden_files: Path) -> None:
         text = model.encode_text()
         z = all_separated(model, model.visual.tower(image))
         projected = model.visual.suppressed(z, background(z))
-        score, patch_map = model.visual.scores(model.visual.logits(projected, text))
+        score, patch_map = model.visual.probabilities(model.visual.fused(model.visual.logits(projected, text)))
         losses = fbclip_losses(score, patch_map, projected[:, -1, 2], text, label, mask[:, 0])
         got = [losses.total.item(), *(loss.item() for loss in losses)]
         np.testing.assert_allclose(got, expected, rtol=RELATIVE)
