@@ -8,7 +8,7 @@ features. Shapes: B images, L = g*g patches, G groups of feature layers, W numbe
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,4 +110,4 @@ class AdaptableVisual(nn.Module):
         )
         top = patches.topk(self.top, dim=-1).values.mean(dim=-1)
         score = w[Weight.SCORE_CLASS] * logits[:, 0] + (w[Weight.SCORE_TOP] * top + w[Weight.SCORE_OFFSET])
-        return cast(ScoreAndMap, self.visual.probabilities(torch.cat([score[:, None], patches], dim=1)))
+        return self.visual.probabilities(torch.cat([score[:, None], patches], dim=1))

@@ -327,7 +327,7 @@ class Visual(nn.Module):
     def fused(self, logits: Tensor) -> Tensor:
         """Logits (B, K, 3, N) of all outputs -> their weighted sum (B, N) (section 7)."""
         weights = self.scale_weights.softmax(dim=0)[: logits.shape[1]]
-        return cast(Tensor, (weights[:, None] * logits.sum(dim=2)).sum(dim=1))
+        return (weights[:, None] * logits.sum(dim=2)).sum(dim=1)
 
     def probabilities(self, logits: Tensor) -> ScoreAndMap:
         """Fused logits (B, N) -> ScoreAndMap. A softmax of two logits is a sigmoid of their difference."""
