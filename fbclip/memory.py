@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -9,9 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fbclip.errors import UsageError
+
 # Names of the graph's tensors of a memory, for the exporter and for every runtime; `Tensors` has them in this order.
 MEMORY_INPUTS = ("memory_matrix", "memory_places", "memory_bank", "memory_weights")
-FEATURES = "features"
+FEATURES, LOGITS = "features", "logits"  # outputs: what patches are known by, and the zero-shot logits
 
 Array = NDArray[np.float32]
 
@@ -44,6 +47,17 @@ class Shape(NamedTuple):
     def features(self) -> int:
         return self.groups * self.width
 
+    @property
+    def numbers(self) -> int:
+        """In all tensors of a memory."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of a memory's tensors, by the names of the graph's inputs."""
+        matrix = (self.groups, self.width, self.width)
+        shapes = (matrix, (self.grid**2, self.features), (self.width,), (len(Weight),))
+        return dict(zip(MEMORY_INPUTS, shapes, strict=True))
+
 
 @dataclass(frozen=True)
 class Tensors:
@@ -72,6 +86,17 @@ class Tensors:
             np.full(shape.width, FAR, np.float32),
             weights,
         )
+
+    def checked(self, shape: Shape) -> Tensors:
+        """These tensors, if they are those of a shape.
+
+        Raises:
+            UsageError: they are not.
+        """
+        found = {name: (str(value.dtype), value.shape) for name, value in self.named().items()}
+        if found != {name: ("float32", wanted) for name, wanted in shape.shapes().items()}:
+            raise UsageError(f"a memory for this model is float32 {shape.shapes()}; got {found}")
+        return self
 
     def named(self) -> dict[str, Array]:
         """By the names of the graph's inputs."""
