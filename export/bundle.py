@@ -29,6 +29,8 @@ from fbclip.export.report import draw_parity
 from fbclip.export.stages import compare_stages
 from fbclip.export.tensorrt_rules import check_graph
 from fbclip.export.variants import write_cpu_graph
+from fbclip.manifest import MemoryLayout
+from fbclip.memory import Tensors
 from fbclip.model.backend import TorchBackend
 from fbclip.model.config import Config
 from fbclip.model.network import FBCLIP
@@ -118,6 +120,7 @@ def _manifest(config: Config, deployment: Deployment, parities: list[Parity]) ->
         frame_size=deployment.frame_size,
         channel_order=deployment.channel_order,
         int8=deployment.quantization.form if deployment.quantization else None,
+        memory=MemoryLayout(config.memory_layers, config.memory_shape.groups, config.memory_shape.width),
         provenance={
             **deployment.provenance,
             "clip": config.clip.name,
@@ -149,6 +152,7 @@ class GraphWriter:
         say: Say,
     ) -> None:
         self.text, self.proof, self.reference, self.say = text, proof, reference, say
+        self.shape = model.config.memory_shape
         self.threshold, self.channel_order = deployment.threshold, deployment.channel_order
         self.deployed = DeployedModel(model, deployment.frame_size, deployment.channel_order)
         self.inputs = [in_order(frame, self.channel_order) for frame in proof.frames]
@@ -189,7 +193,8 @@ class GraphWriter:
     def write_quantized(self, folder: Path, quantization: Quantization) -> None:
         """Quantise the float32 graph's products; where that deviates too far, leave some float32 by measurement."""
         frames = (resize(frame, self.deployed.frame_size) for frame in quantization.calibration)
-        inputs: list[Feed] = [{IMAGE: in_order(frame, self.channel_order)[None], TEXT: self.text} for frame in frames]
+        others = {TEXT: self.text, **Tensors.neutral(self.shape).named()}
+        inputs: list[Feed] = [{IMAGE: in_order(frame, self.channel_order)[None], **others} for frame in frames]
         with tempfile.TemporaryDirectory(dir=folder) as working:
             quantizer = Quantizer(folder / GRAPHS["fp32"], quantization.form, inputs, Path(working))
             for_tensorrt = quantization.form != DYNAMIC
@@ -231,7 +236,8 @@ class GraphWriter:
         stages = []
         if precision != "fp32":
             worst = self.inputs[parity.by_deviation[0]][None]
-            stages = compare_stages(precision, folder / GRAPHS["fp32"], path, self.text, worst)
+            feed: Feed = {IMAGE: worst, TEXT: self.text, **Tensors.neutral(self.shape).named()}
+            stages = compare_stages(precision, folder / GRAPHS["fp32"], path, feed)
         size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
         return replace(
             parity, stages=tuple(stages), islands=islands, nodes=nodes, size_bytes=size, seconds=round(seconds, 1)
@@ -241,7 +247,9 @@ class GraphWriter:
         """A graph on some images of the proof, in ONNX Runtime, against the torch model."""
         return compare(
             precision,
-            OnnxRuntimeBackend(path, self.text, "cpu"),  # kept no longer than this call: a session holds gigabytes
+            OnnxRuntimeBackend(
+                path, self.text, "cpu", self.shape
+            ),  # kept no longer than this call: a session holds gigabytes
             self.proof.part(indices),
             [self.inputs[i] for i in indices],
             self.reference.part(indices),
@@ -265,7 +273,8 @@ class GraphWriter:
         scores, maps = Differences(), Differences()
         for index in indices:
             image = self.inputs[index]
-            score, anomaly_map = self.deployed(torch.from_numpy(image)[None], torch.from_numpy(self.text))
+            memory = (torch.from_numpy(value) for value in Tensors.neutral(self.shape).named().values())
+            score, anomaly_map, *_ = self.deployed(torch.from_numpy(image)[None], torch.from_numpy(self.text), *memory)
             scores.add(score.numpy(), self.reference.scores[index : index + 1])
             maps.add(anomaly_map[0].numpy(), self.reference.map(index, image.shape[:2]))
         return overrun("fp16", scores.max, maps.quantile(0.999))

@@ -21,17 +21,21 @@ from torch import Tensor, nn
 from torch.onnx import ONNXProgram
 
 from fbclip.bundle import ANOMALY_MAP, BATCH_AXIS, IMAGE, SCORE, TEXT
+from fbclip.memory import FEATURES, LOGITS, MEMORY_INPUTS, Tensors
+from fbclip.model.memory import AdaptableVisual, MemoryTensors
 from fbclip.model.network import FBCLIP, Visual
 from fbclip.resample import bicubic_matrices, upsampling_matrix, width_first
 
 OPSET = 18
-MASK, VIEWS, SEPARATION, SCORES = "foreground mask", "views", "separation", "scores"  # stages behind the blocks
+# stages behind the blocks
+MASK, VIEWS, SEPARATION, SCORES, MEMORY = "foreground mask", "views", "separation", "scores", "memory"
+BLOCK = re.compile(r"adaptable\.visual\.tower\.blocks\.(\d+)\.")  # of the tower's parameters
 LARGEST_FOLDED = 2**28  # elements; no weight is as large
 EXTERNAL_DATA_FROM = 2**31 - 2**20  # bytes; protobuf ends at 2 GB
 
 
 class DeployedModel(nn.Module):
-    """The model between its constant pre- and postprocessing (docs/method.md, section 9.4): the same `Visual`, not a rewrite.
+    """The model between its constant pre- and postprocessing (docs/method.md, section 9.4): the same `AdaptableVisual`, not a rewrite.
 
     Changes the model in place: folds the normalisation into its patch embedding.
 
@@ -48,7 +52,7 @@ class DeployedModel(nn.Module):
         super().__init__()
         config = model.config
         self.batched = False
-        self.visual: Visual = model.visual
+        self.adaptable = AdaptableVisual(config, model.visual)
         self.visual.tower.fold_normalisation(config.clip.mean, config.clip.std, channel_order)
         self.frame_size = frame_size or (config.image_size, config.image_size)
         height, width = self.frame_size
@@ -56,11 +60,19 @@ class DeployedModel(nn.Module):
         for name, side in (("map_rows", height), ("map_cols", width)):
             self.register_buffer(name, torch.from_numpy(upsampling_matrix(config.image_size, config.grid, side)))
 
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Images uint8 (B, H, W, 3) and text (2, E) -> score (B,) and anomaly map (B, H, W), float32."""
+    @property
+    def visual(self) -> Visual:
+        return self.adaptable.visual
+
+    def forward(
+        self, image: Tensor, text: Tensor, matrix: Tensor, places: Tensor, bank: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images uint8 (B, H, W, 3), text (2, E) and a memory (`MemoryTensors`) -> score (B,), anomaly map (B, H, W),
+        features (B, L, F) and zero-shot logits (B, 1 + L), float32."""
         pixels = image.float().permute(0, 3, 1, 2)  # the cast first: uint8 is no type to compute with in TensorRT
-        score, patch_map = self.visual(self.resize(pixels), text, self.batched)
-        return score, self.map_rows @ patch_map @ self.map_cols.mT
+        memory = MemoryTensors(matrix, places, bank, weights)
+        score, patch_map, features, logits = self.adaptable(self.resize(pixels), text, memory, self.batched)
+        return score, self.map_rows @ patch_map @ self.map_cols.mT, features, logits
 
     def arranged(self, batched: bool) -> DeployedModel:
         """The same model with the same weights, where the inputs of the separation attention go together or one by one."""
@@ -127,19 +139,20 @@ def trace(
         translations: of torch operators, where they are not to become the exporter's own.
     """
     image = torch.zeros(2, *model.frame_size, 3, dtype=torch.uint8)  # two, or the batch is taken for a constant
+    memory = [torch.from_numpy(value) for value in Tensors.neutral(model.adaptable.head.shape).named().values()]
     batch = torch.export.Dim(BATCH_AXIS, min=1)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's deprecations are not the user's matter
         program = torch.onnx.export(
             model.eval(),
-            (image, text),
+            (image, text, *memory),
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
-            input_names=[IMAGE, TEXT],
-            output_names=[SCORE, ANOMALY_MAP],
-            dynamic_shapes={"image": {0: batch}, "text": {}},
+            input_names=[IMAGE, TEXT, *MEMORY_INPUTS],
+            output_names=[SCORE, ANOMALY_MAP, FEATURES, LOGITS],
+            dynamic_shapes=({0: batch}, *({} for _ in (text, *memory))),
             custom_translation_table=dict(translations or {}),
         )
     assert program is not None
@@ -174,7 +187,7 @@ def name_nodes(graph: onnx_ir.Graph) -> None:
     """Name the nodes by stage, for messages and for the parity gate's taps; drops the exporter's notes, which hold
     paths of the machine it ran on."""
     stage, counts = "input", Counter[str]()
-    last = max((n for n, node in enumerate(graph) if "'visual.separation'" in _scopes(node)), default=0)
+    last = max((n for n, node in enumerate(graph) if "'adaptable.visual.separation'" in _scopes(node)), default=0)
     for n, node in enumerate(graph):
         stage = _stage(node, stage, separated=n > last)
         kind = f"{stage}/{node.op_type}"
@@ -206,15 +219,17 @@ def _stage(node: onnx_ir.Node, before: str, separated: bool) -> str:
             a feature layer's mask follows the separation attention of the one before.
     """
     for value in node.inputs:  # the blocks' modules are not called as such, but their parameters keep their names
-        if value is not None and value.name and (block := re.match(r"visual\.tower\.blocks\.(\d+)\.", value.name)):
+        if value is not None and value.name and (block := BLOCK.match(value.name)):
             return f"block {int(block[1]) + 1}"
     scopes = _scopes(node)
-    for module, stage in (("separation", SEPARATION), ("spatial", VIEWS)):
-        if f"'visual.{module}'" in scopes:
+    for module, stage in (("visual.separation", SEPARATION), ("visual.spatial", VIEWS), ("head", MEMORY)):
+        if f"'adaptable.{module}'" in scopes:
             return stage
-    if "'visual.tower'" in scopes:
+    if "'adaptable.visual.tower'" in scopes:
         return before if before.startswith("block") else "patch embedding"
-    if "'visual'" in scopes:
+    if "'adaptable'" in scopes:
+        if before == MEMORY:
+            return SCORES
         if before == SEPARATION:
             return SCORES if separated else MASK
         return MASK if before.startswith("block") else before

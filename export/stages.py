@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from fbclip.bundle import IMAGE, TEXT
 from fbclip.export.graph import MASK
 
 # Past what rounding alone does: the relative error of a stage, and the share of patches that change sides in the mask.
@@ -40,12 +40,10 @@ class Stage:
         return not self.error <= self.limit
 
 
-def compare_stages(
-    precision: str, reference: Path, graph: Path, text: NDArray[np.float32], images: NDArray[np.uint8]
-) -> list[Stage]:
-    """Stages that a graph of lower precision has like the float32 one, in order, on images as the graphs take them."""
+def compare_stages(precision: str, reference: Path, graph: Path, feed: Mapping[str, NDArray[Any]]) -> list[Stage]:
+    """Stages that a graph of lower precision has like the float32 one, in order, on the same inputs."""
     rounding, flips = DIVERGED[precision]
-    expected, found = (run_stages(path, text, images) for path in (reference, graph))
+    expected, found = (run_stages(path, feed) for path in (reference, graph))
     return [
         Stage(name, _error(name, value, found[name]), flips if name == MASK else rounding)
         for name, value in expected.items()
@@ -66,7 +64,7 @@ def _error(name: str, expected: NDArray[np.float32], found: NDArray[np.float32])
     return error if np.isfinite(error) else float("inf")
 
 
-def run_stages(path: Path, text: NDArray[np.float32], images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+def run_stages(path: Path, feed: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """The last float32 tensor of each stage of a graph, in ONNX Runtime on the CPU."""
     tapped = path.with_suffix(".tapped.onnx")  # beside the graph, where its external data is found
     try:
@@ -74,7 +72,7 @@ def run_stages(path: Path, text: NDArray[np.float32], images: NDArray[np.uint8])
         options = ort.SessionOptions()
         options.log_severity_level = 3
         session = ort.InferenceSession(tapped, options, providers=["CPUExecutionProvider"])
-        values = session.run(list(ends.values()), {IMAGE: images, TEXT: text})
+        values = session.run(list(ends.values()), dict(feed))
     finally:
         tapped.unlink(missing_ok=True)
     return dict(zip(ends, values, strict=True))

@@ -19,6 +19,7 @@ from onnx import TensorProto, numpy_helper
 from fbclip.errors import GraphError
 
 OPERATORS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("onnx_operators.json").read_text())
+MOST_SORTED = 3840  # K of TopK is below, by the table
 LARGE = 1024  # elements; larger constants are weights, which no rule looks into
 BATCHES = (1, 3)  # that shapes are worked out for
 
@@ -162,6 +163,13 @@ def _symmetric(graph: Graph, node: onnx.NodeProto) -> bool:
     return len(node.input) == 3 and node.input[2] in graph.zeros and node.input[1] in graph.constants
 
 
+def _few_sorted(graph: Graph, node: onnx.NodeProto) -> bool:
+    """As many as are known in advance and TensorRT can sort, in order."""
+    counts = [numpy_helper.to_array(c) for c in graph.light.graph.initializer if c.name == node.input[1]]
+    in_order = all(attribute.i == 1 for attribute in node.attribute if attribute.name == "sorted")
+    return in_order and all(count.item() < MOST_SORTED for count in counts) and len(counts) == 1
+
+
 # Restrictions of the table that can be checked here; an operator whose restriction can't be is refused.
 RESTRICTIONS: dict[str, Callable[[Graph, onnx.NodeProto], bool]] = {
     "Constant": lambda graph, node: [a.name for a in node.attribute] == ["value"],
@@ -171,6 +179,7 @@ RESTRICTIONS: dict[str, Callable[[Graph, onnx.NodeProto], bool]] = {
     "QuantizeLinear": _symmetric,
     "Slice": _constant_axes(3),
     "Squeeze": _constant_axes(1),
+    "TopK": _few_sorted,
     "Unsqueeze": _constant_axes(1),
     **{name: _constant_axes(1) for name in OPERATORS if name.startswith("Reduce")},
 }
@@ -198,8 +207,8 @@ def check_types(graph: Graph, node: onnx.NodeProto) -> str | None:
 
 
 def check_integers(graph: Graph, node: onnx.NodeProto) -> str | None:
-    """64-bit integers are sizes and indices: made from Shape and constants, and never from or into data."""
-    if node.op_type in ("Shape", "Constant"):
+    """64-bit integers are sizes and indices: made from Shape, TopK and constants, and never from or into data."""
+    if node.op_type in ("Shape", "Constant", "TopK"):
         return None
     integers = {name: graph.types[name] == TensorProto.INT64 for name in (*node.input, *node.output) if name}
     computed = [name for name, type_str, out in graph.parameters(node) if not out and type_str in ("T", "T1", "V")]

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fbclip.errors import UsageError
+from fbclip.memory import Tensors
+
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 Self = TypeVar("Self", bound="Backend")
+
+
+class Described(NamedTuple):
+    """Images as a memory is learned from them: features float32 (B, L, F) of their patches, and zero-shot logits
+    float32 (B, 1 + L), the class token's first."""
+
+    features: NDArray[np.float32]
+    logits: NDArray[np.float32]
 
 
 class Backend(ABC):
@@ -39,6 +50,30 @@ class Backend(ABC):
         that it never stands still: for a camera, whose next frame is yet to come, `run` has them sooner.
         """
         return map(self.run, batches)
+
+    def set_memory(self, tensors: Tensors | None) -> None:
+        """Exchange the memory of good parts that all later runs use; None is the zero-shot model.
+
+        A copy into buffers that are there, once calls under way are done: no new session, no new engine.
+
+        Raises:
+            UsageError: the graph has no inputs for a memory, or the tensors are of another shape or type.
+            DeviceError: it is closed.
+        """
+        if tensors is not None:
+            raise self._no_memory()
+
+    def describe(self, images: NDArray[np.uint8]) -> Described:
+        """Images uint8 (B, H, W, 3) -> what a memory is learned from; the memory that is set makes no difference.
+
+        Raises:
+            UsageError: the graph has no inputs for a memory.
+            DeviceError: it is closed.
+        """
+        raise self._no_memory()
+
+    def _no_memory(self) -> UsageError:
+        return UsageError(f"what runs on {self.device} has no inputs for a memory: export it again with fbclip export")
 
     def device_times(self, images: NDArray[np.uint8]) -> dict[str, float] | None:
         """Milliseconds of one run by the device's own events: upload, compute, download. None where it has none."""

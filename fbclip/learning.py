@@ -101,9 +101,7 @@ class Learned:
     judged: tuple[Judged, ...]
 
 
-def learn(
-    recipe: Recipe, shape: Shape, image_size: int, seen: Sequence[Seen], old: Memory | None = None
-) -> Learned:
+def learn(recipe: Recipe, shape: Shape, image_size: int, seen: Sequence[Seen], old: Memory | None = None) -> Learned:
     """Learn from references.
 
     Args:
@@ -230,7 +228,8 @@ def _sums(recipe: Recipe, shape: Shape, features: Array) -> Sums:
 def _products(shape: Shape, rows: Array) -> NDArray[np.floating]:
     """Sums of products (G, W, W) of rows (n, F)."""
     parts = shape.grouped(rows)
-    return np.matmul(parts.transpose(0, 2, 1), parts).astype(np.float64)
+    products: NDArray[np.floating] = np.matmul(parts.transpose(0, 2, 1), parts).astype(np.float64)
+    return products
 
 
 def _together(recipe: Recipe, shape: Shape, parts: Sequence[Sums]) -> Sums:

@@ -9,13 +9,15 @@ from typing import Annotated, Any
 
 from fbclip.engines import Precision
 from fbclip.errors import BundleError
+from fbclip.memory import Shape
 from fbclip.untrusted import Like, Line, Probability, Range, Sha256, build, one_line, one_of, parse_json, read_value
 
 DEFAULT_THRESHOLD = 0.5  # of a bundle, where training, calibration and export set none
-FORMAT = 3
+FORMAT = 4
 ADDED = {
-    1: {"frame_size": None, "int8": None},
-    2: {"int8": None},
+    1: {"frame_size": None, "int8": None, "memory": None},
+    2: {"int8": None, "memory": None},
+    3: {"memory": None},
 }  # fields that an older format lacks, and what its bundles mean
 GRAPHS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 DYNAMIC, STATIC = "dynamic", "static"  # forms of the 8-bit graph
@@ -25,6 +27,7 @@ CPU_GRAPH = "model.cpu.onnx"
 # Names of the graph's tensors and axes, for the exporter and for every runtime.
 IMAGE, TEXT, SCORE, ANOMALY_MAP = "image", "text", "score", "anomaly_map"
 BATCH_AXIS = "batch"
+MOST_MEMORY = 2**26  # numbers in the tensors of a memory; ViT-L/14 at 518 px has 10 million
 
 
 Side = Annotated[int, Range(1, 16_384)]  # pixels
@@ -34,6 +37,24 @@ File = Annotated[str, Like(r"\w[\w.-]{0,199}(/\w[\w.-]{0,199}){0,3}", "a path th
 Channel = Annotated[float, Range(-100, 100)]
 Spread = Annotated[float, Range(1e-6, 100)]
 Prompt = Annotated[str, Range(0, 10_000)]
+
+
+Layer = Annotated[int, Range(1, 1000)]
+
+
+@dataclass(frozen=True)
+class MemoryLayout:
+    """How the graphs' tensors of a memory are laid out (`fbclip.memory.Tensors`).
+
+    Attributes:
+        layers: blocks whose tokens make the features, from 1.
+        groups: in which the layers go through the matrix together.
+        width: numbers of a group.
+    """
+
+    layers: Annotated[tuple[Layer, ...], Range(1, 12)]
+    groups: Annotated[int, Range(1, 12)]
+    width: Annotated[int, Range(1, 4096)]
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,7 @@ class Manifest:
         frame_size: height and width of the images that the graphs take and of their maps; None for S and S.
         channel_order: of those images, "rgb" or "bgr".
         int8: form of the 8-bit graph: "dynamic" (for CPUs) or "static" (for TensorRT too); None where there is none.
+        memory: of the graphs' inputs for what good parts teach; None where they have none (formats 1 to 3).
         mean, std: of CLIP's normalisation, folded into the graph already.
         prompts: the normal and the abnormal sentence behind `text.npy`.
         blur_sigma: of the map's Gaussian in pixels, in the graph already.
@@ -64,7 +86,7 @@ class Manifest:
     name: Line
     image_size: Side
     grid: Side
-    feature_layers: Annotated[tuple[Annotated[int, Range(1, 1000)], ...], Range(1, 6)]
+    feature_layers: Annotated[tuple[Layer, ...], Range(1, 6)]
     mean: tuple[Channel, Channel, Channel]
     std: tuple[Spread, Spread, Spread]
     prompts: tuple[Prompt, Prompt]
@@ -75,6 +97,7 @@ class Manifest:
     frame_size: tuple[Side, Side] | None = None
     channel_order: Annotated[str, one_of("rgb", "bgr")] = "rgb"
     int8: Annotated[str, one_of(DYNAMIC, STATIC)] | None = None
+    memory: MemoryLayout | None = None
     score_kind: Annotated[str, one_of("class_token")] = "class_token"
     files: Mapping[File, Sha256] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +108,11 @@ class Manifest:
     def input_size(self) -> tuple[int, int]:
         """Height and width of the images that the graphs take, and of their maps."""
         return self.frame_size or (self.image_size, self.image_size)
+
+    @property
+    def memory_shape(self) -> Shape | None:
+        """Of the graphs' tensors of a memory; None where they have none."""
+        return Shape(self.grid, self.memory.groups, self.memory.width) if self.memory else None
 
     @classmethod
     def from_json(cls, text: str | bytes, where: Path) -> Manifest:
@@ -120,8 +148,16 @@ class Manifest:
         needed = {"text.npy", *(GRAPHS[precision] for precision in self.precisions)}
         if self.image_size % self.grid:
             raise ValueError(f"image_size is a multiple of grid; got {self.image_size} and {self.grid}")
-        if list(self.feature_layers) != sorted(set(self.feature_layers)):
-            raise ValueError(f"feature_layers ascend; got {self.feature_layers}")
+        for name, layers in (
+            ("feature_layers", self.feature_layers),
+            ("layers of memory", self.memory.layers if self.memory else ()),
+        ):
+            if list(layers) != sorted(set(layers)):
+                raise ValueError(f"{name} ascend; got {layers}")
+        if self.memory and len(self.memory.layers) % self.memory.groups:
+            raise ValueError(f"groups of memory share its layers evenly; got {self.memory}")
+        if (shape := self.memory_shape) and shape.numbers > MOST_MEMORY:
+            raise ValueError(f"a memory has at most {MOST_MEMORY:,} numbers; got {shape.numbers:,} of {shape}")
         if len(set(self.precisions)) < len(self.precisions):
             raise ValueError(f"precisions differ; got {self.precisions}")
         if ("int8" in self.precisions) != (self.int8 is not None):

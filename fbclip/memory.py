@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.engines import Precision
-from fbclip.errors import BundleError
+from fbclip.errors import BundleError, UsageError
 from fbclip.files import replacing
 from fbclip.untrusted import MIB, Line, Range, Sha256, build, one_line, one_of, parse_array, parse_json
 
@@ -25,7 +25,7 @@ Array = NDArray[np.float32]
 
 # Names of the graph's tensors of a memory, for the exporter and for every runtime; `Tensors` has them in this order.
 MEMORY_INPUTS = ("memory_matrix", "memory_places", "memory_bank", "memory_weights")
-FEATURES, LOGITS = "features", "logits"
+FEATURES, LOGITS = "features", "logits"  # outputs: what patches are known by, and the zero-shot logits
 
 REACH = 2  # patches: the furthest that positions may look around
 FAR = 1e30  # a squared distance beyond all others; float32 holds sums of it
@@ -82,6 +82,17 @@ class Shape(NamedTuple):
         parts: NDArray[np.floating] = np.stack(np.split(features, self.groups, axis=-1))
         return parts
 
+    @property
+    def numbers(self) -> int:
+        """In all tensors of a memory."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of a memory's tensors, by the names of the graph's inputs."""
+        matrix = (self.groups, self.width, self.width)
+        shapes = (matrix, (self.grid**2, self.features), (self.width,), (len(Weight),))
+        return dict(zip(MEMORY_INPUTS, shapes, strict=True))
+
 
 @dataclass(frozen=True)
 class Tensors:
@@ -110,6 +121,17 @@ class Tensors:
             np.full(shape.width, FAR, np.float32),
             weights,
         )
+
+    def checked(self, shape: Shape) -> Tensors:
+        """These tensors, if they are those of a shape.
+
+        Raises:
+            UsageError: they are not.
+        """
+        found = {name: (str(value.dtype), value.shape) for name, value in self.named().items()}
+        if found != {name: ("float32", wanted) for name, wanted in shape.shapes().items()}:
+            raise UsageError(f"a memory for this model is float32 {shape.shapes()}; got {found}")
+        return self
 
     def named(self) -> dict[str, Array]:
         """By the names of the graph's inputs."""
@@ -209,7 +231,9 @@ class Memory:
         try:
             return cls._read(path, shape)
         except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise BundleError(f"{path} is no memory of this model: {one_line(error)}; run fbclip adapt again") from error
+            raise BundleError(
+                f"{path} is no memory of this model: {one_line(error)}; run fbclip adapt again"
+            ) from error
 
     @classmethod
     def _read(cls, path: Path, shape: Shape) -> Memory:
@@ -272,11 +296,6 @@ def sum_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
 def hashes(sums: Mapping[str, NDArray[np.floating]]) -> dict[str, str]:
     """SHA-256 of each array's file in the archive."""
     return {name: hashlib.sha256(_npy(values)).hexdigest() for name, values in sums.items()}
-
-
-def bundle_memory(path: Path) -> bool:
-    """Whether a memory's file is there; nothing is read of it."""
-    return os.path.lexists(path)
 
 
 def _npy(values: NDArray[np.floating]) -> bytes:

@@ -8,6 +8,7 @@ features. Shapes: B images, L = g*g patches, G groups of feature layers, W numbe
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fbclip.memory import FAR, REACH, TOP_SHARE, Shape, Weight
 from fbclip.model.config import Config
-from fbclip.model.network import ScoreAndMap, Visual
+from fbclip.model.network import Visual
 
 
 class MemoryTensors(NamedTuple):
@@ -29,11 +30,13 @@ class MemoryTensors(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """What a forward pass with a memory gives: score (B,), patch_map (B, g, g) in 0..1, features (B, L, F)."""
+    """What a forward pass with a memory gives: score (B,), patch_map (B, g, g) in 0..1, features (B, L, F), and the
+    zero-shot logits (B, N), class token first."""
 
     score: Tensor
     patch_map: Tensor
     features: Tensor
+    logits: Tensor
 
 
 class AdaptableVisual(nn.Module):
@@ -44,12 +47,34 @@ class AdaptableVisual(nn.Module):
         visual: used, not copied.
     """
 
-    distance: Tensor  # (rows, cols, rows around, cols), in patches; more than any reach outside the grid
-
     def __init__(self, config: Config, visual: Visual) -> None:
         super().__init__()
         self.visual, self.layers = visual, config.memory_layers
-        self.shape: Shape = config.memory_shape
+        self.head = MemoryHead(config.memory_shape)
+
+    def forward(self, image: Tensor, text: Tensor, memory: MemoryTensors, batched: bool = False) -> Adapted:
+        """Normalised images (B, 3, S, S), text features (2, E) and a memory -> Adapted."""
+        tower = self.visual.tower
+        every = sorted({*tower.feature_layers, *self.layers})
+        tokens = dict(zip(every, tower.tokens(image, every), strict=True))
+        feature_layers = torch.stack([tokens[n] for n in tower.feature_layers], dim=1)
+        logits = self.visual.token_logits(feature_layers, text, batched)
+        fused, features = self.head([tokens[n] for n in self.layers], logits, memory)
+        return Adapted(*self.visual.probabilities(fused), features, logits)
+
+
+class MemoryHead(nn.Module):
+    """Features of the tokens, their distances to a memory, and the logits fused with them.
+
+    Args:
+        shape: of the features.
+    """
+
+    distance: Tensor  # (rows, cols, rows around, cols), in patches; more than any reach outside the grid
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
         side = self.shape.grid
         self.top = math.ceil(TOP_SHARE * side * side)
         index = torch.arange(side)
@@ -58,33 +83,23 @@ class AdaptableVisual(nn.Module):
         across = (index[:, None] - index).abs().float()
         self.register_buffer("distance", torch.maximum(far[:, None, :, None], across[:, None]), persistent=False)
 
-    def forward(self, image: Tensor, text: Tensor, memory: MemoryTensors, batched: bool = False) -> Adapted:
-        """Normalised images (B, 3, S, S), text features (2, E) and a memory -> Adapted."""
-        tower = self.visual.tower
-        every = tuple(sorted({*tower.feature_layers, *self.layers}))
-        tokens = tower(image, every)
-        feature_layers, memory_layers = (
-            tokens[:, [every.index(n) for n in layers]] if layers != every else tokens
-            for layers in (tower.feature_layers, self.layers)
-        )
-        logits = self.visual.token_logits(feature_layers, text, batched)
-        features = self.features(memory_layers)
-        result = self.fused(logits, self.squared_distance(features, memory), memory.weights)
-        return Adapted(*result, features)
+    def forward(self, tokens: list[Tensor], logits: Tensor, memory: MemoryTensors) -> tuple[Tensor, Tensor]:
+        """Tokens of layers (B, N, C) each, zero-shot logits (B, N) and a memory -> logits (B, N), features (B, L, F)."""
+        features = self.features(tokens)
+        return self.fused(logits, self.squared_distance(features, memory), memory.weights), features
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, n, N, C) -> what a patch is known by (B, L, F): those of each layer at length 1, side by side."""
-        patches = F.normalize(tokens[:, :, 1:], dim=-1)
-        return torch.cat(patches.unbind(1), dim=-1)
+    def features(self, tokens: list[Tensor]) -> Tensor:
+        """Tokens of layers (B, N, C) each -> what a patch is known by (B, L, F): theirs at length 1, side by side."""
+        return torch.cat([F.normalize(each[:, 1:], dim=-1) for each in tokens], dim=-1)
 
     def squared_distance(self, features: Tensor, memory: MemoryTensors) -> Tensor:
         """Features (B, L, F) -> how far each patch is from what the memory expects there (B, L)."""
-        groups = features.chunk(self.shape.groups, dim=-1)
+        groups = features.chunk(self.shape.groups, dim=-1) if self.shape.groups > 1 else (features,)
         parts = [part @ matrix for part, matrix in zip(groups, memory.matrix.unbind(0), strict=True)]
         z = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         own = (z - memory.places).square().sum(dim=-1)
         around = self.nearest_around(z, memory.places, memory.weights[Weight.REACH])
-        nearest = (memory.bank - 2 * torch.stack(parts).sum(dim=0)).amin(dim=-1)
+        nearest = 2 * (memory.bank / 2 - reduce(torch.add, parts)).amin(dim=-1)
         return torch.minimum(torch.minimum(own, around) + memory.weights[Weight.PLACES_FAR], nearest)
 
     def nearest_around(self, z: Tensor, places: Tensor, reach: Tensor) -> Tensor:
@@ -95,19 +110,17 @@ class AdaptableVisual(nn.Module):
         # a row of patches against each of the rows around it, as in the spatial view
         products = [z @ keys[k : k + side].mT for k in range(2 * REACH + 1)]
         pp = F.pad(p.square().sum(dim=-1), (0, 0, REACH, REACH))
-        pp = torch.stack([pp[k : k + side] for k in range(2 * REACH + 1)], dim=1)[
-            :, None
-        ]  # (rows, 1, rows around, cols)
-        away = pp - 2 * torch.stack(products, dim=3)  # (B, rows, cols, rows around, cols)
+        pp = torch.stack([pp[k : k + side] for k in range(2 * REACH + 1)], dim=1)[:, None]
+        away = pp / 2 - torch.stack(products, dim=3)  # (B, rows, cols, rows around, cols)
         away = away.masked_fill(self.distance > reach, FAR).flatten(3).amin(dim=-1)
-        return (away + z.square().sum(dim=-1)).clamp_min(0).flatten(1)
+        return (2 * away + z.square().sum(dim=-1)).clamp_min(0).flatten(1)
 
-    def fused(self, logits: Tensor, squared: Tensor, weights: Tensor) -> ScoreAndMap:
-        """Zero-shot logits (B, N) and squared distances (B, L) -> ScoreAndMap."""
+    def fused(self, logits: Tensor, squared: Tensor, weights: Tensor) -> Tensor:
+        """Zero-shot logits (B, N) and squared distances (B, L) -> logits (B, N)."""
         w = [weights[n] for n in range(len(Weight))]
         patches = w[Weight.MAP_ZERO_SHOT] * logits[:, 1:] + (
             w[Weight.MAP_MEMORY] * squared.clamp_min(1e-6).log() + w[Weight.MAP_OFFSET]
         )
         top = patches.topk(self.top, dim=-1).values.mean(dim=-1)
         score = w[Weight.SCORE_CLASS] * logits[:, 0] + (w[Weight.SCORE_TOP] * top + w[Weight.SCORE_OFFSET])
-        return self.visual.probabilities(torch.cat([score[:, None], patches], dim=1))
+        return torch.cat([score[:, None], patches], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.backend import Backend, Results
+from fbclip.backend import Backend, Described, Results
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT
 from fbclip.errors import BundleError, DeviceError
+from fbclip.memory import FEATURES, LOGITS, Shape, Tensors
 from fbclip.runtime.host import allowed_cores
 from fbclip.untrusted import one_line
 
@@ -35,6 +37,7 @@ class OnnxRuntimeBackend(Backend):
         graph: the ONNX file.
         text: text features float32 (2, E).
         device: "cpu", "cuda" or "ort-tensorrt" (ONNX Runtime's providers of those names).
+        memory: of the graph's tensors of a memory; None where it has none.
         cache: folder where the TensorRT provider keeps what it builds; for this graph only, since the names that it
             gives its files say nothing of the weights.
 
@@ -49,7 +52,14 @@ class OnnxRuntimeBackend(Backend):
         BundleError: it can't load the graph, or the graph is no bundle's.
     """
 
-    def __init__(self, graph: Path, text: NDArray[np.float32], device: str = "cpu", cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        text: NDArray[np.float32],
+        device: str = "cpu",
+        memory: Shape | None = None,
+        cache: Path | None = None,
+    ) -> None:
         provider = PROVIDERS[device]
         if device not in available():
             raise DeviceError(
@@ -77,7 +87,7 @@ class OnnxRuntimeBackend(Backend):
             )
         except Exception as error:  # its classes are those of C++, and their only base is this one
             raise BundleError(f"ONNX Runtime can't load {graph} on {device}: {one_line(error)}") from error
-        self.input_size = require_signature(self.session, graph, text)
+        self.input_size = require_signature(self.session, graph, text, memory)
         if self.session.get_providers()[0] != provider:
             raise DeviceError(
                 f"ONNX Runtime could not start {provider} and fell back to {self.session.get_providers()[0]}; "
@@ -90,8 +100,15 @@ class OnnxRuntimeBackend(Backend):
         self._turn = Lock()
         self._binding = self.session.io_binding()
         place = "cpu" if device == "cpu" else "cuda"
-        self._text = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(text), place, 0)  # uploaded once
-        self._binding.bind_ortvalue_input(TEXT, self._text)
+        self.shape = memory
+        inputs = {TEXT: text, **(Tensors.neutral(memory).named() if memory else {})}
+        # uploaded once; a memory's are written anew where they lie
+        self._held = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), place, 0)
+            for name, value in inputs.items()
+        }
+        for name, value in self._held.items():
+            self._binding.bind_ortvalue_input(name, value)
 
     def run(self, images: NDArray[np.uint8]) -> Results:
         """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H', W'), both 0..1.
@@ -100,27 +117,56 @@ class OnnxRuntimeBackend(Backend):
             DeviceError: it is closed.
         """
         with self._turn:
-            if self.session is None:
-                raise DeviceError("this Predictor is closed: make a new one")
-            self._binding.bind_cpu_input(IMAGE, np.ascontiguousarray(images))
-            for name in (SCORE, ANOMALY_MAP):  # anew, as their shapes follow the batch
-                self._binding.bind_output(name, "cpu")
-            self.session.run_with_iobinding(self._binding)
-            scores, maps = self._binding.copy_outputs_to_cpu()
+            scores, maps = self._run(images, (SCORE, ANOMALY_MAP))
         return scores, maps
+
+    def describe(self, images: NDArray[np.uint8]) -> Described:
+        if self.shape is None:
+            raise self._no_memory()
+        with self._turn:
+            return Described(*self._run(images, (FEATURES, LOGITS)))
+
+    def _run(self, images: NDArray[np.uint8], names: Sequence[str]) -> list[NDArray[np.float32]]:
+        self._require_open()
+        self._binding.bind_cpu_input(IMAGE, np.ascontiguousarray(images))
+        self._binding.clear_binding_outputs()
+        for name in names:  # anew, as their shapes follow the batch
+            self._binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(self._binding)
+        outputs: list[NDArray[np.float32]] = self._binding.copy_outputs_to_cpu()
+        return outputs
+
+    def set_memory(self, tensors: Tensors | None) -> None:
+        if self.shape is None:
+            super().set_memory(tensors)
+            return
+        new = (tensors or Tensors.neutral(self.shape)).checked(self.shape).named()
+        with self._turn:
+            self._require_open()
+            for name, value in new.items():
+                self._held[name].update_inplace(np.ascontiguousarray(value))
+
+    def _require_open(self) -> None:
+        if self.session is None:
+            raise DeviceError("this Predictor is closed: make a new one")
 
     def close(self) -> None:
         """Free the session and what it holds on the device, once a call under way is done; safe to call again."""
         with self._turn:
-            self.session = self._binding = self._text = None
+            self.session = self._binding = None
+            self._held.clear()
 
 
-def require_signature(session: Any, graph: Path, text: NDArray[np.float32]) -> tuple[int, int]:
+def require_signature(
+    session: Any, graph: Path, text: NDArray[np.float32], memory: Shape | None = None
+) -> tuple[int, int]:
     """Height and width of the images that a graph takes.
 
     Raises:
-        BundleError: its inputs and outputs are not those of `fbclip export`, or not for these text features.
+        BundleError: its inputs and outputs are not those of `fbclip export`, or not for these text features and this shape
+            of a memory.
     """
+    inputs = [each.name for each in session.get_inputs()]
     found = {each.name: (each.type, list(each.shape)) for each in (*session.get_inputs(), *session.get_outputs())}
     _, shape = found.get(IMAGE, ("", []))
     batch, height, width, _ = shape if len(shape) == 4 else (None, 0, 0, 0)
@@ -130,10 +176,17 @@ def require_signature(session: Any, graph: Path, text: NDArray[np.float32]) -> t
         SCORE: ("tensor(float)", [batch]),
         ANOMALY_MAP: ("tensor(float)", [batch, height, width]),
     }
+    more = ""
+    if memory:
+        expected |= {name: ("tensor(float)", list(shape)) for name, shape in memory.shapes().items()}
+        patches = memory.grid**2
+        expected[FEATURES] = ("tensor(float)", [batch, patches, memory.features])
+        expected[LOGITS] = ("tensor(float)", [batch, 1 + patches])
+        more = f", and has inputs and outputs for a memory of {memory}"
 
     def fits(name: str) -> bool:
         (kind, there), (wanted_kind, wanted) = found[name], expected[name]
-        open_ended = name in (SCORE, ANOMALY_MAP)  # tools that rewrite graphs may forget the sizes of outputs
+        open_ended = name not in inputs  # tools that rewrite graphs may forget the sizes of outputs
         return (kind, len(there)) == (wanted_kind, len(wanted)) and all(
             here == side or type(side) is not int or (open_ended and type(here) is not int)
             for here, side in zip(there, wanted, strict=True)
@@ -143,7 +196,7 @@ def require_signature(session: Any, graph: Path, text: NDArray[np.float32]) -> t
     if not (known and all(map(fits, expected))):
         raise BundleError(
             f"a bundle's graph takes {IMAGE} uint8 (N, H, W, 3) and {TEXT} float32 {text.shape} as text.npy has it, and "
-            f"gives {SCORE} float32 (N,) and {ANOMALY_MAP} float32 (N, H, W); {graph} has {one_line(found)}: "
+            f"gives {SCORE} float32 (N,) and {ANOMALY_MAP} float32 (N, H, W){more}; {graph} has {one_line(found)}: "
             f"export the bundle again"
         )
     return height, width

@@ -48,6 +48,7 @@ def tiny_bundle(folder: Path, gain: float = 1.0) -> Path:
     onnx.save(make_model(graph, opset_imports=[make_opsetid("", 18)], ir_version=8), path / "model.onnx")
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["files"]["model.cpu.onnx"]
+    manifest["memory"] = None
     manifest["files"]["model.onnx"] = sha256(path / "model.onnx")
     (path / "manifest.json").write_text(json.dumps(manifest))
     return path
