@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +36,7 @@ from fbclip.manifest import (
     TEXT,
     Manifest,
 )
+from fbclip.memory import Memory
 from fbclip.untrusted import (
     MIB,
     external_files,
@@ -169,6 +171,39 @@ class Bundle:
             BundleError: a link leads out of the bundle.
         """
         return self.inside("calibration.json")
+
+    @property
+    def memory_file(self) -> Path:
+        """The file that `fbclip adapt` writes; it need not be there.
+
+        Raises:
+            BundleError: a link leads out of the bundle.
+        """
+        return self.inside("memory.npz")
+
+    def memory(self, path: Path | None = None) -> Memory | None:
+        """What good parts taught this model, from its own file, or another bundle's of the same model.
+
+        Returns:
+            The memory; None where it has no file of its own.
+
+        Raises:
+            BundleError: damaged, altered, or of another model than the bundle holds now; or the bundle can't have one.
+        """
+        own = self.memory_file
+        if path is None and not os.path.lexists(own):
+            return None
+        path = path or own
+        if (shape := self.manifest.memory_shape) is None:
+            raise BundleError(f"{self.path} has no inputs for a memory, so {path} is none of its: export it again")
+        memory = Memory.load(path, shape)
+        if memory.about.precision not in self.manifest.precisions or (
+            memory.about.model_sha256 != self.model_sha256(memory.about.precision)
+        ):
+            raise BundleError(
+                f"{path} is of another model than {self.path} holds now: run fbclip adapt again, or delete it"
+            )
+        return memory
 
     @property
     def engines(self) -> Path:

@@ -1,26 +1,50 @@
-"""What good parts taught a bundle: its `memory.npz`. Needs numpy alone."""
+"""What good parts taught a bundle: its `memory.npz`, and the tensors that the graph takes of it. Needs numpy alone."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import math
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.errors import UsageError
+from fbclip.engines import Precision
+from fbclip.errors import BundleError, UsageError
+from fbclip.files import replacing
+from fbclip.untrusted import MIB, Line, Range, Sha256, build, one_line, one_of, parse_array, parse_json
+
+Array = NDArray[np.float32]
 
 # Names of the graph's tensors of a memory, for the exporter and for every runtime; `Tensors` has them in this order.
 MEMORY_INPUTS = ("memory_matrix", "memory_places", "memory_bank", "memory_weights")
 FEATURES, LOGITS = "features", "logits"  # outputs: what patches are known by, and the zero-shot logits
 
-Array = NDArray[np.float32]
-
 REACH = 2  # patches: the furthest that positions may look around
 FAR = 1e30  # a squared distance beyond all others; float32 holds sums of it
 TOP_SHARE = 0.01  # of the patches, whose mean is the map's part of the score
+NEAREST_ZERO = 1e-6  # squared distances below count as this: their logarithm is finite
+
+# How a memory knows what is good: by mean and covariance of all patches, by the nearest of some remembered patches, or
+# by what is usual at each place.
+WHITEN, NEAREST, POSITIONS = "whiten", "nearest", "positions"
+MODES = (WHITEN, NEAREST, POSITIONS)
+FIXED, FLIPS, ANY = "fixed", "flips", "any"
+ORIENTATIONS = (FIXED, FLIPS, ANY)
+
+SHRINKAGE = 0.1  # of a covariance towards a multiple of the identity (docs/method.md, section 11)
+SLOPE = 4.0  # of the logit over the logarithm of the squared distance
+MEMORY_LINE = 0.5  # scores and map values of a bundle with a memory are anomalous from here on
+MOST_REFERENCES = 10_000
+MOST_ABOUT = 4 * MIB  # bytes of the description; a reference takes 200 of them
+ABOUT = "about.json"
 
 
 class Weight(IntEnum):
@@ -45,7 +69,18 @@ class Shape(NamedTuple):
 
     @property
     def features(self) -> int:
+        """Numbers of a patch, F."""
         return self.groups * self.width
+
+    @property
+    def top(self) -> int:
+        """How many patches are the highest."""
+        return int(np.ceil(TOP_SHARE * self.grid**2))
+
+    def grouped(self, features: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Features (..., F) -> (G, ..., W)."""
+        parts: NDArray[np.floating] = np.stack(np.split(features, self.groups, axis=-1))
+        return parts
 
     @property
     def numbers(self) -> int:
@@ -101,3 +136,173 @@ class Tensors:
     def named(self) -> dict[str, Array]:
         """By the names of the graph's inputs."""
         return dict(zip(MEMORY_INPUTS, (self.matrix, self.places, self.bank, self.weights), strict=True))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A good part that a memory was learned from.
+
+    Attributes:
+        name: of its file.
+        sha256: of its pixels, as `fbclip.images.pixels_sha256` has it.
+        score: its own score logit where all others taught the memory (leave-one-out), before the memory's line is taken off.
+        peak: the same of the highest value of its map.
+        odd: it stands out among the others and does not count for the lines.
+    """
+
+    name: Line
+    sha256: Sha256
+    score: Annotated[float, Range(-1000, 1000)]
+    peak: Annotated[float, Range(-1000, 1000)]
+    odd: bool
+
+
+@dataclass(frozen=True)
+class About:
+    """What a memory says of itself.
+
+    Attributes:
+        mode: one of `MODES`.
+        orientation: in which views each reference was shown, one of `ORIENTATIONS`.
+        reach: patches around its own place that one is compared with; 0 unless the mode is "positions".
+        weight: of the zero-shot logit beside the memory's.
+        map_line, score_line: logits that are taken off, so that 0.5 is the line between good and anomalous.
+        references: the good parts.
+        model_sha256: `Bundle.model_sha256` of `precision`.
+        precision, device: what looked at them.
+        roi: the region of interest that they were looked at in, or None for all of them.
+        arrays: SHA-256 of each array's file in the archive.
+        format: of the file.
+    """
+
+    mode: Annotated[str, one_of(*MODES)]
+    orientation: Annotated[str, one_of(*ORIENTATIONS)]
+    reach: Annotated[int, Range(0, REACH)]
+    weight: Annotated[float, Range(0, 1000)]
+    map_line: Annotated[float, Range(-1000, 1000)]
+    score_line: Annotated[float, Range(-1000, 1000)]
+    references: Annotated[tuple[Reference, ...], Range(1, MOST_REFERENCES)]
+    model_sha256: Sha256
+    precision: Precision
+    device: Line
+    roi: Line | None
+    arrays: Mapping[str, Sha256] = field(default_factory=dict)
+    format: Annotated[int, Range(1, 1)] = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What good parts taught.
+
+    Attributes:
+        about: the description.
+        sums: what was added up over the references, by `fbclip.learning`: enough to go on from without their images.
+    """
+
+    about: About
+    sums: Mapping[str, NDArray[np.floating]]
+
+    @property
+    def sha256(self) -> str:
+        """Of all that makes it: another memory has another."""
+        return hashlib.sha256(_text(self.about)).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The first twelve digits of its hash, for people and records."""
+        return self.sha256[:12]
+
+    def explain(self, precision: str | None = None) -> str:
+        """One line for a person."""
+        about = self.about
+        how = f"{about.mode} ±{about.reach}" if about.mode == POSITIONS else about.mode
+        text = f"memory {self.name} of {len(about.references)} good parts ({how})"
+        if precision not in (None, about.precision):
+            text += f"; learned in {about.precision}, and {precision} may differ: adapt in {precision}"
+        return text
+
+    @classmethod
+    def load(cls, path: Path, shape: Shape) -> Memory:
+        """Read a memory's file; nothing in it is unpickled, nothing is read before its size is bounded.
+
+        Raises:
+            BundleError: missing, damaged, altered, or of another model's shape.
+        """
+        try:
+            return cls._read(path, shape)
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+            raise BundleError(
+                f"{path} is no memory of this model: {one_line(error)}; run fbclip adapt again"
+            ) from error
+
+    @classmethod
+    def _read(cls, path: Path, shape: Shape) -> Memory:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        shapes = sum_shapes(shape)
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            names = {name.removesuffix(".npy") for name in members.keys() - {ABOUT}}
+            if ABOUT not in members or len(members) != len(archive.infolist()) or not names <= shapes.keys():
+                raise ValueError(f"it holds {one_line(', '.join(sorted(members)), 80)}")
+            for name, info in members.items():
+                most = MOST_ABOUT if name == ABOUT else 8 * int(np.prod(shapes[name.removesuffix(".npy")])) + 10_000
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size > most:
+                    raise ValueError(f"{name} is compressed, or has more than {most:,} bytes")
+            about = build(About, parse_json(archive.read(ABOUT)))
+            contents = {name: archive.read(f"{name}.npy") for name in names}
+        if {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()} != dict(about.arrays):
+            raise ValueError("its arrays aren't those of its description")
+        sums = {name: parse_array(content) for name, content in contents.items()}
+        if about.mode == POSITIONS:
+            required = {"count", "places", "pairs", "products"}
+        else:
+            required = {"count", "total", "products"} if about.mode == WHITEN else {"tokens"}
+        if sums.keys() != required:
+            raise ValueError(f"{about.mode} needs {', '.join(sorted(required))}; it has {', '.join(sorted(sums))}")
+        for name, values in sums.items():
+            fits = len(values.shape) == len(shapes[name]) and all(
+                side == most or (name == "tokens" and 1 <= side <= most)
+                for side, most in zip(values.shape, shapes[name], strict=True)
+            )
+            if not fits or values.dtype not in (np.float32, np.float64) or not np.isfinite(values).all():
+                raise ValueError(f"{name} is finite and {shapes[name]}; got {values.dtype} {values.shape}")
+        return cls(about, sums)
+
+    def save(self, path: Path) -> None:
+        """Write the file whole, or leave the older one.
+
+        Raises:
+            FBClipError, UsageError: it can't be written; see `fbclip.files.write_error`.
+        """
+        with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, values in self.sums.items():
+                archive.writestr(zipfile.ZipInfo(f"{name}.npy"), _npy(values))
+            archive.writestr(zipfile.ZipInfo(ABOUT), _text(self.about))
+
+
+def sum_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """The largest shape of each array that a memory may hold."""
+    return {
+        "count": (1,),
+        "total": (shape.features,),
+        "products": (shape.groups, shape.width, shape.width),
+        "places": (shape.grid**2, shape.features),
+        "pairs": (1,),
+        "tokens": (shape.width, shape.features),
+    }
+
+
+def hashes(sums: Mapping[str, NDArray[np.floating]]) -> dict[str, str]:
+    """SHA-256 of each array's file in the archive."""
+    return {name: hashlib.sha256(_npy(values)).hexdigest() for name, values in sums.items()}
+
+
+def _npy(values: NDArray[np.floating]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def _text(about: About) -> bytes:
+    return (json.dumps(asdict(about), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -1,0 +1,300 @@
+"""From what a model sees of good parts to a memory, and what the memory says of them (docs/method.md, section 11).
+
+Torch-free: features come from a bundle's graph (`Backend.describe`). Shapes: V views of an image, L patches, F features of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fbclip.errors import UsageError
+from fbclip.memory import (
+    FAR,
+    NEAREST,
+    NEAREST_ZERO,
+    POSITIONS,
+    SHRINKAGE,
+    SLOPE,
+    WHITEN,
+    Array,
+    Memory,
+    Reference,
+    Shape,
+    Tensors,
+    Weight,
+)
+from fbclip.resample import upsampling_matrix
+
+Sums = Mapping[str, NDArray[np.floating]]
+
+# The line lies so many deviations above the mean of the references' leave-one-out logits; a few references underestimate
+# the deviation, so it is never less than the floor. Chosen on rendered parts (benchmarks/few_shot.py).
+DEVIATIONS, FLOOR = 2.5, 0.3
+STANDS_OUT = 6.0  # such deviations of the others, above their mean: a reference that is odd
+LEAST_OTHERS = 3  # references that a comparison with the others needs
+SKETCH = 64  # numbers that a patch is sketched by while the bank's tokens are chosen
+
+
+class Seen(NamedTuple):
+    """What the model sees of a reference.
+
+    Attributes:
+        name: of its file.
+        sha256: of its pixels.
+        features: (V, L, F), the picture as it is first, then its other views.
+        logits: zero-shot logits (1 + L,) of the picture as it is.
+        moved: features (2, L, F) and logits (2, 1 + L) of copies that are moved a little, where it is the only one; or None.
+    """
+
+    name: str
+    sha256: str
+    features: Array
+    logits: Array
+    moved: tuple[Array, Array] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a memory is learned: see `fbclip.memory.About`."""
+
+    mode: str
+    orientation: str
+    reach: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a memory says of an image: logits, before its lines are taken off.
+
+    Attributes:
+        patches: (L,).
+        score, peak: of the image, and of the highest pixel of its map.
+    """
+
+    patches: Array
+    score: float
+    peak: float
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What references taught.
+
+    Attributes:
+        sums: for `Memory`.
+        references: the old ones, then the new ones in their order.
+        map_line, score_line: as in `About`.
+        judged: what the memory says of each new reference where the others alone taught it; of a single one's moved
+            copies instead.
+    """
+
+    sums: Sums
+    references: tuple[Reference, ...]
+    map_line: float
+    score_line: float
+    judged: tuple[Judged, ...]
+
+
+def learn(recipe: Recipe, shape: Shape, image_size: int, seen: Sequence[Seen], old: Memory | None = None) -> Learned:
+    """Learn from references.
+
+    Args:
+        image_size: side S of the model's input, for the maps' peaks.
+        seen: two or more; one with moved copies, or where there is an old memory.
+        old: to go on from; it has the same recipe.
+
+    Raises:
+        UsageError: one reference that nothing can be compared with.
+    """
+    own = [_sums(recipe, shape, one.features) for one in seen]
+    before = [old.sums] if old else []
+    whole = _together(recipe, shape, [*before, *own])
+    if len(before) + len(own) > 1:
+        judged = []
+        for index, one in enumerate(seen):
+            others = _together(recipe, shape, [*before, *own[:index], *own[index + 1 :]])
+            memory = _tensors(recipe, shape, others)
+            judged += judge(recipe, shape, image_size, memory, one.features[:1], one.logits[None])
+        fresh = [Reference(one.name, one.sha256, j.score, j.peak, False) for one, j in zip(seen, judged, strict=True)]
+        references = mark_odd((*(old.about.references if old else ()), *fresh))
+        usual = [each for each in references if not each.odd]
+        scores, peaks = [each.score for each in usual], [each.peak for each in usual]
+    elif seen[0].moved is not None:
+        judged = judge(recipe, shape, image_size, _tensors(recipe, shape, whole), *seen[0].moved)
+        scores, peaks = [each.score for each in judged], [each.peak for each in judged]
+        references = (Reference(seen[0].name, seen[0].sha256, max(scores), max(peaks), False),)
+    else:
+        raise UsageError("a memory is learned from two good parts or more; got one", option="good")
+    return Learned(whole, references, line(peaks), line(scores), tuple(judged))
+
+
+def line(logits: Sequence[float]) -> float:
+    """Where good ends, from leave-one-out logits of good parts."""
+    spread = np.std(logits, ddof=1) if len(logits) > 1 else 0.0
+    return float(np.mean(logits) + DEVIATIONS * np.hypot(spread, FLOOR))
+
+
+def mark_odd(references: Sequence[Reference]) -> tuple[Reference, ...]:
+    """References that stand out among the others, one after the other, the highest first: probably defects."""
+    marked = [replace(each, odd=False) for each in references]
+    while True:
+        usual = [i for i, each in enumerate(marked) if not each.odd]
+        if len(usual) <= LEAST_OTHERS:
+            return tuple(marked)
+        highest = max(usual, key=lambda i: marked[i].score)
+        others = [marked[i].score for i in usual if i != highest]
+        if marked[highest].score < np.mean(others) + STANDS_OUT * np.hypot(np.std(others, ddof=1), FLOOR):
+            return tuple(marked)
+        marked[highest] = replace(marked[highest], odd=True)
+
+
+def tensors(memory: Memory, shape: Shape) -> Tensors:
+    """A memory as the graph takes it.
+
+    Raises:
+        UsageError: sums that no covariance has.
+    """
+    about = memory.about
+    made = _tensors(Recipe(about.mode, about.orientation, about.reach, about.weight), shape, memory.sums)
+    made.weights[Weight.MAP_OFFSET] = -about.map_line
+    made.weights[Weight.SCORE_OFFSET] = about.map_line - about.score_line
+    return made
+
+
+def judge(
+    recipe: Recipe, shape: Shape, image_size: int, memory: Tensors, features: Array, logits: Array
+) -> list[Judged]:
+    """What a memory says of images, features (B, L, F) and zero-shot logits (B, 1 + L), as the graph computes it."""
+    rise = upsampling_matrix(image_size, shape.grid)
+    found = []
+    for each, zero_shot in zip(features, logits, strict=True):
+        squared = np.maximum(squared_distance(shape, memory, each), NEAREST_ZERO)
+        patches = recipe.weight * zero_shot[1:] + SLOPE * np.log(squared)
+        top = float(np.sort(patches)[-shape.top :].mean())
+        # the map's pixels are of probabilities: near its highest patch they are what they will be at the line
+        middle = float(patches.max())
+        for _ in range(2):
+            probability = 1 / (1 + np.exp(-(patches - middle)))
+            peak = float((rise @ probability.reshape(shape.grid, shape.grid) @ rise.T).max())
+            middle += float(np.log(peak / (1 - peak)))
+        found.append(Judged(patches.astype(np.float32), recipe.weight * float(zero_shot[0]) + top, middle))
+    return found
+
+
+def squared_distance(shape: Shape, memory: Tensors, features: Array) -> Array:
+    """How far each patch (L, F) is from what the memory expects there: (L,), as `fbclip.model.memory` computes it."""
+    parts = np.matmul(shape.grouped(features), memory.matrix)  # (G, L, W)
+    z = np.concatenate(list(parts), axis=-1)
+    near = (memory.bank - 2 * parts.sum(axis=0)).min(axis=-1)
+    own = np.square(z - memory.places).sum(axis=-1)
+    if reach := int(memory.weights[Weight.REACH]):
+        around = np.square(z).sum(-1)[:, None] - 2 * z @ memory.places.T + np.square(memory.places).sum(-1)
+        rows, cols = np.divmod(np.arange(shape.grid**2), shape.grid)
+        away = np.maximum(abs(rows[:, None] - rows), abs(cols[:, None] - cols))
+        own = np.minimum(own, np.where(away <= reach, around, FAR).min(axis=-1).clip(0))
+    nearest: Array = np.minimum(own + memory.weights[Weight.PLACES_FAR], near).astype(np.float32)
+    return nearest
+
+
+def _sums(recipe: Recipe, shape: Shape, features: Array) -> Sums:
+    """What one reference adds: features (V, L, F)."""
+    if recipe.mode == NEAREST:
+        return {"tokens": features.reshape(-1, shape.features)}
+    if recipe.mode == WHITEN:
+        patches = features.reshape(-1, shape.features)
+        return {
+            "count": np.array([len(patches)], np.float64),
+            "total": patches.sum(axis=0, dtype=np.float64),
+            "products": _products(shape, patches),
+        }
+    side = shape.grid
+    grid = features[0].reshape(side, side, -1)
+    steps = [(grid[:, 1:] - grid[:, :-1]), (grid[1:] - grid[:-1])]
+    pairs = np.concatenate([step.reshape(-1, shape.features) for step in steps])
+    return {
+        "count": np.ones(1),
+        "places": features[0].astype(np.float64),
+        "pairs": np.array([len(pairs)], np.float64),
+        "products": _products(shape, pairs),
+    }
+
+
+def _products(shape: Shape, rows: Array) -> NDArray[np.floating]:
+    """Sums of products (G, W, W) of rows (n, F)."""
+    parts = shape.grouped(rows)
+    products: NDArray[np.floating] = np.matmul(parts.transpose(0, 2, 1), parts).astype(np.float64)
+    return products
+
+
+def _together(recipe: Recipe, shape: Shape, parts: Sequence[Sums]) -> Sums:
+    if recipe.mode == NEAREST:
+        return {"tokens": coreset(np.concatenate([part["tokens"] for part in parts]).astype(np.float32), shape.width)}
+    return {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]}
+
+
+def coreset(tokens: Array, count: int) -> Array:
+    """So many tokens (M, F) that none of the others is far from all of them: the furthest, again and again.
+
+    As PatchCore chooses its memory (Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022,
+    arXiv:2106.08265), on random projections.
+    """
+    if len(tokens) <= count:
+        return tokens
+    random = np.random.default_rng(0).standard_normal((tokens.shape[1], SKETCH), np.float32)
+    sketch = tokens @ random / np.sqrt(SKETCH)
+    chosen = [int(np.square(sketch - sketch.mean(0)).sum(-1).argmin())]
+    far = np.full(len(tokens), np.inf, np.float32)
+    while len(chosen) < count:
+        far = np.minimum(far, np.square(sketch - sketch[chosen[-1]]).sum(-1))
+        chosen.append(int(far.argmax()))
+    return tokens[chosen]
+
+
+def _tensors(recipe: Recipe, shape: Shape, sums: Sums) -> Tensors:
+    """As the graph takes them, without lines."""
+    made = Tensors.neutral(shape)
+    weights = made.weights
+    weights[[Weight.MAP_ZERO_SHOT, Weight.SCORE_CLASS]] = recipe.weight
+    weights[Weight.MAP_MEMORY], weights[Weight.SCORE_TOP] = SLOPE, 1
+    weights[Weight.REACH] = recipe.reach
+    if recipe.mode == NEAREST:
+        weights[Weight.PLACES_FAR] = FAR
+        tokens = sums["tokens"].astype(np.float32)
+        made.matrix[:, :, : len(tokens)] = shape.grouped(tokens).transpose(0, 2, 1)
+        # squared length of a patch: its features of each layer have length 1, and so have the tokens'
+        made.bank[: len(tokens)] = 2 * np.square(tokens.astype(np.float64)).sum(axis=-1)
+        return made
+    if recipe.mode == POSITIONS:
+        expected = sums["places"] / sums["count"]
+        covariance = sums["products"] / sums["pairs"]
+    else:
+        mean = sums["total"] / sums["count"]
+        expected = np.broadcast_to(mean, (shape.grid**2, shape.features))
+        centre = shape.grouped(mean)
+        covariance = sums["products"] / sums["count"] - centre[:, :, None] * centre[:, None, :]
+    matrix = np.stack([whitening(each) for each in covariance]).astype(np.float32)
+    places = np.matmul(shape.grouped(expected.astype(np.float32)), matrix)
+    return replace(made, matrix=matrix, places=np.concatenate(list(places), axis=-1))
+
+
+def whitening(covariance: NDArray[np.floating]) -> NDArray[np.floating]:
+    """The matrix that decorrelates by a covariance (W, W), after shrinking it towards a multiple of the identity
+    (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004).
+
+    Raises:
+        UsageError: none that is positive definite then.
+    """
+    width = len(covariance)
+    scale = np.trace(covariance) / width
+    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * max(float(scale), 1e-9) * np.eye(width)
+    try:
+        matrix: NDArray[np.floating] = np.linalg.inv(np.linalg.cholesky(shrunk)).T
+    except np.linalg.LinAlgError as error:
+        raise UsageError("what these images taught is no covariance: adapt again") from error
+    return matrix
