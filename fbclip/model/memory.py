@@ -7,7 +7,6 @@ features. Shapes: B images, L = g*g patches, G groups of feature layers, W numbe
 
 from __future__ import annotations
 
-import math
 from functools import reduce
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbclip.memory import FAR, REACH, TOP_SHARE, Shape, Weight
+from fbclip.memory import FAR, NEAREST_ZERO, REACH, Shape, Weight
 from fbclip.model.config import Config
 from fbclip.model.network import Visual
 
@@ -56,7 +55,7 @@ class AdaptableVisual(nn.Module):
         """Normalised images (B, 3, S, S), text features (2, E) and a memory -> Adapted."""
         tower = self.visual.tower
         every = sorted({*tower.feature_layers, *self.layers})
-        tokens = dict(zip(every, tower.tokens(image, every), strict=True))
+        tokens = dict(zip(every, tower(image, every), strict=True))
         feature_layers = torch.stack([tokens[n] for n in tower.feature_layers], dim=1)
         logits = self.visual.token_logits(feature_layers, text, batched)
         fused, features = self.head([tokens[n] for n in self.layers], logits, memory)
@@ -78,7 +77,6 @@ class MemoryHead(nn.Module):
         super().__init__()
         self.shape = shape
         side = self.shape.grid
-        self.top = math.ceil(TOP_SHARE * side * side)
         index, around = torch.arange(side), torch.arange(-REACH, REACH + 1)
         inside = ((index[:, None] + around).clamp(0, side - 1) - index[:, None]) == around
         # a place itself is compared without rounding's error elsewhere; with a reach of 0 nothing is left to do here
@@ -94,8 +92,9 @@ class MemoryHead(nn.Module):
 
     def features(self, tokens: list[Tensor]) -> Tensor:
         """Tokens of layers (B, N, C) each -> what a patch is known by (B, L, F): theirs at length 1, side by side."""
-        x = torch.cat(tokens, dim=-1)[:, 1:].unflatten(-1, (len(tokens), -1))
-        return (x / (x * x).sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)).flatten(2)
+        x: Tensor = torch.cat(tokens, dim=-1)[:, 1:].unflatten(-1, (len(tokens), -1))
+        length = (x * x).sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
+        return torch.div(x, length).flatten(2)
 
     def squared_distance(self, features: Tensor, memory: MemoryTensors) -> Tensor:
         """Features (B, L, F) -> how far each patch is from what the memory expects there (B, L)."""
@@ -125,8 +124,8 @@ class MemoryHead(nn.Module):
         """Zero-shot logits (B, N) and squared distances (B, L) -> logits (B, N)."""
         w = [weights[n] for n in range(len(Weight))]
         patches = w[Weight.MAP_ZERO_SHOT] * logits[:, 1:] + (
-            w[Weight.MAP_MEMORY] * squared.clamp_min(1e-6).log() + w[Weight.MAP_OFFSET]
+            w[Weight.MAP_MEMORY] * squared.clamp_min(NEAREST_ZERO).log() + w[Weight.MAP_OFFSET]
         )
-        top = patches.topk(self.top, dim=-1).values.mean(dim=-1)
+        top = patches.topk(self.shape.top, dim=-1).values.mean(dim=-1)
         score = w[Weight.SCORE_CLASS] * logits[:, 0] + (w[Weight.SCORE_TOP] * top + w[Weight.SCORE_OFFSET])
         return torch.cat([score[:, None], patches], dim=1)
