@@ -19,6 +19,7 @@ from fbclip.export import graph as graphs
 from fbclip.export import parity
 from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.stages import compare_stages, first_diverging
+from fbclip.memory import FEATURES, LOGITS, MEMORY_INPUTS, Tensors
 from fbclip.resample import resize
 from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from fbclip.runtime.doctor import probes
@@ -61,8 +62,8 @@ def check_graphs(bundle: Bundle) -> None:
     for precision in ("fp32", "fp16", "int8"):
         graph = onnx.load(bundle.graph(precision))
         onnx.checker.check_model(graph, full_check=True)
-        assert [i.name for i in graph.graph.input] == [IMAGE, TEXT]
-        assert [o.name for o in graph.graph.output] == [SCORE, ANOMALY_MAP]
+        assert [i.name for i in graph.graph.input] == [IMAGE, TEXT, *MEMORY_INPUTS]
+        assert [o.name for o in graph.graph.output] == [SCORE, ANOMALY_MAP, FEATURES, LOGITS]
         assert graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
         types = {t.data_type for t in graph.graph.initializer}
         assert onnx.TensorProto.DOUBLE not in types
@@ -84,7 +85,8 @@ def check_cpu_graph(bundle: Bundle) -> None:
 def check_same_numbers(bundle: Bundle) -> None:
     images = resize(EXPECTED["raw_image"], bundle.manifest.image_size)[None].repeat(2, axis=0)
     portable, ours = (
-        OnnxRuntimeBackend(p, bundle.text).run(images) for p in (bundle.graph("fp32"), bundle.cpu_graph())
+        OnnxRuntimeBackend(p, bundle.text, "cpu", bundle.manifest.memory_shape).run(images)
+        for p in (bundle.graph("fp32"), bundle.cpu_graph())
     )
     assert all(np.abs(a - b).max() <= 1e-6 for a, b in zip(portable, ours, strict=True))
 
@@ -104,9 +106,15 @@ def check_report(bundle: Bundle) -> None:
         "views",
         "separation",
         "scores",
+        "memory",
         "map",
     ]
     assert stages["patch embedding"] == stages["foreground mask"] == 0
+    for precision, (score_budget, map_budget) in parity.BUDGETS.items():
+        found = report[precision]["memory"]
+        assert 0 < found["score_max"] <= score_budget
+        assert 0 < found["map_p999"] <= map_budget
+        assert found["features"] <= (1e-5 if precision == "fp32" else 5e-2)
     assert 0 < stages["block 1"] < stages["block 6"] < 1e-2
     assert bundle.manifest.parity["fp16"]["map_p999"] == report["fp16"]["map"]["p999"]
     assert Image.open(bundle.path / "parity.jpg").size[0] > 800
@@ -115,12 +123,15 @@ def check_report(bundle: Bundle) -> None:
 def check_taps(bundle: Bundle, folder: Path) -> None:
     """A fault in one block is found there."""
     graph = onnx.load(bundle.graph("fp16"))
-    bias = next(i for i in graph.graph.initializer if i.name == "visual.tower.blocks.2.mlp.c_proj.bias")
+    bias = next(i for i in graph.graph.initializer if i.name == "adaptable.visual.tower.blocks.2.mlp.c_proj.bias")
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float16(1), bias.name))
     faulty = folder / "faulty.onnx"
     onnx.save(graph, faulty)
     image = resize(EXPECTED["raw_image"], golden.IMAGE_SIZE)[None]
-    assert first_diverging(compare_stages("fp16", bundle.graph("fp32"), faulty, bundle.text, image)) == "block 3"
+    shape = bundle.manifest.memory_shape
+    assert shape
+    feed = {IMAGE: image, TEXT: bundle.text, **Tensors.neutral(shape).named()}
+    assert first_diverging(compare_stages("fp16", bundle.graph("fp32"), faulty, feed)) == "block 3"
     assert [f.name for f in folder.glob("*.tapped*")] == []
 
 

@@ -24,12 +24,13 @@ from fbclip.errors import DeviceError, GraphError, ParityError, UsageError
 from fbclip.export import parity
 from fbclip.export.bundle import Deployment, GraphWriter
 from fbclip.export.engine import build_engine
-from fbclip.export.parity import Proof, find_calibration, run_reference
+from fbclip.export.parity import Proof, find_calibration, run_reference, run_taught
 from fbclip.export.precision.float32_islands import LARGEST_ISLANDS
 from fbclip.export.precision.int8 import Quantization, Quantizer
 from fbclip.export.tensorrt_rules import check_graph
 from fbclip.folders import list_images
 from fbclip.images import read_image
+from fbclip.memory import Shape, Tensors
 from fbclip.model.backend import TorchBackend
 from fbclip.resample import resize
 from fbclip.runtime.backends import make_backend
@@ -37,6 +38,7 @@ from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from helpers import golden
 
 NANO = Bundle.load()
+SHAPE = Shape(24, 1, 256)
 FRAMES = [resize(read_image(path), NANO.manifest.image_size) for path in list_images([])]
 BLOCKS = max(NANO.manifest.feature_layers)
 FLOAT = onnx.load(NANO.graph("fp32")).graph
@@ -48,7 +50,8 @@ PRODUCTS = [f"block {block}/MatMul {number}" for block in range(1, BLOCKS + 1) f
 
 @pytest.fixture(scope="module", params=[DYNAMIC, STATIC])
 def quantizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Quantizer:
-    feed = [{IMAGE: frame[None], TEXT: NANO.text} for frame in FRAMES[:2]]
+    constants = {TEXT: NANO.text, **Tensors.neutral(SHAPE).named()}
+    feed = [{IMAGE: frame[None], **constants} for frame in FRAMES[:2]]
     return Quantizer(NANO.graph("fp32"), request.param, feed, tmp_path_factory.mktemp("quantizer"))
 
 
@@ -131,7 +134,7 @@ def test_parts_stay_float32(quantizer: Quantizer, tmp_path: Path) -> None:
 
 def test_scores_and_maps_stay_close(graph: Path) -> None:
     """With nothing left float32, before the gate's search: within twice its budget."""
-    exact, rounded = (OnnxRuntimeBackend(path, NANO.text) for path in (NANO.graph("fp32"), graph))
+    exact, rounded = (OnnxRuntimeBackend(path, NANO.text, "cpu", SHAPE) for path in (NANO.graph("fp32"), graph))
     score_budget, map_budget = (2 * budget for budget in parity.BUDGETS["int8"])
     for frame in FRAMES:
         (scores, maps), (expected, expected_maps) = rounded.run(frame[None]), exact.run(frame[None])
@@ -196,8 +199,9 @@ def gate(golden_files: Path, golden_bundle: Path, tmp_path: Path) -> GraphWriter
     frames = [resize(rng.integers(0, 256, (9, 9, 3), np.uint8), golden.IMAGE_SIZE) for _ in range(2)]
     proof = Proof(frames, ("a", "b"))
     reference = run_reference(trained, proof, golden.IMAGE_SIZE)
+    taught = run_taught(trained, proof, golden.IMAGE_SIZE)
     said: list[str] = []
-    gate = GraphWriter(model, trained.text.numpy(), proof, reference, Deployment("b"), said.append)
+    gate = GraphWriter(model, trained.text.numpy(), proof, reference, taught, Deployment("b"), said.append)
     gate.said = said  # type: ignore[attr-defined]
     return gate
 

@@ -17,6 +17,7 @@ from fbclip.export.graph import DeployedModel
 from fbclip.export.parity import Deviation, Differences, Parity, Proof, auroc_budget, find_proof
 from fbclip.export.precision.float32_islands import BLOCK_GROUPS, parts_by_stage, widen
 from fbclip.export.precision.half import HalfWeights
+from fbclip.memory import Tensors
 from helpers import golden
 
 probabilities = arrays(np.float32, st.integers(1, 300), elements=st.floats(0, 1, width=32, allow_subnormal=False))
@@ -94,13 +95,14 @@ def test_a_part_that_overflows_stays_float32(golden_files: Path) -> None:
         branch.to_out.weight *= 1e-6
     deployed = DeployedModel(model)
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 154, 154, 3), np.uint8))
-    expected, _ = deployed(image, text)
+    memory = [torch.from_numpy(value) for value in Tensors.neutral(model.config.memory_shape).named().values()]
+    expected, *_ = deployed(image, text, *memory)
     weights = HalfWeights(deployed.visual)
     said: list[str] = []
 
     def overrun(islands: Collection[str]) -> float:
         weights.apply(islands)
-        difference = (deployed(image, text)[0] - expected).abs().nan_to_num(1.0)
+        difference = (deployed(image, text, *memory)[0] - expected).abs().nan_to_num(1.0)
         return difference.item() / 2e-3
 
     assert overrun(()) > 100

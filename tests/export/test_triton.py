@@ -30,8 +30,11 @@ from fbclip.export.triton import write_model
 from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.resample import resize
+from fbclip.runtime.backends import make_backend
 from fbclip.runtime.calibrate import calibrate
 from fbclip.runtime.predictor import Predictor
+from helpers.memories import made_up
+from helpers.tiny import tiny_bundle
 from helpers.waiting import PATIENCE_S
 
 SAMPLES = list_images([])
@@ -128,6 +131,30 @@ def test_the_baked_graph_scores_as_the_bundle(tmp_path: Path) -> None:
     predictions = [predict(path) for path in SAMPLES]
     assert np.abs(scores - [p.score for p in predictions]).max() < 1e-5
     assert np.abs(maps - np.stack([p.model_map for p in predictions])).max() < 1e-5
+
+
+def test_a_memory_is_in_the_graph(tmp_path: Path) -> None:
+    bundle = Bundle.load()
+    shape = bundle.manifest.memory_shape
+    assert shape
+    memory = made_up(shape, reach=1)
+    folder = write_model(bundle, tmp_path, memory=memory)
+    session = session_of(folder)
+    assert [i.name for i in session.get_inputs()] == ["image"]
+    assert [o.name for o in session.get_outputs()] == ["score", "anomaly_map"]
+    with make_backend(bundle, "cpu")[0] as backend:
+        backend.set_memory(memory)
+        expected = backend.run(frames())
+    for found, wanted in zip(session.run(["score", "anomaly_map"], {"image": frames()}), expected, strict=True):
+        assert np.abs(found - wanted).max() < 1e-5
+    assert "the memory of good parts are in the graph" in (folder / "README.md").read_text()
+    with pytest.raises(UsageError, match="a memory for this model is float32"):
+        write_model(bundle, tmp_path / "others", memory=made_up(shape._replace(width=8)))
+    older = Bundle.load(tiny_bundle(tmp_path))
+    assert write_model(older, tmp_path / "older").is_dir()
+    with pytest.raises(UsageError, match="no inputs for a memory"):
+        write_model(older, tmp_path / "others", memory=memory)
+    assert not list((tmp_path / "others").iterdir())
 
 
 def test_weights_beside_the_graph_stay_beside_it(tmp_path: Path) -> None:

@@ -215,6 +215,9 @@ def _bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def memcpy_htod(dest: Any, src: Any) -> None:
+    context = current()
+    stream, number = context._claims.get(int(dest), (0, 0))
+    assert context._done.get(stream, 0) >= number, "a copy under work that uses the memory"
     at(current(), dest, src.nbytes)[:] = _bytes(src)
 
 

@@ -18,6 +18,7 @@ from fbclip.assets import EMBEDDED
 from fbclip.bundle import Bundle
 from fbclip.engines import EngineOptions
 from fbclip.export.engine import build_engine
+from fbclip.memory import Shape, Tensors
 from helpers import golden
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (1, 192, 192, 3), np.uint8)
@@ -38,6 +39,8 @@ def rig(standin: str, tmp_path: Path) -> Any:
     rig = SimpleNamespace(cuda=cuda, trt=trt, engine=engine, context=context, memory={}, text=bundle.text)
     rig.streams = [cuda.Stream(), cuda.Stream()]
     sizes = {"image": IMAGE.nbytes, "text": bundle.text.nbytes, "score": 4, "anomaly_map": 192 * 192 * 4}
+    memory = Tensors.neutral(Shape(24, 1, 256)).named()
+    sizes |= {name: value.nbytes for name, value in memory.items()} | {"features": 24**2 * 256 * 4, "logits": 577 * 4}
     rig.scratch = cuda.mem_alloc(4096)
     context.set_device_memory(int(rig.scratch), 4096)
     assert context.set_input_shape("image", IMAGE.shape)
@@ -45,7 +48,8 @@ def rig(standin: str, tmp_path: Path) -> Any:
         rig.memory[name] = cuda.mem_alloc(size)
         assert context.set_tensor_address(name, int(rig.memory[name]))
     cuda.memcpy_htod(rig.memory["image"], IMAGE)
-    cuda.memcpy_htod(rig.memory["text"], bundle.text)
+    for name, value in {"text": bundle.text, **memory}.items():
+        cuda.memcpy_htod(rig.memory[name], value)
     rig.score = cuda.pagelocked_empty((1,), np.float32)
     yield rig
     cuda_context.pop()
@@ -83,14 +87,13 @@ def test_an_unset_address_or_shape_or_memory(rig: Any) -> None:
     assert not run(rig)
     assert rig.context.set_input_shape("image", IMAGE.shape)
     assert not run(rig)
-    for name in ("image", "text", "score"):
-        rig.context.set_tensor_address(name, int(rig.memory[name]))
+    for name in rig.memory:
         assert not run(rig)
-    rig.context.set_tensor_address("anomaly_map", int(rig.memory["anomaly_map"]))
+        rig.context.set_tensor_address(name, int(rig.memory[name]))
     assert run(rig)
 
 
-@pytest.mark.parametrize("name", ["image", "text", "score", "anomaly_map"])
+@pytest.mark.parametrize("name", ["image", "text", "memory_places", "score", "features"])
 def test_memory_that_is_too_small(rig: Any, name: str) -> None:
     rig.context.set_tensor_address(name, int(rig.cuda.mem_alloc(3)))
     assert run(rig)
@@ -131,6 +134,15 @@ def test_copies_beside_work_need_pinned_memory(rig: Any) -> None:
         rig.cuda.memcpy_htod_async(rig.memory["image"], IMAGE, rig.streams[0])
 
 
+def test_a_copy_under_work_that_reads_the_memory(rig: Any) -> None:
+    values = np.zeros(8, np.float32)
+    assert run(rig)
+    with pytest.raises(AssertionError, match="under work"):
+        rig.cuda.memcpy_htod(rig.memory["memory_weights"], values)
+    rig.cuda.Context.synchronize()
+    rig.cuda.memcpy_htod(rig.memory["memory_weights"], values)
+
+
 def test_a_capture_needs_the_shape_to_have_run(rig: Any) -> None:
     from cuda.bindings import driver
 
@@ -160,7 +172,7 @@ def test_a_capture_needs_the_shape_to_have_run(rig: Any) -> None:
 def test_a_context_outlives_what_was_made_in_it(rig: Any) -> None:
     import gpu_model
 
-    with pytest.raises(AssertionError, match=r"'allocations': 5, 'streams': 2, 'pinned arrays': 1"):
+    with pytest.raises(AssertionError, match=r"'allocations': 11, 'streams': 2, 'pinned arrays': 1"):
         gpu_model.current().detach()
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from rich.console import Console
 from fbclip.assets import EMBEDDED
 from fbclip.bundle import Bundle
 from fbclip.engines import EngineOptions
-from fbclip.errors import DeviceError, UsageError
+from fbclip.errors import BundleError, DeviceError, UsageError
 from fbclip.export.engine import build_engine
 from fbclip.runtime.backends.onnx import OnnxRuntimeBackend, provider_options
 from fbclip.runtime.backends.tensorrt import TensorRTBackend
+from helpers.memories import made_up
+from helpers.tiny import tiny_bundle
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (8, 192, 192, 3), np.uint8)
 
@@ -26,7 +29,7 @@ IMAGES = np.random.default_rng(0).integers(0, 255, (8, 192, 192, 3), np.uint8)
 @pytest.fixture(scope="module")
 def expected() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     bundle = Bundle.load()
-    return OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text).run(IMAGES)
+    return OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text, "cpu", bundle.manifest.memory_shape).run(IMAGES)
 
 
 def with_engine(folder: Path) -> Bundle:
@@ -145,6 +148,72 @@ def test_images_that_do_not_fit(backend: TensorRTBackend, images: NDArray[np.uin
     with pytest.raises(UsageError, match=message):
         backend.run(images)
     assert backend.run(IMAGES[:1])[0].shape == (1,)  # it is as it was
+
+
+def test_a_memory_is_swapped_under_the_graphs_that_were_captured(tensorrt: str, backend: TensorRTBackend) -> None:
+    """Both slots replay what they captured, and read the new numbers."""
+    bundle = Bundle.load()
+    shape = backend.memory_shape
+    assert shape
+    with OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text, "cpu", shape) as cpu:
+        for seed in (None, 1, 2, None):
+            memory = None if seed is None else made_up(shape, reach=1, seed=seed)
+            for one in (cpu, backend):
+                one.set_memory(memory)
+            expected = cpu.run(IMAGES)
+            for number, results in enumerate(backend.run_each(IMAGES[n : n + 1] for n in range(5))):
+                agree(results, expected, slice(number, number + 1), tensorrt)
+    assert backend.launches == "CUDA graph"
+
+
+def test_a_batch_in_flight_has_the_memory_that_it_began_with(tensorrt: str, backend: TensorRTBackend) -> None:
+    bundle = Bundle.load()
+    shape = backend.memory_shape
+    assert shape
+    with OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text, "cpu", shape) as cpu:
+        before = cpu.run(IMAGES)
+        cpu.set_memory(made_up(shape))
+        after = cpu.run(IMAGES)
+    results = backend.run_each(IMAGES[n : n + 1] for n in range(3))
+    agree(next(results), before, slice(0, 1), tensorrt)  # and the second is in flight
+    backend.set_memory(made_up(shape))
+    agree(next(results), before, slice(1, 2), tensorrt)
+    agree(next(results), after, slice(2, 3), tensorrt)
+
+
+def test_images_are_described_beside_others_in_flight(tensorrt: str, backend: TensorRTBackend) -> None:
+    bundle = Bundle.load()
+    with OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text, "cpu", backend.memory_shape) as cpu:
+        expected, scored = cpu.describe(IMAGES), cpu.run(IMAGES)
+    results = backend.run_each(IMAGES[n : n + 1] for n in range(3))
+    next(results)
+    for start, count in ((0, 1), (1, 3), (4, 2), (6, 1)):
+        found = backend.describe(IMAGES[start : start + count])
+        for values, wanted in zip(found, expected, strict=True):
+            assert np.abs(values - wanted[start : start + count]).max() <= (1e-5 if tensorrt in RELEASES else 1e-3)
+    agree(next(results), scored, slice(1, 2), tensorrt)
+    with pytest.raises(UsageError, match="not 4"):
+        backend.describe(IMAGES[:4])
+    backend.close()
+    with pytest.raises(DeviceError, match="closed"):
+        backend.describe(IMAGES[:1])
+    with pytest.raises(DeviceError, match="closed"):
+        backend.set_memory(None)
+
+
+def test_a_plan_of_a_graph_without_a_memory(standin: str, tmp_path: Path) -> None:
+    bundle = Bundle.load(tiny_bundle(tmp_path))
+    build_engine(bundle, "fp32", EngineOptions((1, 1, 3)), Console(quiet=True))
+    grey = np.full((1, 192, 192, 3), 51, np.uint8)
+    with TensorRTBackend(bundle, "fp32") as backend:
+        backend.set_memory(None)
+        assert np.allclose(backend.run(grey)[0], 0.2, atol=1e-4)
+        with pytest.raises(UsageError, match="tensorrt has no inputs for a memory: export it again"):
+            backend.describe(grey)
+    layout = Bundle.load().manifest.memory
+    claims = replace(bundle, manifest=replace(bundle.manifest, memory=layout))
+    with pytest.raises(BundleError, match="a plan has the tensors of its graph"):
+        TensorRTBackend(claims, "fp32")
 
 
 def test_a_worker_thread_uses_it(
