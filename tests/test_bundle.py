@@ -92,7 +92,7 @@ IMPOSSIBLE = {
     ],
     "provenance": [None, [], "x"],
     "parity": [None, {"fp32": 5}, {"fp64": {}}],
-    "format": [True, "3", 4, 0, -1, 3.0, None, [3]],
+    "format": [True, "4", 5, 0, -1, 3.0, None, [3]],
     "stranger": [1],
 }
 

@@ -188,11 +188,12 @@ def require_signature(
             for here, side in zip(there, wanted, strict=True)
         )
 
-    known = found.keys() == expected.keys() and type(height) is int and type(width) is int
-    if not (known and all(map(fits, expected))):
+    names = dict.fromkeys((*expected, *found))
+    wrong = {name: found.get(name) for name in names if not (name in found and name in expected and fits(name))}
+    if wrong or type(height) is not int or type(width) is not int:
         raise BundleError(
             f"a bundle's graph takes {IMAGE} uint8 (N, H, W, 3) and {TEXT} float32 {text.shape} as text.npy has it, and "
-            f"gives {SCORE} float32 (N,) and {ANOMALY_MAP} float32 (N, H, W){more}; {graph} has {one_line(found)}: "
+            f"gives {SCORE} float32 (N,) and {ANOMALY_MAP} float32 (N, H, W){more}; {graph} has {one_line(wrong or found)}: "
             f"export the bundle again"
         )
     return height, width

@@ -211,7 +211,7 @@ def test_a_graph_without_the_manifests_memory(tmp_path: Path) -> None:
     [
         ({"layers": [6, 4], "groups": 1, "width": 256}, "layers of memory ascend"),
         ({"layers": [4, 6], "groups": 3, "width": 256}, "groups of memory share its layers"),
-        ({"layers": [4, 6], "groups": 1, "width": 0}, "width is 1 to"),
+        ({"layers": [4, 6], "groups": 1, "width": 0}, "width is a number from 1 to 4096"),
         ({"layers": [], "groups": 1, "width": 8}, "layers"),
         ({"layers": list(range(1, 13)), "groups": 12, "width": 4096}, f"at most {MOST_MEMORY:,} numbers"),
         ({"layers": [4, 6], "groups": 1}, "lacks width"),
