@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -17,12 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fbclip.assets import EMBEDDED
-from fbclip.bundle import SUFFIX, Bundle, checked_name
+from fbclip.bundle import Bundle
 from fbclip.errors import BundleError, ImageError, UsageError
-from fbclip.files import new_folder, require_writable
 from fbclip.folders import list_images
-from fbclip.images import SUFFIXES
+from fbclip.images import SUFFIXES, pixels_sha256
 from fbclip.runtime.calibration import (
     MOST_IMAGES,
     Calibration,
@@ -36,6 +33,7 @@ from fbclip.runtime.histogram import write_histogram
 from fbclip.runtime.live.sources import BaseSource, CaptureOptions, open_source
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED
+from fbclip.runtime.target import Say, Target
 from fbclip.terminal import say as print_line
 from fbclip.terminal import track, warn
 
@@ -43,10 +41,6 @@ USUAL_RATE, USUAL_COUNT = 0.01, 99  # of false alarms where none is asked for, a
 GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in the first colour
 HOPELESS = 0.5  # share of the defects from which a model that misses them can't inspect the part
 ALIKE = 1 / 3  # autocorrelation from which images count less than half
-
-WRITTEN = ("calibration.json", "calibration.png")
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -72,75 +66,8 @@ class Scores:
     unusable: int = 0
 
 
-def choose_bundle(
-    sources: list[str], name: str | None = None, bundle: Path | None = None
-) -> tuple[Bundle, Path, list[str]]:
-    """What to calibrate. Nothing is written yet.
-
-    Without a bundle it is a copy of the embedded one in the working folder: what is inside the installed package
-    belongs to every project of the machine and is lost with the next upgrade.
-
-    Args:
-        sources: images of good parts; before them perhaps the bundle, as older releases have it.
-        name: of a copy in the working folder, of the bundle that is named or of the embedded one.
-        bundle: the one to calibrate.
-
-    Returns:
-        A bundle with the model, the path of the bundle that `write` gives the calibration to (which may not be there
-        yet), and the sources of good images.
-
-    Raises:
-        BundleError, UsageError: no such bundle, no good images, another bundle where the copy goes, or a place that
-            can't be written to.
-    """
-    good = sources
-    if bundle is None and _is_bundle(sources[0]):
-        bundle, good = Path(sources[0]), sources[1:]
-    if not good:
-        raise UsageError(f"beside the bundle there are no images of good parts: {_calibrating(bundle)}")
-    for place in good:
-        if _is_bundle(place):  # its pictures are no good parts
-            raise UsageError(f"{place} is a bundle, not good parts: to calibrate it, {_calibrating(place)}")
-    loaded = Bundle.load(bundle)
-    path = loaded.path
-    if name is not None or bundle is None:
-        path = Path(f"{loaded.name if name is None else checked_name(name)}{SUFFIX}")
-    _require_same(loaded, path)
-    require_writable(path if path.exists() else path.parent)
-    return loaded, path, good
-
-
-def _is_bundle(place: str) -> bool:
-    path = Path(place)
-    return path.suffix == SUFFIX or os.path.isfile(path / "manifest.json")  # noqa: PTH113 - an address may be long
-
-
-def _calibrating(bundle: object) -> str:
-    """The command that calibrates a bundle."""
-    return f"fbclip calibrate GOOD... --bundle {bundle}"
-
-
-def _require_same(bundle: Bundle, path: Path) -> None:
-    """Raise unless there is nothing at a path, or a bundle of the same model that can be given a calibration."""
-    if not path.exists():
-        return
-    there = Bundle.load(path)
-    if there.manifest != bundle.manifest:
-        raise UsageError(
-            f"{path} is here and isn't {_described(bundle)}: {_calibrating(path)} to mean it, or choose another name",
-            option="name",
-        )
-    for name in WRITTEN:
-        if os.path.lexists(place := there.inside(name)) and not place.is_file():
-            raise BundleError(f"{place} is no file: remove it")
-
-
-def _described(bundle: Bundle) -> str:
-    return "the embedded bundle" if bundle.path == EMBEDDED else str(bundle.path)
-
-
-def write(calibration: Calibration, defects: Collection[float], bundle: Bundle, path: Path, say: Say) -> None:
-    """Write a calibration and its picture into the bundle at a path, which becomes a copy of `bundle` if it isn't there.
+def write(calibration: Calibration, defects: Collection[float], target: Target, say: Say) -> None:
+    """Write a calibration and its picture into a bundle.
 
     Args:
         defects: scores of defective images.
@@ -148,37 +75,15 @@ def write(calibration: Calibration, defects: Collection[float], bundle: Bundle, 
     Raises:
         FBClipError, UsageError: it can't be written; see `fbclip.files.write_error`.
     """
-    if not path.exists():
-        with new_folder(path) as folder:
-            shutil.copytree(
-                bundle.path,
-                folder,
-                symlinks=True,
-                ignore=shutil.ignore_patterns("calibration.*"),
-                copy_function=shutil.copyfile,  # without the rights, which may be to read only in an installed package
-                dirs_exist_ok=True,
-            )
-            folder.chmod(0o755)
-            _write_into(calibration, defects, replace(bundle, path=folder))
-            try:
-                folder.rename(path)
-            except OSError:
-                if not path.exists():
-                    raise
-            else:
-                say(f"copied {_described(bundle)} to {path}")
-                return
-    _require_same(bundle, path)  # it may be of another calibration that was quicker
-    there = replace(bundle, path=path)
-    with suppress(BundleError):  # one that is damaged, or of another model, is no loss
-        if old := Calibration.load(there):
-            say(f"replaces the calibration from {old.count} good images, threshold {old.threshold:.4g}")
-    _write_into(calibration, defects, there)
 
+    def write_into(bundle: Bundle) -> None:
+        with suppress(BundleError):  # one that is damaged, or of another model, is no loss
+            if old := Calibration.load(bundle):
+                say(f"replaces the calibration from {old.count} good images, threshold {old.threshold:.4g}")
+        write_histogram(calibration, list(defects), bundle.inside("calibration.png"))
+        calibration.save(bundle)
 
-def _write_into(calibration: Calibration, defects: Collection[float], bundle: Bundle) -> None:
-    write_histogram(calibration, list(defects), bundle.inside("calibration.png"))
-    calibration.save(bundle)
+    target.write(write_into, say)
 
 
 def good_images(
@@ -294,7 +199,7 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
             if isinstance(image, Path):  # of a camera's there may be thousands, which are counted
                 warn(console, f"left out: {image} is {EXPLAINED[prediction.unusable]}")
             continue
-        digest = hashlib.sha256(repr(prediction.image.shape).encode() + prediction.image.tobytes()).hexdigest()
+        digest = pixels_sha256(prediction.image)
         if digest in found.digests:
             found.copies += 1
             continue
