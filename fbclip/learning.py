@@ -30,9 +30,10 @@ from fbclip.memory import (
 )
 from fbclip.resample import upsampling_matrix
 
-# The line lies so many deviations above the mean of the references' leave-one-out logits; a few references underestimate
-# the deviation, so it is never less than the floor. Chosen on rendered parts (benchmarks/few_shot.py).
-DEVIATIONS, FLOOR = 2.5, 0.3
+# A line lies so many deviations above the mean of the references' leave-one-out logits; a few references underestimate the
+# deviation, so it is never less than the floor. Chosen on rendered parts (benchmarks/few_shot.py), where 2 to 5 % of good
+# parts are beyond the score's.
+SCORE_DEVIATIONS, MAP_DEVIATIONS, FLOOR = 1.5, 2.0, 0.3
 STANDS_OUT = 6.0  # such deviations of the others, above their mean: a reference that is odd
 LEAST_OTHERS = 3  # references that a comparison with the others needs
 SKETCH = 64  # numbers that a patch is sketched by while the bank's tokens are chosen
@@ -121,13 +122,13 @@ def learn(recipe: Recipe, shape: Shape, image_size: int, seen: Sequence[Seen], o
         references = (Reference(seen[0].name, seen[0].sha256, max(scores), max(peaks), False),)
     else:
         raise UsageError("a memory is learned from two good parts or more; got one", option="good")
-    return Learned(whole, references, line(peaks), line(scores), tuple(judged))
+    return Learned(whole, references, line(peaks, MAP_DEVIATIONS), line(scores, SCORE_DEVIATIONS), tuple(judged))
 
 
-def line(logits: Sequence[float]) -> float:
-    """Where good ends, from leave-one-out logits of good parts."""
+def line(logits: Sequence[float], deviations: float) -> float:
+    """Where good ends, from leave-one-out logits of good parts: so many deviations above their mean."""
     spread = np.std(logits, ddof=1) if len(logits) > 1 else 0.0
-    return float(np.mean(logits) + DEVIATIONS * np.hypot(spread, FLOOR))
+    return float(np.mean(logits) + deviations * np.hypot(spread, FLOOR))
 
 
 def mark_odd(references: Sequence[Reference]) -> tuple[Reference, ...]:
