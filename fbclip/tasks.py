@@ -129,7 +129,7 @@ def adapt(
         needs_good=not forget,
     )
     if forget:
-        target.write(partial(adapting.forget, say=tell), tell)
+        target.write(partial(adapting.forget, tell), tell)
         return Adapted(Bundle.load(target.path), None)
     old = target.bundle.memory() if add else None
     if add and old is None:
@@ -149,7 +149,7 @@ def adapt(
         taught = adapting.teach(predictor, images, choice, old, console)
         adapting.report(taught, console)
         picture = adapting.draw(taught, predictor)
-    target.write(partial(adapting.write, taught, picture, say=tell), tell)
+    target.write(partial(adapting.write, taught, picture, tell), tell)
     odd = tuple(each.name for each in taught.memory.about.references if each.odd)
     return Adapted(Bundle.load(target.path), taught.memory, odd, taught.skipped)
 
@@ -206,7 +206,7 @@ def calibrate(
     with Predictor(target.bundle, device=device, precision=precision, calibrated=False, roi=roi) as predictor:
         made, found, missed = calibrating.calibrate(predictor, images, false_alarm_rate, defective, console)
     calibrating.report(made, found, missed, tell)
-    calibrating.write(made, missed.scores, target, tell)
+    target.write(partial(calibrating.write, made, missed.scores, tell), tell)
     return Calibrated(Bundle.load(target.path), made, found, missed)
 
 

@@ -407,8 +407,8 @@ def take(images: Sequence[T], count: int) -> list[T]:
     return [images[i] for i in places]
 
 
-def write(taught: Taught, picture: bytes, bundle: Bundle, say: Say) -> None:
-    """Write the memory and its picture into a bundle; a calibration of other scores goes.
+def write(taught: Taught, picture: bytes, say: Say, bundle: Bundle) -> None:
+    """Write the memory and its picture into a bundle, for `Target.write`; a calibration of other scores goes.
 
     Raises:
         FBClipError, UsageError: it can't be written; see `fbclip.files.write_error`.
@@ -419,8 +419,8 @@ def write(taught: Taught, picture: bytes, bundle: Bundle, say: Say) -> None:
     taught.memory.save(bundle.memory_file)
 
 
-def forget(bundle: Bundle, say: Say) -> None:
-    """Remove the memory, and the calibration that was made with it.
+def forget(say: Say, bundle: Bundle) -> None:
+    """Remove the memory, and the calibration that was made with it, for `Target.write`.
 
     Raises:
         UsageError: there is none.

@@ -20,8 +20,11 @@ from fbclip.bundle import Bundle
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.folders import list_images
 from fbclip.images import SUFFIXES, pixels_sha256
+from fbclip.memory import Memory
 from fbclip.runtime.calibration import (
+    JACKKNIFE,
     MOST_IMAGES,
+    SPLIT,
     Calibration,
     conformal_threshold,
     derived,
@@ -55,6 +58,7 @@ class Scores:
         copies: images left out because another has the same pixels.
         skipped: images left out because they can't be read.
         unusable: images left out because they show nothing.
+        learned: images left out because the memory was learned from them.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -64,10 +68,11 @@ class Scores:
     copies: int = 0
     skipped: int = 0
     unusable: int = 0
+    learned: int = 0
 
 
-def write(calibration: Calibration, defects: Collection[float], target: Target, say: Say) -> None:
-    """Write a calibration and its picture into a bundle.
+def write(calibration: Calibration, defects: Collection[float], say: Say, bundle: Bundle) -> None:
+    """Write a calibration and its picture into a bundle, for `Target.write`.
 
     Args:
         defects: scores of defective images.
@@ -75,15 +80,11 @@ def write(calibration: Calibration, defects: Collection[float], target: Target, 
     Raises:
         FBClipError, UsageError: it can't be written; see `fbclip.files.write_error`.
     """
-
-    def write_into(bundle: Bundle) -> None:
-        with suppress(BundleError):  # one that is damaged, or of another model, is no loss
-            if old := Calibration.load(bundle):
-                say(f"replaces the calibration from {old.count} good images, threshold {old.threshold:.4g}")
-        write_histogram(calibration, list(defects), bundle.inside("calibration.png"))
-        calibration.save(bundle)
-
-    target.write(write_into, say)
+    with suppress(BundleError):  # one that is damaged, or of another model, is no loss
+        if old := Calibration.load(bundle):
+            say(f"replaces the calibration from {old.count} good images, threshold {old.threshold:.4g}")
+    write_histogram(calibration, list(defects), bundle.inside("calibration.png"))
+    calibration.save(bundle)
 
 
 def good_images(
@@ -150,15 +151,11 @@ def calibrate(
     if rate is not None:  # before hours of work
         rank(len(good) if isinstance(good, Collection) else MOST_IMAGES, rate)
     found = _score(predictor, good, "good parts", console)
-    count = len(found.scores)
-    if rate is None and count < 2:
-        raise UsageError(f"a calibration takes two good images or more, and thirty to be of use; got {count}")
-    if rate is None and count < USUAL_COUNT:
-        rate = lowest_rate(count)
-        chosen = f"{count} images allow a false-alarm rate of {rate:g} at best, which is taken"
-        print_line(console, f"{chosen}; {USUAL_RATE:g} needs {USUAL_COUNT}")
-    elif rate is None:
-        rate = USUAL_RATE
+    method = SPLIT
+    if found.learned and not found.scores and predictor.memory:
+        method = JACKKNIFE
+        _leave_one_out(found, predictor.memory)
+    rate = _affordable(rate, len(found.scores), console)
     threshold = conformal_threshold(found.scores, rate)
     if threshold > 1:
         raise UsageError("good parts score 1.0, the highest there is: this model can't tell these parts from defects")
@@ -179,13 +176,46 @@ def calibrate(
         precision=predictor.precision,
         device=predictor.backend.device,
         roi=predictor.roi.identity if predictor.roi else None,
+        memory=predictor.memory.sha256 if predictor.memory else None,
+        method=method,
         defects=len(bad.scores),
     )
     return calibration, found, bad
 
 
+def _affordable(rate: float | None, count: int, console: Console) -> float:
+    """The rate that was asked for; else the usual one, or the lowest that so many images allow."""
+    if rate is not None:
+        return rate
+    if count < 2:
+        raise UsageError(f"a calibration takes two good images or more, and thirty to be of use; got {count}")
+    if count >= USUAL_COUNT:
+        return USUAL_RATE
+    rate = lowest_rate(count)
+    chosen = f"{count} images allow a false-alarm rate of {rate:g} at best, which is taken"
+    print_line(console, f"{chosen}; {USUAL_RATE:g} needs {USUAL_COUNT}")
+    return rate
+
+
+def _leave_one_out(found: Scores, memory: Memory) -> None:
+    """Take the memory's own references for good parts: each with the score that it has where the others alone taught it.
+
+    Their scores aren't those of new parts, which all of them taught: "jackknife", without the promise of new parts
+    (Barber, Candès, Ramdas, Tibshirani, Predictive inference with the jackknife+, Annals of Statistics 2021,
+    arXiv:1905.02928). With the memories of all but one asked in turn (jackknife+) twice the rate is the most; asking one
+    memory comes to the same only as far as one part more or less doesn't change it.
+    """
+    about = memory.about
+    for reference in about.references:
+        found.digests[reference.sha256] = None
+        found.scores.append(float(np.float32(1 / (1 + math.exp(about.score_line - reference.score)))))
+        found.peaks.append(float(np.float32(1 / (1 + math.exp(about.map_line - reference.peak)))))
+
+
 def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], what: str, console: Console) -> Scores:
     found = Scores()
+    references = {each.sha256 for each in predictor.memory.about.references} if predictor.memory else set()
+    seen: dict[str, float] = {}  # what 99 % of the map of each of them stays below
     total = len(images) if isinstance(images, Collection) else None
     for image in track(images, what, console, total):
         try:
@@ -200,15 +230,21 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
                 warn(console, f"left out: {image} is {EXPLAINED[prediction.unusable]}")
             continue
         digest = pixels_sha256(prediction.image)
-        if digest in found.digests:
+        if digest in found.digests or digest in seen:
             found.copies += 1
             continue
         peak = float(prediction.anomaly_map.max())
+        # beside a mask the model's map may be higher than what is looked at
+        ground = min(float(np.quantile(prediction.model_map, GOOD_PIXELS)), peak)
+        if digest in references:
+            found.learned += 1
+            seen[digest] = ground
+            continue
         found.digests[digest] = None
         found.scores.append(prediction.score)
         found.peaks.append(peak)
-        # beside a mask the model's map may be higher than what is looked at
-        found.grounds.append(min(float(np.quantile(prediction.model_map, GOOD_PIXELS)), peak))
+        found.grounds.append(ground)
+    found.grounds = found.grounds or list(seen.values())
     return found
 
 
@@ -231,10 +267,21 @@ def weight_of_neighbours(scores: list[float]) -> tuple[float, int] | None:
 def report(calibration: Calibration, good: Scores, bad: Scores, say: Say) -> None:
     """What was found, promised and is doubtful, in a few lines."""
     c = calibration
-    without_use = ((good.copies, "copied"), (good.skipped, "unreadable"), (good.unusable, "unusable"))
+    without_use = (
+        (good.copies, "copied"),
+        (good.skipped, "unreadable"),
+        (good.unusable, "unusable"),
+        (good.learned if c.method == SPLIT else 0, "in the memory, which a promise needs other parts for"),
+    )
     left_out = [f"{n} {what}" for n, what in without_use if n]
     without = f" ({', '.join(left_out)} left out)" if left_out else ""
-    say(f"{c.count} good images{without}: scores {c.scores[0]:.3f} to {c.scores[-1]:.3f}")
+    of_memory = " of the memory, each scored where the others alone taught it" if c.method == JACKKNIFE else ""
+    say(f"{c.count} good images{of_memory}{without}: scores {c.scores[0]:.3f} to {c.scores[-1]:.3f}")
+    if c.method == JACKKNIFE:
+        say(f"threshold {c.threshold:.4f}: {c.promise}")
+        say("good parts that the memory hasn't seen would give a promise: calibrate with others")
+        report_defects(c, bad, say)
+        return
     say(
         f"threshold {c.threshold:.4f}: at most {100 * c.false_alarm_rate:.3g} % of good parts raise a false alarm, "
         f"on average over calibrations like this one"
@@ -248,14 +295,15 @@ def report(calibration: Calibration, good: Scores, bad: Scores, say: Say) -> Non
             f"consecutive images are alike (autocorrelation {alike[0]:.2f}) and weigh as about {alike[1]}: the real rate "
             f"may be higher; take images of more parts, further apart"
         )
-    if c.miss_interval is not None:
-        report_misses(c, c.miss_interval, bad, say)
+    report_defects(c, bad, say)
 
 
-def report_misses(calibration: Calibration, interval: tuple[float, float], bad: Scores, say: Say) -> None:
-    """What the threshold does to defective images, and what that means."""
+def report_defects(calibration: Calibration, bad: Scores, say: Say) -> None:
+    """What the threshold does to defective images, if there are any, and what that means."""
     c = calibration
-    say(f"{c.missed} of {c.defects} defects are missed: the miss rate is {percent(interval)} (95 % confidence)")
+    if c.miss_interval is None:
+        return
+    say(f"{c.missed} of {c.defects} defects are missed: the miss rate is {percent(c.miss_interval)} (95 % confidence)")
     found = c.defects - c.missed
     unmarked = sum(s >= c.threshold and p < c.map_threshold for s, p in zip(bad.scores, bad.peaks, strict=True))
     if unmarked:
@@ -266,5 +314,5 @@ def report_misses(calibration: Calibration, interval: tuple[float, float], bad: 
     if c.missed >= HOPELESS * c.defects:
         say(
             "this model can't inspect this part: it passes most of these defects as good. Look only where defects can be, "
-            "accept a higher false-alarm rate, or train a model for it (docs/guides/training.md)"
+            "teach it good parts (fbclip adapt), or train a model for it (docs/guides/training.md)"
         )
