@@ -350,7 +350,11 @@ def report(taught: Taught, console: Console) -> None:
 
 def _described(recipe: Recipe) -> str:
     if recipe.mode == POSITIONS:
-        return f"places within {recipe.reach} patches"
+        return (
+            f"each place with the same one, give or take {recipe.reach} patches"
+            if recipe.reach
+            else "each place with the same one"
+        )
     how = {WHITEN: "mean and covariance of all patches"}.get(recipe.mode, "nearest remembered patches")
     views = {FIXED: "as they lie", FLIPS: "and their mirror images", ANY: "in all orientations"}[recipe.orientation]
     return f"{how}, {views}"

@@ -204,8 +204,16 @@ def _leave_one_out(found: Scores, memory: Memory) -> None:
     (Barber, Candès, Ramdas, Tibshirani, Predictive inference with the jackknife+, Annals of Statistics 2021,
     arXiv:1905.02928). With the memories of all but one asked in turn (jackknife+) twice the rate is the most; asking one
     memory comes to the same only as far as one part more or less doesn't change it.
+
+    Raises:
+        UsageError: one of them stands out, probably with a defect.
     """
     about = memory.about
+    if odd := [each.name for each in about.references if each.odd]:
+        raise UsageError(
+            f"the memory's own references calibrate it where none stands out; {odd[0]} does: adapt again without it, or "
+            f"calibrate with other good parts"
+        )
     for reference in about.references:
         found.digests[reference.sha256] = None
         found.scores.append(float(np.float32(1 / (1 + math.exp(about.score_line - reference.score)))))

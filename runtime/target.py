@@ -56,12 +56,15 @@ class Target:
         good = list(sources)
         if bundle is None and good and _is_bundle(good[0]):
             bundle, good = Path(good[0]), good[1:]
-        usage = f"fbclip {command} GOOD... --bundle"
         if needs_good and not good:
-            raise UsageError(f"beside the bundle there are no images of good parts: {usage} {bundle}")
+            raise UsageError(
+                f"beside the bundle there are no images of good parts: fbclip {command} GOOD... --bundle {bundle}"
+            )
         for place in good:
             if _is_bundle(place):  # its pictures are no good parts
-                raise UsageError(f"{place} is a bundle, not good parts: to {command} it, {usage} {place}")
+                raise UsageError(
+                    f"{place} is a bundle, not good parts: to {command} it, fbclip {command} GOOD... --bundle {place}"
+                )
         loaded = Bundle.load(bundle)
         path = out or (Path(f"{loaded.name}{SUFFIX}") if bundle is None else loaded.path)
         if path.suffix != SUFFIX:

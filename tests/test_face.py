@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 IMAGES = sorted(SAMPLES.iterdir())
 FACE = {
     *("Predictor", "Prediction", "Region", "Roi", "Bundle", "open_source"),
-    *("calibrate", "evaluate", "export", "load_checkpoint"),
+    *("adapt", "calibrate", "evaluate", "export", "load_checkpoint"),
     *("FBClipError", "UsageError", "BundleError", "CheckpointError", "DeviceError", "ImageError", "GraphError"),
     *("ParityError", "__version__"),
 }
