@@ -21,7 +21,19 @@ import fbclip
 from fbclip.bundle import CPU_GRAPH, DYNAMIC, GRAPHS, IMAGE, TEXT, Bundle, Manifest, require_place, save
 from fbclip.errors import ParityError
 from fbclip.export.graph import OPSET, DeployedModel, write_onnx
-from fbclip.export.parity import Differences, Parity, Proof, Reference, Say, compare, overrun, run_reference
+from fbclip.export.parity import (
+    Differences,
+    Parity,
+    Proof,
+    Reference,
+    Say,
+    Taught,
+    compare,
+    compare_taught,
+    overrun,
+    run_reference,
+    run_taught,
+)
 from fbclip.export.precision.float32_islands import widen
 from fbclip.export.precision.half import HalfWeights
 from fbclip.export.precision.int8 import Feed, Quantization, Quantizer
@@ -87,7 +99,8 @@ def export_bundle(
     text = trained.text.numpy()
     say(f"running the torch model on {len(proof.frames)} images")
     reference = run_reference(trained, proof, config.image_size)
-    writer = GraphWriter(model, text, proof, reference, deployment, say)
+    taught = run_taught(trained, proof, config.image_size)
+    writer = GraphWriter(model, text, proof, reference, taught, deployment, say)
 
     def write_files(folder: Path) -> Manifest:
         writer.write_float(folder)
@@ -148,11 +161,12 @@ class GraphWriter:
         text: NDArray[np.float32],
         proof: Proof,
         reference: Reference,
+        taught: Taught,
         deployment: Deployment,
         say: Say,
     ) -> None:
         self.text, self.proof, self.reference, self.say = text, proof, reference, say
-        self.shape = model.config.memory_shape
+        self.taught, self.neutral = taught, Tensors.neutral(model.config.memory_shape)
         self.threshold, self.channel_order = deployment.threshold, deployment.channel_order
         self.deployed = DeployedModel(model, deployment.frame_size, deployment.channel_order)
         self.inputs = [in_order(frame, self.channel_order) for frame in proof.frames]
@@ -193,7 +207,7 @@ class GraphWriter:
     def write_quantized(self, folder: Path, quantization: Quantization) -> None:
         """Quantise the float32 graph's products; where that deviates too far, leave some float32 by measurement."""
         frames = (resize(frame, self.deployed.frame_size) for frame in quantization.calibration)
-        others = {TEXT: self.text, **Tensors.neutral(self.shape).named()}
+        others = {TEXT: self.text, **self.neutral.named()}
         inputs: list[Feed] = [{IMAGE: in_order(frame, self.channel_order)[None], **others} for frame in frames]
         with tempfile.TemporaryDirectory(dir=folder) as working:
             quantizer = Quantizer(folder / GRAPHS["fp32"], quantization.form, inputs, Path(working))
@@ -236,7 +250,7 @@ class GraphWriter:
         stages = []
         if precision != "fp32":
             worst = self.inputs[parity.by_deviation[0]][None]
-            feed: Feed = {IMAGE: worst, TEXT: self.text, **Tensors.neutral(self.shape).named()}
+            feed: Feed = {IMAGE: worst, TEXT: self.text, **self.neutral.named()}
             stages = compare_stages(precision, folder / GRAPHS["fp32"], path, feed)
         size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
         return replace(
@@ -245,16 +259,12 @@ class GraphWriter:
 
     def compare(self, precision: str, path: Path, indices: Sequence[int]) -> Parity:
         """A graph on some images of the proof, in ONNX Runtime, against the torch model."""
-        return compare(
-            precision,
-            OnnxRuntimeBackend(
-                path, self.text, "cpu", self.shape
-            ),  # kept no longer than this call: a session holds gigabytes
-            self.proof.part(indices),
-            [self.inputs[i] for i in indices],
-            self.reference.part(indices),
-            self.threshold,
-        )
+        shape = self.deployed.adaptable.head.shape
+        with OnnxRuntimeBackend(path, self.text, "cpu", shape) as backend:  # a session holds gigabytes
+            images, reference = [self.inputs[i] for i in indices], self.reference.part(indices)
+            parity = compare(precision, backend, self.proof.part(indices), images, reference, self.threshold)
+            with_memory = compare_taught(backend, self.inputs[: len(self.taught.features)], self.taught)
+        return replace(parity, memory=with_memory)
 
     def say_overrun(self, parity: Parity) -> None:
         where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
@@ -269,15 +279,24 @@ class GraphWriter:
 
     @torch.no_grad()
     def overrun_in_torch(self, indices: Sequence[int]) -> float:
-        """Deviation in budgets by the torch model as it is typed, on some images: cheaper than a graph for each trial."""
-        scores, maps = Differences(), Differences()
-        for index in indices:
-            image = self.inputs[index]
-            memory = (torch.from_numpy(value) for value in Tensors.neutral(self.shape).named().values())
-            score, anomaly_map, *_ = self.deployed(torch.from_numpy(image)[None], torch.from_numpy(self.text), *memory)
-            scores.add(score.numpy(), self.reference.scores[index : index + 1])
-            maps.add(anomaly_map[0].numpy(), self.reference.map(index, image.shape[:2]))
-        return overrun("fp16", scores.max, maps.quantile(0.999))
+        """Deviation in budgets by the torch model as it is typed, on some images and with the memory:
+        cheaper than a graph for each trial."""
+        overruns = []
+        for memory, expected, images in (
+            (self.neutral, self.reference, indices),
+            (self.taught.memory, self.taught.results, range(len(self.taught.features))),
+        ):
+            tensors = [torch.from_numpy(value) for value in memory.named().values()]
+            scores, maps = Differences(), Differences()
+            for index in images:
+                image = self.inputs[index]
+                score, anomaly_map, *_ = self.deployed(
+                    torch.from_numpy(image)[None], torch.from_numpy(self.text), *tensors
+                )
+                scores.add(score.numpy(), expected.scores[index : index + 1])
+                maps.add(anomaly_map[0].numpy(), expected.map(index, image.shape[:2]))
+            overruns.append(overrun("fp16", scores.max, maps.quantile(0.999)))
+        return max(overruns)
 
 
 def require_within(parity: Parity, graph: str) -> None:
@@ -285,9 +304,14 @@ def require_within(parity: Parity, graph: str) -> None:
     if parity.overrun > 1:
         where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
         labelled = ""
+        if parity.memory and parity.memory.overrun(parity.precision) > 1:
+            found = parity.memory
+            labelled = (
+                f", with a memory by {found.score_max:.2g} and {found.map_max:.2g} (99.9 %: {found.map_p999:.2g})"
+            )
         if parity.auroc and parity.auroc_budget:
             before, after = parity.auroc
-            labelled = f", and the AUROC by {after - before:+.4f} (at most {parity.auroc_budget:.2g})"
+            labelled += f", and the AUROC by {after - before:+.4f} (at most {parity.auroc_budget:.2g})"
         raise ParityError(
             f"{graph} must stay within {parity.score_budget:g} (score) and {parity.map_budget:g} (map) of the torch "
             f"model; it deviates by {parity.score.max:.2g} and {parity.map_deviation:.2g}{labelled}{where}, "

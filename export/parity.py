@@ -17,6 +17,8 @@ from fbclip.errors import ImageError, ParityError, UsageError
 from fbclip.export.stages import Stage, first_diverging
 from fbclip.folders import list_images
 from fbclip.images import read_image
+from fbclip.learning import whitening
+from fbclip.memory import NEAREST_ZERO, SLOPE, Shape, Tensors, Weight
 from fbclip.metrics import image_metrics
 from fbclip.resample import bilinear_matrix, resize
 from fbclip.runtime.backends import Backend, require_probabilities
@@ -28,6 +30,8 @@ Say = Callable[[str], None]
 BUDGETS = {"fp32": (1e-4, 1e-4), "fp16": (2e-3, 5e-3), "int8": (2e-2, 5e-2)}
 AUROC_BUDGET = 5e-3  # of 8 bit, where the images have labels
 MOST_IMAGES = 64  # of a folder; spread over it
+MEMORY_IMAGES = 2  # of the proof, that a memory is made of and that are run with it
+MEMORY_WEIGHT = 0.1  # of the zero-shot logits beside it
 PANEL = 256  # pixels, width of the maps kept for the picture
 
 
@@ -141,6 +145,54 @@ class Reference:
         return (rows @ anomaly_map @ cols.T).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What the torch model says of the first images of the proof with a memory that was made of them.
+
+    Attributes:
+        memory: the tensors.
+        features: float32 (n, L, F).
+        results: scores and maps with the memory.
+    """
+
+    memory: Tensors
+    features: Array
+    results: Reference
+
+
+def run_taught(trained: Backend, proof: Proof, image_size: int) -> Taught:
+    """Make a memory of the first images of the proof, and run the torch model with it; afterwards it has none."""
+    assert trained.memory_shape
+    some = proof.part(range(min(MEMORY_IMAGES, len(proof.frames))))
+    square = (image_size, image_size)
+    features = np.concatenate([trained.describe(resize(frame, square)[None]).features for frame in some.frames])
+    memory = proof_memory(trained.memory_shape, features)
+    trained.set_memory(memory)
+    results = run_reference(trained, some, image_size)
+    trained.set_memory(None)
+    return Taught(memory, features, results)
+
+
+def proof_memory(shape: Shape, features: Array) -> Tensors:
+    """A memory of features (n, L, F) that whitens; its lines are where their own logits are, since differences show most
+    there."""
+    patches = shape.grouped(features.reshape(-1, shape.features))  # (G, nL, W)
+    mean = patches.mean(axis=1, keepdims=True)
+    centred = patches - mean
+    covariance = np.matmul(centred.transpose(0, 2, 1), centred) / patches.shape[1]
+    matrix = np.stack([whitening(each.astype(np.float64)) for each in covariance]).astype(np.float32)
+    squared = np.square(np.matmul(centred, matrix)).sum(axis=(0, 2)).reshape(len(features), -1)
+    levels = SLOPE * np.log(np.maximum(squared, NEAREST_ZERO))
+    made = Tensors.neutral(shape)
+    made.matrix[:] = matrix
+    made.places[:] = np.matmul(mean, matrix).reshape(-1)
+    made.weights[[Weight.MAP_ZERO_SHOT, Weight.SCORE_CLASS]] = MEMORY_WEIGHT
+    made.weights[[Weight.MAP_MEMORY, Weight.SCORE_TOP]] = SLOPE, 1
+    made.weights[Weight.MAP_OFFSET] = -np.median(levels)
+    made.weights[Weight.SCORE_OFFSET] = np.median(levels) - np.sort(levels)[:, -shape.top :].mean()
+    return made
+
+
 def run_reference(trained: Backend, proof: Proof, image_size: int) -> Reference:
     """Run the torch model on the proof, resized by Pillow, one image at a time.
 
@@ -205,6 +257,47 @@ def overrun(precision: str, score_deviation: float, map_deviation: float) -> flo
 
 
 @dataclass(frozen=True)
+class MemoryParity:
+    """How far a graph with a memory is from the torch model with the same memory.
+
+    Attributes:
+        images: how many.
+        score_max, map_max, map_p999: largest differences, and the 99.9th percentile of the maps'.
+        features: root mean square of the features' difference, over that of the features.
+    """
+
+    images: int
+    score_max: float
+    map_max: float
+    map_p999: float
+    features: float
+
+    def overrun(self, precision: str) -> float:
+        """The deviation in the budgets of results without a memory."""
+        return overrun(precision, self.score_max, self.map_max if precision == "fp32" else self.map_p999)
+
+
+def compare_taught(backend: Backend, inputs: Sequence[NDArray[np.uint8]], taught: Taught) -> MemoryParity:
+    """Run a graph with the memory of the proof, one image at a time; afterwards it has none.
+
+    Args:
+        inputs: the images that the memory is of, as the graph takes them.
+    """
+    scores, maps, squares = Differences(), Differences(), 0.0
+    backend.set_memory(taught.memory)
+    for index, image in enumerate(inputs):
+        score, anomaly_map = backend.run(image[None])
+        scores.add(score, taught.results.scores[index : index + 1])
+        maps.add(anomaly_map[0], taught.results.map(index, image.shape[:2]))
+        off = backend.describe(image[None]).features[0] - taught.features[index]
+        squares += float(np.square(off, dtype=np.float64).sum())
+    backend.set_memory(None)
+    error = np.sqrt(squares / np.square(taught.features, dtype=np.float64).sum())
+    error = float(error) if np.isfinite(error) else 1.0
+    return MemoryParity(len(inputs), scores.max, maps.max, maps.quantile(0.999), error)
+
+
+@dataclass(frozen=True)
 class Parity:
     """How far an exported graph is from the torch model on the same images.
 
@@ -218,6 +311,7 @@ class Parity:
         worst_image: the one whose map differs most.
         by_deviation: indices of the images, that one first.
         auroc_budget: how far it may change; None where only the differences count.
+        memory: the differences with a memory.
         islands: parts that had to stay float32 although others are of lower precision.
         stages: of the worst image against the float32 graph; empty for that graph itself.
         nodes, size_bytes, seconds: of the graph and of writing it.
@@ -235,6 +329,7 @@ class Parity:
     worst_image: str
     by_deviation: tuple[int, ...]
     auroc_budget: float | None = None
+    memory: MemoryParity | None = None
     islands: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
     nodes: int = 0
@@ -251,6 +346,8 @@ class Parity:
     def overrun(self) -> float:
         """The deviation in budgets: up to 1 it is within."""
         deviation = overrun(self.precision, self.score.max, self.map_deviation)
+        if self.memory:
+            deviation = max(deviation, self.memory.overrun(self.precision))
         if self.auroc is None or self.auroc_budget is None:
             return deviation
         before, after = self.auroc

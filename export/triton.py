@@ -1,7 +1,7 @@
 """Bundle to a model of an NVIDIA Triton repository: graph or plan, configuration, README. Needs onnx, not torch.
 
-Triton wants every input of a graph from the client, and batches only what has a batch axis. So the text features,
-which never change, become a constant of the graph: clients send frames, nothing else.
+Triton wants every input of a graph from the client, and batches only what has a batch axis. So the text features and
+the memory become constants of the graph: clients send frames, nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle, checked_name
 from fbclip.errors import BundleError, UsageError
 from fbclip.files import new_folder
+from fbclip.memory import FEATURES, LOGITS, Tensors
 from fbclip.runtime.backends import resolve_precision
 from fbclip.runtime.calibration import Calibration
 from fbclip.untrusted import one_line
@@ -41,6 +42,7 @@ class Served:
         threshold: scores from here on are anomalous: the calibration's, or the bundle's default.
         map_threshold: map values from here on are marked.
         promise: where the threshold comes from, as a sentence.
+        memory: what of good parts is in the graph, for a sentence.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Served:
     threshold: float
     map_threshold: float
     promise: str
+    memory: str
 
 
 def write_model(
@@ -60,6 +63,7 @@ def write_model(
     build: Build | None = None,
     max_batch: int = MAX_BATCH,
     name: str | None = None,
+    memory: Tensors | None = None,
 ) -> Path:
     """Write a bundle's model into a Triton model repository.
 
@@ -71,18 +75,20 @@ def write_model(
             out, the graph itself is served. The plan only loads in a Triton with the same TensorRT on the same GPU.
         max_batch: frames that Triton puts together at most.
         name: of the model; the bundle's own (its folder's) if left out.
+        memory: of good parts, for the graph; zero-shot if left out.
 
     Returns:
         The model's folder, NAME/ with config.pbtxt, README.md and 1/model.onnx or 1/model.plan.
 
     Raises:
-        UsageError: no onnx package, a folder of that name is there already, or it can't be written.
+        UsageError: no onnx package, a folder of that name is there already, it can't be written, or a memory of another
+            shape than the bundle's graphs take.
         BundleError: no such graph, or damaged.
         DeviceError: no such precision, or 8 bit in the form for CPUs, which a Triton with a GPU can't place there.
     """
     if find_spec("onnx") is None:
         raise UsageError(
-            "a model for Triton has the text features in its graph, written with the onnx package: pip install onnx",
+            "a model for Triton has text features and memory in its graph, written with the onnx package: pip install onnx",
             option="triton",
         )
     precision = resolve_precision(bundle, "Triton on a GPU", precision)
@@ -97,7 +103,7 @@ def write_model(
     with new_folder(folder) as temporary:
         version = temporary / "1"
         version.mkdir()
-        frame_hw, map_hw = bake_text(bundle, precision, version)
+        frame_hw, map_hw = bake(bundle, precision, memory, version)
         if build:
             build(version / "model.onnx", version / "model.plan")
             for graph_file in version.iterdir():
@@ -108,7 +114,8 @@ def write_model(
             (calibration.threshold, calibration.map_threshold) if calibration else (default, default)
         )
         platform, promised = "tensorrt_plan" if build else "onnxruntime_onnx", promise(bundle, calibration, precision)
-        served = Served(name, platform, frame_hw, map_hw, max_batch, threshold, map_threshold, promised)
+        taught = "the memory of good parts" if memory else "no memory of good parts"
+        served = Served(name, platform, frame_hw, map_hw, max_batch, threshold, map_threshold, promised, taught)
         (temporary / "config.pbtxt").write_text(config(served))
         (temporary / "README.md").write_text(readme(served, bundle, precision), encoding="utf-8")
         temporary.rename(folder)
@@ -130,8 +137,11 @@ def promise(bundle: Bundle, calibration: Calibration | None, precision: str) -> 
     return text
 
 
-def bake_text(bundle: Bundle, precision: str, folder: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Write model.onnx, a bundle's graph with its text features as a constant; weights beside a graph stay beside it.
+def bake(
+    bundle: Bundle, precision: str, memory: Tensors | None, folder: Path
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Write model.onnx, a bundle's graph with text features and memory as constants, without what `Backend.describe`
+    gives; weights beside a graph stay beside it.
 
     Returns:
         (H, W) of the frames it takes and of the maps it gives.
@@ -139,16 +149,24 @@ def bake_text(bundle: Bundle, precision: str, folder: Path) -> tuple[tuple[int, 
     import onnx
     from onnx import numpy_helper
 
+    constants = {TEXT: bundle.text}
+    if shape := bundle.manifest.memory_shape:
+        constants |= (memory or Tensors.neutral(shape)).checked(shape).named()
+    elif memory:
+        raise UsageError(f"{bundle.path} has no inputs for a memory: export it again with fbclip export")
     graph_path, (_, *beside) = bundle.graph(precision), bundle.graph_files(precision)
     try:
         model = onnx.load(graph_path, load_external_data=False)
         inputs = {tensor.name: tensor for tensor in model.graph.input}
         outputs = {tensor.name: tensor for tensor in model.graph.output}
-        model.graph.input.remove(inputs[TEXT])
+        for name in constants:
+            model.graph.input.remove(inputs[name])
+        for name in outputs.keys() & {FEATURES, LOGITS}:
+            model.graph.output.remove(outputs[name])
         sides = _sides(inputs[IMAGE]), _sides(outputs[ANOMALY_MAP])
     except Exception as error:  # protobuf's, and what is not there
         raise BundleError(f"{graph_path} is no graph of a bundle: {one_line(repr(error))}; export it again") from error
-    model.graph.initializer.append(numpy_helper.from_array(bundle.text, TEXT))
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     onnx.save(model, folder / "model.onnx")
     for name in beside:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +224,7 @@ def readme(served: Served, bundle: Bundle, precision: str) -> str:
 ## As a TensorRT plan
 
 Usually faster, and bound to this GPU and to the TensorRT of this Triton, so it is built in the same container.
-The text features are in the graph; a plan from the bundle's `engines/` takes them as a second input and is not for
+Text features and memory are in the graph; a plan from the bundle's `engines/` takes them as inputs and is not for
 Triton. The types are in the graph too, hence no precision flags.
 
 ```
@@ -239,9 +257,10 @@ Without a GPU leave out `--gpus all`. HTTP is on port 8000, gRPC on 8001, metric
 | `{ANOMALY_MAP}` | float32 (N, {served.map_hw[0]}, {served.map_hw[1]}) | the same, pixel by pixel; marked from {served.map_threshold:g} on |
 
 {served.promise} Triton gives numbers, not verdicts: the client compares. Both thresholds are parameters in
-`config.pbtxt`, with all their digits. `fbclip calibrate` changes the bundle and not this model: write it anew after that.
+`config.pbtxt`, with all their digits. `fbclip calibrate` and `fbclip adapt` change the bundle and not this model: write
+it anew after that.
 
-Normalisation, upsampling, blur and the text features are in the graph.
+Normalisation, upsampling, blur, the text features and {served.memory} are in the graph.
 
 ## Ask
 

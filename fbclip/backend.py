@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import UsageError
-from fbclip.memory import Tensors
+from fbclip.memory import Shape, Tensors
 
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 Self = TypeVar("Self", bound="Backend")
@@ -30,10 +30,12 @@ class Backend(ABC):
     Attributes:
         device: where it runs.
         launches: how executions are started, where there is a choice: "CUDA graph", or "enqueue" and why.
+        memory_shape: of the tensors of a memory that it takes; None where it takes none.
     """
 
     device: str
     launches: str | None = None
+    memory_shape: Shape | None = None
 
     @abstractmethod
     def run(self, images: NDArray[np.uint8]) -> Results:
@@ -60,8 +62,14 @@ class Backend(ABC):
             UsageError: the graph has no inputs for a memory, or the tensors are of another shape or type.
             DeviceError: it is closed.
         """
-        if tensors is not None:
+        if self.memory_shape is not None:
+            self._write_memory((tensors or Tensors.neutral(self.memory_shape)).checked(self.memory_shape))
+        elif tensors is not None:
             raise self._no_memory()
+
+    def _write_memory(self, tensors: Tensors) -> None:
+        """Copy tensors, which fit, to where the graph reads them."""
+        raise NotImplementedError
 
     def describe(self, images: NDArray[np.uint8]) -> Described:
         """Images uint8 (B, H, W, 3) -> what a memory is learned from; the memory that is set makes no difference.

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fbclip.assets import NANO
-from fbclip.backend import Backend, Results
+from fbclip.backend import Backend, Described, Results
 from fbclip.bundle import Bundle
 from fbclip.errors import CheckpointError, DeviceError
+from fbclip.memory import Tensors
 from fbclip.model import reference
 from fbclip.model.checkpoint import load
+from fbclip.model.memory import AdaptableVisual, MemoryTensors
 from fbclip.model.network import FBCLIP
 from fbclip.resample import upsampling_matrix
 
@@ -31,7 +33,7 @@ class TorchBackend(Backend):
         model: used, not copied; moved to the device.
         device: "auto" (CUDA where it is there), "cpu" or "cuda".
         forward: normalised images (B, 3, S, S) and text (2, E) to score (B,) and patch map (B, g, g) with the model's
-            weights; its own forward pass if None.
+            weights, which takes no memory; its own forward pass if None, which does.
 
     Attributes:
         device: where the model is.
@@ -52,6 +54,9 @@ class TorchBackend(Backend):
         model.eval().to(self.device)
         # a compiled one can't be asked whether it is true
         self.forward: Forward | None = model.visual if forward is None else forward
+        self.memory_shape = model.config.memory_shape if forward is None else None
+        self._memory: MemoryTensors | None = None
+        self._adaptable = AdaptableVisual(model.config, model.visual).to(self.device) if forward is None else None
         size, clip = model.config.image_size, model.config.clip
         self._upsampling = torch.from_numpy(upsampling_matrix(size, model.config.grid)).to(self.device)
         self._mean, self._std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (clip.mean, clip.std))
@@ -71,11 +76,40 @@ class TorchBackend(Backend):
             return score.cpu().numpy(), maps.cpu().numpy()
 
     def _compute(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        forward, normalised = self._require_open(), self._normalised(images)
+        if self._adaptable and self._memory:
+            score, patch_map, *_ = self._adaptable(normalised, self.text, self._memory)
+        else:
+            score, patch_map = forward(normalised, self.text)
+        return score, self._upsampling @ patch_map @ self._upsampling.mT
+
+    def _require_open(self) -> Forward:
         if self.forward is None:
             raise DeviceError("this backend of a checkpoint is closed: make a new one")
-        normalised = (images.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
-        score, patch_map = self.forward(normalised.contiguous(), self.text)
-        return score, self._upsampling @ patch_map @ self._upsampling.mT
+        return self.forward
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return ((images.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std).contiguous()
+
+    def _write_memory(self, tensors: Tensors) -> None:
+        with self._turn:
+            self._require_open()
+            self._memory = self._on_device(tensors)
+
+    def _on_device(self, tensors: Tensors) -> MemoryTensors:
+        return MemoryTensors(*(torch.tensor(value, device=self.device) for value in tensors.named().values()))
+
+    @torch.no_grad()
+    def describe(self, images: NDArray[np.uint8]) -> Described:
+        if self.memory_shape is None:
+            raise self._no_memory()
+        with self._turn:
+            self._require_open()
+            assert self._adaptable
+            normalised = self._normalised(torch.tensor(images, device=self.device))
+            neutral = self._on_device(Tensors.neutral(self.memory_shape))
+            found = self._adaptable(normalised, self.text, neutral)
+            return Described(found.features.cpu().numpy(), found.logits.cpu().numpy())
 
     @torch.no_grad()
     def device_times(self, images: NDArray[np.uint8]) -> dict[str, float] | None:
@@ -101,7 +135,7 @@ class TorchBackend(Backend):
     def close(self) -> None:
         """Let go of the model, which is the caller's, once a call under way is done; safe to call again."""
         with self._turn:
-            self.forward = None
+            self.forward = self._adaptable = self._memory = None
 
 
 def bundle_backend(

@@ -7,7 +7,6 @@ features. Shapes: B images, L = g*g patches, G groups of feature layers, W numbe
 
 from __future__ import annotations
 
-import math
 from functools import reduce
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbclip.memory import FAR, REACH, TOP_SHARE, Shape, Weight
+from fbclip.memory import FAR, NEAREST_ZERO, REACH, Shape, Weight
 from fbclip.model.config import Config
 from fbclip.model.network import Visual
 
@@ -56,7 +55,7 @@ class AdaptableVisual(nn.Module):
         """Normalised images (B, 3, S, S), text features (2, E) and a memory -> Adapted."""
         tower = self.visual.tower
         every = sorted({*tower.feature_layers, *self.layers})
-        tokens = dict(zip(every, tower.tokens(image, every), strict=True))
+        tokens = dict(zip(every, tower(image, every), strict=True))
         feature_layers = torch.stack([tokens[n] for n in tower.feature_layers], dim=1)
         logits = self.visual.token_logits(feature_layers, text, batched)
         fused, features = self.head([tokens[n] for n in self.layers], logits, memory)
@@ -70,18 +69,21 @@ class MemoryHead(nn.Module):
         shape: of the features.
     """
 
-    distance: Tensor  # (rows, cols, rows around, cols), in patches; more than any reach outside the grid
+    # how far rows and columns around a place are from it in patches, (rows, 1, around * cols) and (cols, around * cols)
+    rows_away: Tensor
+    cols_away: Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
         side = self.shape.grid
-        self.top = math.ceil(TOP_SHARE * side * side)
-        index = torch.arange(side)
-        row = index[:, None] + torch.arange(-REACH, REACH + 1)  # (rows, rows around)
-        far = (row - index[:, None]).abs().float().masked_fill((row < 0) | (row >= side), FAR)
-        across = (index[:, None] - index).abs().float()
-        self.register_buffer("distance", torch.maximum(far[:, None, :, None], across[:, None]), persistent=False)
+        index, around = torch.arange(side), torch.arange(-REACH, REACH + 1)
+        inside = ((index[:, None] + around).clamp(0, side - 1) - index[:, None]) == around
+        # a place itself is compared without rounding's error elsewhere; with a reach of 0 nothing is left to do here
+        rows = torch.where(inside, around.abs().clamp_min(1).float(), FAR)  # (rows, around)
+        cols = (index[:, None] - index).abs().float()
+        self.register_buffer("rows_away", rows.repeat_interleave(side, dim=1)[:, None], persistent=False)
+        self.register_buffer("cols_away", cols.repeat(1, len(around)), persistent=False)
 
     def forward(self, tokens: list[Tensor], logits: Tensor, memory: MemoryTensors) -> tuple[Tensor, Tensor]:
         """Tokens of layers (B, N, C) each, zero-shot logits (B, N) and a memory -> logits (B, N), features (B, L, F)."""
@@ -90,14 +92,17 @@ class MemoryHead(nn.Module):
 
     def features(self, tokens: list[Tensor]) -> Tensor:
         """Tokens of layers (B, N, C) each -> what a patch is known by (B, L, F): theirs at length 1, side by side."""
-        return torch.cat([F.normalize(each[:, 1:], dim=-1) for each in tokens], dim=-1)
+        x: Tensor = torch.cat(tokens, dim=-1)[:, 1:].unflatten(-1, (len(tokens), -1))
+        length = (x * x).sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
+        return torch.div(x, length).flatten(2)
 
     def squared_distance(self, features: Tensor, memory: MemoryTensors) -> Tensor:
         """Features (B, L, F) -> how far each patch is from what the memory expects there (B, L)."""
         groups = features.chunk(self.shape.groups, dim=-1) if self.shape.groups > 1 else (features,)
         parts = [part @ matrix for part, matrix in zip(groups, memory.matrix.unbind(0), strict=True)]
         z = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        own = (z - memory.places).square().sum(dim=-1)
+        off = z - memory.places
+        own = (off * off).sum(dim=-1)  # a runtime takes half the time of a square
         around = self.nearest_around(z, memory.places, memory.weights[Weight.REACH])
         nearest = 2 * (memory.bank / 2 - reduce(torch.add, parts)).amin(dim=-1)
         return torch.minimum(torch.minimum(own, around) + memory.weights[Weight.PLACES_FAR], nearest)
@@ -106,21 +111,21 @@ class MemoryHead(nn.Module):
         """Squared distance of each patch to the nearest of the memory's within `reach` of its place: (B, L, F) -> (B, L)."""
         side = self.shape.grid
         z, p = z.unflatten(1, (side, side)), places.unflatten(0, (side, side))
-        keys = F.pad(p, (0, 0, 0, 0, REACH, REACH))  # (rows + 2 REACH, cols, F)
         # a row of patches against each of the rows around it, as in the spatial view
-        products = [z @ keys[k : k + side].mT for k in range(2 * REACH + 1)]
-        pp = F.pad(p.square().sum(dim=-1), (0, 0, REACH, REACH))
-        pp = torch.stack([pp[k : k + side] for k in range(2 * REACH + 1)], dim=1)[:, None]
-        away = pp / 2 - torch.stack(products, dim=3)  # (B, rows, cols, rows around, cols)
-        away = away.masked_fill(self.distance > reach, FAR).flatten(3).amin(dim=-1)
-        return (2 * away + z.square().sum(dim=-1)).clamp_min(0).flatten(1)
+        keys, pp = F.pad(p, (0, 0, 0, 0, REACH, REACH)), F.pad((p * p).sum(dim=-1), (0, 0, REACH, REACH))
+        rows = [slice(k, k + side) for k in range(2 * REACH + 1)]
+        products = torch.cat([z @ keys[k].mT for k in rows], dim=-1)  # (B, rows, cols, around * cols)
+        pp = torch.cat([pp[k] for k in rows], dim=-1)[:, None]
+        too_far = [FAR * (away > reach).float() for away in (self.rows_away, self.cols_away)]
+        nearest = ((pp / 2 + too_far[0]) + too_far[1] - products).amin(dim=-1)
+        return (2 * nearest + (z * z).sum(dim=-1)).clamp_min(0).flatten(1)
 
     def fused(self, logits: Tensor, squared: Tensor, weights: Tensor) -> Tensor:
         """Zero-shot logits (B, N) and squared distances (B, L) -> logits (B, N)."""
         w = [weights[n] for n in range(len(Weight))]
         patches = w[Weight.MAP_ZERO_SHOT] * logits[:, 1:] + (
-            w[Weight.MAP_MEMORY] * squared.clamp_min(1e-6).log() + w[Weight.MAP_OFFSET]
+            w[Weight.MAP_MEMORY] * squared.clamp_min(NEAREST_ZERO).log() + w[Weight.MAP_OFFSET]
         )
-        top = patches.topk(self.top, dim=-1).values.mean(dim=-1)
+        top = patches.topk(self.shape.top, dim=-1).values.mean(dim=-1)
         score = w[Weight.SCORE_CLASS] * logits[:, 0] + (w[Weight.SCORE_TOP] * top + w[Weight.SCORE_OFFSET])
         return torch.cat([score[:, None], patches], dim=1)

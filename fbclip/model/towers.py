@@ -88,19 +88,16 @@ class VisionTower(nn.Module):
         class_token = self.class_embedding.expand(patches.shape[0], 1, -1)
         return cast(Tensor, self.ln_pre(torch.cat([class_token, patches], dim=1) + self.positions()))
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S) -> tokens of the K feature layers (B, K, N, C), class token first."""
-        return torch.stack(self.tokens(image, self.feature_layers), dim=1)
-
-    def tokens(self, image: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Normalised images (B, 3, S, S) -> tokens of some layers, in ascending order, each (B, N, C)."""
+    def forward(self, image: Tensor, layers: Sequence[int] | None = None) -> Tensor | list[Tensor]:
+        """Normalised images (B, 3, S, S) -> tokens of the K feature layers (B, K, N, C), class token first; or, where
+        layers are named, a list of theirs, each (B, N, C)."""
         x = self.embed(image)
         tokens = []
         for number, block in enumerate(self.blocks, start=1):
             x = block_forward(cast(ResidualAttentionBlock, block), x)
-            if number in layers:
+            if number in (layers or self.feature_layers):
                 tokens.append(x)
-        return tokens
+        return tokens if layers else torch.stack(tokens, dim=1)
 
     @torch.no_grad()
     def fold_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...], channel_order: str = "rgb") -> None:

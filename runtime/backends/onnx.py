@@ -100,7 +100,7 @@ class OnnxRuntimeBackend(Backend):
         self._turn = Lock()
         self._binding = self.session.io_binding()
         place = "cpu" if device == "cpu" else "cuda"
-        self.shape = memory
+        self.memory_shape = memory
         inputs = {TEXT: text, **(Tensors.neutral(memory).named() if memory else {})}
         # uploaded once; a memory's are written anew where they lie
         self._held = {
@@ -121,7 +121,7 @@ class OnnxRuntimeBackend(Backend):
         return scores, maps
 
     def describe(self, images: NDArray[np.uint8]) -> Described:
-        if self.shape is None:
+        if self.memory_shape is None:
             raise self._no_memory()
         with self._turn:
             return Described(*self._run(images, (FEATURES, LOGITS)))
@@ -136,14 +136,10 @@ class OnnxRuntimeBackend(Backend):
         outputs: list[NDArray[np.float32]] = self._binding.copy_outputs_to_cpu()
         return outputs
 
-    def set_memory(self, tensors: Tensors | None) -> None:
-        if self.shape is None:
-            super().set_memory(tensors)
-            return
-        new = (tensors or Tensors.neutral(self.shape)).checked(self.shape).named()
+    def _write_memory(self, tensors: Tensors) -> None:
         with self._turn:
             self._require_open()
-            for name, value in new.items():
+            for name, value in tensors.named().items():
                 self._held[name].update_inplace(np.ascontiguousarray(value))
 
     def _require_open(self) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.backend import Backend, Results
+from fbclip.backend import Backend, Described, Results
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
 from fbclip.errors import BundleError, DeviceError, UsageError
+from fbclip.memory import FEATURES, LOGITS, Tensors
 from fbclip.runtime.backends.cuda import CaptureError, CudaGraph, Gpu, load_driver
 
 SLOTS = 2  # batches in flight: while one computes, the next is uploaded
@@ -49,7 +50,7 @@ class TensorRTBackend(Backend):
 
     def __init__(self, bundle: Bundle, precision: str, batch: int = 1) -> None:
         self._slots: list[_Slot] = []
-        self._memory: list[Any] = []
+        self._memory: dict[str, Any] = {}  # of both slots: scratch, constant inputs, what `describe` gives
         self._free: deque[_Slot] = deque()
         self._ahead = Lock()  # of the iteration that leaves a batch in flight
         self._lock = RLock()  # of everything here; a thread that has it may close the backend
@@ -67,32 +68,42 @@ class TensorRTBackend(Backend):
                 self._engine = self._runtime.deserialize_cuda_engine(self.plan.read_bytes())
                 if self._engine is None:
                     raise DeviceError(f"TensorRT can't read {self.plan}: {self._gpu.error()}")
+                self.memory_shape = bundle.manifest.memory_shape
                 self._reserve(bundle.text)
         except BaseException as error:
             self._close(error)
             raise
 
     def _reserve(self, text: NDArray[np.float32]) -> None:
-        """Check the plan's tensors, upload the text, make the slots."""
+        """Check the plan's tensors, upload the text and the memory of nothing, make the slots."""
         assert self._gpu and self._engine is not None
         engine, cuda = self._engine, self._gpu.cuda
         names = sorted(engine.get_tensor_name(i) for i in range(engine.num_io_tensors))
-        if names != sorted((IMAGE, TEXT, SCORE, ANOMALY_MAP)):
+        shape = self.memory_shape
+        inputs = {TEXT: text, **(Tensors.neutral(shape).named() if shape else {})}
+        described = [FEATURES, LOGITS] if shape else []
+        if names != sorted((IMAGE, SCORE, ANOMALY_MAP, *inputs, *described)) or any(
+            tuple(engine.get_tensor_shape(name)) != value.shape for name, value in inputs.items()
+        ):
             raise BundleError(
                 f"a plan has the tensors of its graph; {self.plan} has {', '.join(names)}: build it again"
             )
         self.input_shape = tuple(int(n) for n in engine.get_tensor_shape(IMAGE))[1:]
         scratch_bytes = max(int(engine.device_memory_size_v2), 1)
-        scratch = cuda.mem_alloc(scratch_bytes)
-        device_text = cuda.mem_alloc(text.nbytes)
-        self._memory = [scratch, device_text]
-        cuda.memcpy_htod(device_text, np.ascontiguousarray(text))
+        scratch = self._memory["scratch"] = cuda.mem_alloc(scratch_bytes)
+        for name, value in inputs.items():
+            self._memory[name] = cuda.mem_alloc(value.nbytes)
+            cuda.memcpy_htod(self._memory[name], np.ascontiguousarray(value))
+        for name in described:
+            patches = [int(n) for n in engine.get_tensor_shape(name)][1:]
+            self._memory[name] = cuda.mem_alloc(4 * self._high * int(np.prod(patches)))
         for _ in range(SLOTS):
             slot = _Slot(self._gpu, engine)
             self._slots.append(slot)
             self._free.append(slot)
             slot.context.set_device_memory(int(scratch), scratch_bytes)
-            slot.context.set_tensor_address(TEXT, int(device_text))
+            for name in (*inputs, *described):
+                slot.context.set_tensor_address(name, int(self._memory[name]))
             slot.reserve((self._high, *self.input_shape))
 
     def run(self, images: NDArray[np.uint8]) -> Results:
@@ -187,6 +198,31 @@ class TensorRTBackend(Backend):
             raise DeviceError(f"TensorRT could not run {self.plan.name}: {self._gpu.error()}")
         slot.is_prepared = True
 
+    def _write_memory(self, tensors: Tensors) -> None:
+        with self._on_gpu():
+            assert self._gpu
+            self._gpu.cuda.Context.synchronize()  # what is in flight reads the one before
+            for name, value in tensors.named().items():
+                self._gpu.cuda.memcpy_htod(self._memory[name], np.ascontiguousarray(value))
+
+    def describe(self, images: NDArray[np.uint8]) -> Described:
+        if self.memory_shape is None:
+            raise self._no_memory()
+        self._require_fit(images)
+        with self._on_gpu():
+            assert self._gpu
+            slot, cuda = self._free[0], self._gpu.cuda
+            slot.upload(images)
+            self._compute(slot)
+            found = []
+            for name in (FEATURES, LOGITS):  # no other run may write them before they are read
+                shape = tuple(int(n) for n in slot.context.get_tensor_shape(name))
+                found.append(cuda.pagelocked_empty(shape, np.float32))
+                cuda.memcpy_dtoh_async(found[-1], self._memory[name], slot.stream)
+            slot.done.record(slot.stream)
+            slot.done.synchronize()
+            return Described(*(values.copy() for values in found))
+
     def device_times(self, images: NDArray[np.uint8]) -> dict[str, float]:
         """Milliseconds of one run by the GPU's events: upload, compute, download."""
         self._require_fit(images)
@@ -226,7 +262,7 @@ class TensorRTBackend(Backend):
             while self._slots:
                 self._slots.pop().free()
             while self._memory:
-                self._memory.pop().free()
+                self._memory.popitem()[1].free()
             self._engine = self._runtime = None  # after its contexts, before CUDA's
         gpu.close(error)
 
