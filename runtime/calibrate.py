@@ -36,7 +36,7 @@ from fbclip.runtime.histogram import write_histogram
 from fbclip.runtime.live.sources import BaseSource, CaptureOptions, open_source
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED
-from fbclip.runtime.target import Say, Target
+from fbclip.runtime.target import Say
 from fbclip.terminal import say as print_line
 from fbclip.terminal import track, warn
 
