@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fbclip.commands.adapt import adapt
 from fbclip.commands.bench import bench
 from fbclip.commands.calibrate import calibrate
 from fbclip.commands.command import Command, Commands
@@ -58,7 +59,7 @@ def options(
         raise typer.Exit(2)
 
 
-for command in (infer, serve, calibrate, export, train, eval_, data, bench, doctor):
+for command in (infer, serve, adapt, calibrate, export, train, eval_, data, bench, doctor):
     app.command(name=command.__name__.strip("_"), cls=Command)(command)
 
 

@@ -17,8 +17,7 @@ from fbclip.errors import ImageError, ParityError, UsageError
 from fbclip.export.stages import Stage, first_diverging
 from fbclip.folders import list_images
 from fbclip.images import read_image
-from fbclip.learning import whitening
-from fbclip.memory import NEAREST_ZERO, SLOPE, Shape, Tensors, Weight
+from fbclip.memory import NEAREST_ZERO, SLOPE, Shape, Tensors, Weight, whitening
 from fbclip.metrics import image_metrics
 from fbclip.resample import bilinear_matrix, resize
 from fbclip.runtime.backends import Backend, require_probabilities

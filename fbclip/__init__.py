@@ -1,17 +1,18 @@
 """FB-CLIP, deployed: finds defects on objects that it has never seen, on a small device.
 
-    from fbclip import Predictor, calibrate
+    from fbclip import Predictor, adapt, calibrate
 
     with Predictor() as predict:                    # the embedded model; Predictor("part.fbclip") for yours
         prediction = predict("part.png")            # a path, Pillow image or array; a list or a folder gives a list
         print(prediction.verdict, prediction.score, prediction.boxes)
         prediction.save("overlay.png")
-    calibrate("part.fbclip", "good/")               # a threshold from good parts, with a stated false-alarm rate
+    adapt("part.fbclip", "good/")                   # ten good parts teach it the line, in seconds
+    calibrate("part.fbclip", "more-good/")          # a threshold from good parts, with a stated false-alarm rate
 
 Predictor, Prediction, Region   images to verdicts, heat maps and marked regions
 Roi, open_source                where frames are inspected, and where they come from
 Bundle                          what is deployed: a folder with the model, its text and proofs
-calibrate, evaluate             a threshold for your parts; figures on a data set
+adapt, calibrate, evaluate      what your good parts look like, and their threshold; figures on a data set
 export, load_checkpoint         from a checkpoint to a bundle, and to the torch model (both need torch)
 FBClipError                     what all errors are that a user can act on, each in one line
 """
@@ -38,6 +39,7 @@ __all__ = [
     "Roi",
     "UsageError",
     "__version__",
+    "adapt",
     "calibrate",
     "evaluate",
     "export",
@@ -64,7 +66,7 @@ if TYPE_CHECKING:
     from fbclip.runtime.predictor import Predictor
     from fbclip.runtime.regions import Region
     from fbclip.runtime.roi import Roi
-    from fbclip.tasks import calibrate, evaluate
+    from fbclip.tasks import adapt, calibrate, evaluate
 
 _HOMES = {
     "Bundle": "fbclip.bundle",
@@ -72,6 +74,7 @@ _HOMES = {
     "Predictor": "fbclip.runtime.predictor",
     "Region": "fbclip.runtime.regions",
     "Roi": "fbclip.runtime.roi",
+    "adapt": "fbclip.tasks",
     "calibrate": "fbclip.tasks",
     "evaluate": "fbclip.tasks",
     "load_checkpoint": "fbclip.checkpoints",

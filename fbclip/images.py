@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         SizeError: more than 178,956,970 pixels, or a side of more than 65,535.
     """
     return _rgb(open_picture(path), printable(path))
+
+
+def pixels_sha256(image: NDArray[np.uint8]) -> str:
+    """The hash of an image's shape and pixels, whatever file it came from."""
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
 
 
 def note_of_pages(path: Path) -> str:

@@ -5,36 +5,35 @@ Torch-free: features come from a bundle's graph (`Backend.describe`). Shapes: V 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fbclip.errors import UsageError
 from fbclip.memory import (
     FAR,
     NEAREST,
     NEAREST_ZERO,
-    POSITIONS,
-    SHRINKAGE,
     SLOPE,
     WHITEN,
     Array,
     Memory,
+    Recipe,
     Reference,
     Shape,
+    Sums,
     Tensors,
     Weight,
+    prepare,
 )
 from fbclip.resample import upsampling_matrix
 
-Sums = Mapping[str, NDArray[np.floating]]
-
-# The line lies so many deviations above the mean of the references' leave-one-out logits; a few references underestimate
-# the deviation, so it is never less than the floor. Chosen on rendered parts (benchmarks/few_shot.py).
-DEVIATIONS, FLOOR = 2.5, 0.3
+# A line lies so many deviations above the mean of the references' leave-one-out logits; a few references underestimate the
+# deviation, so it is never less than the floor. Chosen on rendered parts (benchmarks/few_shot.py), where 2 to 5 % of good
+# parts are beyond the score's.
+SCORE_DEVIATIONS, MAP_DEVIATIONS, FLOOR = 1.5, 2.0, 0.3
 STANDS_OUT = 6.0  # such deviations of the others, above their mean: a reference that is odd
 LEAST_OTHERS = 3  # references that a comparison with the others needs
 SKETCH = 64  # numbers that a patch is sketched by while the bank's tokens are chosen
@@ -46,8 +45,9 @@ class Seen(NamedTuple):
     Attributes:
         name: of its file.
         sha256: of its pixels.
-        features: (V, L, F), the picture as it is first, then its other views.
-        logits: zero-shot logits (1 + L,) of the picture as it is.
+        features: (L, F) of the picture as it is.
+        logits: zero-shot logits (1 + L,) of the same.
+        sums: of all its views, see `add_up`.
         moved: features (2, L, F) and logits (2, 1 + L) of copies that are moved a little, where it is the only one; or None.
     """
 
@@ -55,17 +55,8 @@ class Seen(NamedTuple):
     sha256: str
     features: Array
     logits: Array
+    sums: Sums
     moved: tuple[Array, Array] | None = None
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a memory is learned: see `fbclip.memory.About`."""
-
-    mode: str
-    orientation: str
-    reach: int
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -112,32 +103,32 @@ def learn(recipe: Recipe, shape: Shape, image_size: int, seen: Sequence[Seen], o
     Raises:
         UsageError: one reference that nothing can be compared with.
     """
-    own = [_sums(recipe, shape, one.features) for one in seen]
+    own = [one.sums for one in seen]
     before = [old.sums] if old else []
-    whole = _together(recipe, shape, [*before, *own])
+    whole = together(recipe, shape, [*before, *own])
     if len(before) + len(own) > 1:
         judged = []
         for index, one in enumerate(seen):
-            others = _together(recipe, shape, [*before, *own[:index], *own[index + 1 :]])
-            memory = _tensors(recipe, shape, others)
-            judged += judge(recipe, shape, image_size, memory, one.features[:1], one.logits[None])
+            others = together(recipe, shape, [*before, *own[:index], *own[index + 1 :]])
+            memory = prepare(recipe, shape, others)
+            judged += judge(recipe, shape, image_size, memory, one.features[None], one.logits[None])
         fresh = [Reference(one.name, one.sha256, j.score, j.peak, False) for one, j in zip(seen, judged, strict=True)]
         references = mark_odd((*(old.about.references if old else ()), *fresh))
         usual = [each for each in references if not each.odd]
         scores, peaks = [each.score for each in usual], [each.peak for each in usual]
     elif seen[0].moved is not None:
-        judged = judge(recipe, shape, image_size, _tensors(recipe, shape, whole), *seen[0].moved)
+        judged = judge(recipe, shape, image_size, prepare(recipe, shape, whole), *seen[0].moved)
         scores, peaks = [each.score for each in judged], [each.peak for each in judged]
         references = (Reference(seen[0].name, seen[0].sha256, max(scores), max(peaks), False),)
     else:
         raise UsageError("a memory is learned from two good parts or more; got one", option="good")
-    return Learned(whole, references, line(peaks), line(scores), tuple(judged))
+    return Learned(whole, references, line(peaks, MAP_DEVIATIONS), line(scores, SCORE_DEVIATIONS), tuple(judged))
 
 
-def line(logits: Sequence[float]) -> float:
-    """Where good ends, from leave-one-out logits of good parts."""
+def line(logits: Sequence[float], deviations: float) -> float:
+    """Where good ends, from leave-one-out logits of good parts: so many deviations above their mean."""
     spread = np.std(logits, ddof=1) if len(logits) > 1 else 0.0
-    return float(np.mean(logits) + DEVIATIONS * np.hypot(spread, FLOOR))
+    return float(np.mean(logits) + deviations * np.hypot(spread, FLOOR))
 
 
 def mark_odd(references: Sequence[Reference]) -> tuple[Reference, ...]:
@@ -152,19 +143,6 @@ def mark_odd(references: Sequence[Reference]) -> tuple[Reference, ...]:
         if marked[highest].score < np.mean(others) + STANDS_OUT * np.hypot(np.std(others, ddof=1), FLOOR):
             return tuple(marked)
         marked[highest] = replace(marked[highest], odd=True)
-
-
-def tensors(memory: Memory, shape: Shape) -> Tensors:
-    """A memory as the graph takes it.
-
-    Raises:
-        UsageError: sums that no covariance has.
-    """
-    about = memory.about
-    made = _tensors(Recipe(about.mode, about.orientation, about.reach, about.weight), shape, memory.sums)
-    made.weights[Weight.MAP_OFFSET] = -about.map_line
-    made.weights[Weight.SCORE_OFFSET] = about.map_line - about.score_line
-    return made
 
 
 def judge(
@@ -202,40 +180,41 @@ def squared_distance(shape: Shape, memory: Tensors, features: Array) -> Array:
     return nearest
 
 
-def _sums(recipe: Recipe, shape: Shape, features: Array) -> Sums:
-    """What one reference adds: features (V, L, F)."""
+def add_up(recipe: Recipe, shape: Shape, views: Array) -> Sums:
+    """What one reference adds to a memory: features (V, L, F) of its views, the picture as it is first."""
     if recipe.mode == NEAREST:
-        return {"tokens": features.reshape(-1, shape.features)}
+        return {"tokens": coreset(views.reshape(-1, shape.features), shape.width)}
     if recipe.mode == WHITEN:
-        patches = features.reshape(-1, shape.features)
+        patches = views.reshape(-1, shape.features)
         return {
             "count": np.array([len(patches)], np.float64),
             "total": patches.sum(axis=0, dtype=np.float64),
             "products": _products(shape, patches),
         }
-    side = shape.grid
-    grid = features[0].reshape(side, side, -1)
-    steps = [(grid[:, 1:] - grid[:, :-1]), (grid[1:] - grid[:-1])]
+    # how a patch differs from its neighbours is how it differs where the part lies a little aside
+    grid = views[0].reshape(shape.grid, shape.grid, shape.features)
+    steps = grid[:, 1:] - grid[:, :-1], grid[1:] - grid[:-1]
     pairs = np.concatenate([step.reshape(-1, shape.features) for step in steps])
     return {
         "count": np.ones(1),
-        "places": features[0].astype(np.float64),
+        "places": views[0],
         "pairs": np.array([len(pairs)], np.float64),
         "products": _products(shape, pairs),
     }
 
 
-def _products(shape: Shape, rows: Array) -> NDArray[np.floating]:
+def _products(shape: Shape, rows: Array) -> Array:
     """Sums of products (G, W, W) of rows (n, F)."""
     parts = shape.grouped(rows)
-    products: NDArray[np.floating] = np.matmul(parts.transpose(0, 2, 1), parts).astype(np.float64)
+    products: Array = np.matmul(parts.transpose(0, 2, 1), parts)
     return products
 
 
-def _together(recipe: Recipe, shape: Shape, parts: Sequence[Sums]) -> Sums:
+def together(recipe: Recipe, shape: Shape, parts: Sequence[Sums]) -> Sums:
+    """What several references add up to."""
     if recipe.mode == NEAREST:
-        return {"tokens": coreset(np.concatenate([part["tokens"] for part in parts]).astype(np.float32), shape.width)}
-    return {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]}
+        return {"tokens": coreset(np.concatenate([part["tokens"] for part in parts]), shape.width)}
+    return {name: np.stack([part[name] for part in parts]).sum(axis=0, dtype=np.float64) for name in parts[0]}
 
 
 def coreset(tokens: Array, count: int) -> Array:
@@ -254,47 +233,3 @@ def coreset(tokens: Array, count: int) -> Array:
         far = np.minimum(far, np.square(sketch - sketch[chosen[-1]]).sum(-1))
         chosen.append(int(far.argmax()))
     return tokens[chosen]
-
-
-def _tensors(recipe: Recipe, shape: Shape, sums: Sums) -> Tensors:
-    """As the graph takes them, without lines."""
-    made = Tensors.neutral(shape)
-    weights = made.weights
-    weights[[Weight.MAP_ZERO_SHOT, Weight.SCORE_CLASS]] = recipe.weight
-    weights[Weight.MAP_MEMORY], weights[Weight.SCORE_TOP] = SLOPE, 1
-    weights[Weight.REACH] = recipe.reach
-    if recipe.mode == NEAREST:
-        weights[Weight.PLACES_FAR] = FAR
-        tokens = sums["tokens"].astype(np.float32)
-        made.matrix[:, :, : len(tokens)] = shape.grouped(tokens).transpose(0, 2, 1)
-        # squared length of a patch: its features of each layer have length 1, and so have the tokens'
-        made.bank[: len(tokens)] = 2 * np.square(tokens.astype(np.float64)).sum(axis=-1)
-        return made
-    if recipe.mode == POSITIONS:
-        expected = sums["places"] / sums["count"]
-        covariance = sums["products"] / sums["pairs"]
-    else:
-        mean = sums["total"] / sums["count"]
-        expected = np.broadcast_to(mean, (shape.grid**2, shape.features))
-        centre = shape.grouped(mean)
-        covariance = sums["products"] / sums["count"] - centre[:, :, None] * centre[:, None, :]
-    matrix = np.stack([whitening(each) for each in covariance]).astype(np.float32)
-    places = np.matmul(shape.grouped(expected.astype(np.float32)), matrix)
-    return replace(made, matrix=matrix, places=np.concatenate(list(places), axis=-1))
-
-
-def whitening(covariance: NDArray[np.floating]) -> NDArray[np.floating]:
-    """The matrix that decorrelates by a covariance (W, W), after shrinking it towards a multiple of the identity
-    (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004).
-
-    Raises:
-        UsageError: none that is positive definite then.
-    """
-    width = len(covariance)
-    scale = np.trace(covariance) / width
-    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * max(float(scale), 1e-9) * np.eye(width)
-    try:
-        matrix: NDArray[np.floating] = np.linalg.inv(np.linalg.cholesky(shrunk)).T
-    except np.linalg.LinAlgError as error:
-        raise UsageError("what these images taught is no covariance: adapt again") from error
-    return matrix

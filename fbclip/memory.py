@@ -8,10 +8,11 @@ import json
 import math
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,9 +78,9 @@ class Shape(NamedTuple):
         """How many patches are the highest."""
         return int(np.ceil(TOP_SHARE * self.grid**2))
 
-    def grouped(self, features: NDArray[np.floating]) -> NDArray[np.floating]:
+    def grouped(self, features: NDArray[Any]) -> NDArray[Any]:
         """Features (..., F) -> (G, ..., W)."""
-        parts: NDArray[np.floating] = np.stack(np.split(features, self.groups, axis=-1))
+        parts: NDArray[Any] = np.stack(np.split(features, self.groups, axis=-1))
         return parts
 
     @property
@@ -138,6 +139,19 @@ class Tensors:
         return dict(zip(MEMORY_INPUTS, (self.matrix, self.places, self.bank, self.weights), strict=True))
 
 
+Sums = Mapping[str, NDArray[Any]]  # float32 or float64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a memory is learned: see `fbclip.memory.About`."""
+
+    mode: str
+    orientation: str
+    reach: int
+    weight: float
+
+
 @dataclass(frozen=True)
 class Reference:
     """A good part that a memory was learned from.
@@ -189,6 +203,10 @@ class About:
     arrays: Mapping[str, Sha256] = field(default_factory=dict)
     format: Annotated[int, Range(1, 1)] = 1
 
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.mode, self.orientation, self.reach, self.weight)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -197,10 +215,21 @@ class Memory:
     Attributes:
         about: the description.
         sums: what was added up over the references, by `fbclip.learning`: enough to go on from without their images.
+        shape: of the features.
     """
 
     about: About
-    sums: Mapping[str, NDArray[np.floating]]
+    sums: Sums
+    shape: Shape
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """As the graph takes it."""
+        about = self.about
+        made = prepare(about.recipe, self.shape, self.sums)
+        made.weights[Weight.MAP_OFFSET] = -about.map_line
+        made.weights[Weight.SCORE_OFFSET] = about.map_line - about.score_line
+        return made
 
     @property
     def sha256(self) -> str:
@@ -267,7 +296,7 @@ class Memory:
             )
             if not fits or values.dtype not in (np.float32, np.float64) or not np.isfinite(values).all():
                 raise ValueError(f"{name} is finite and {shapes[name]}; got {values.dtype} {values.shape}")
-        return cls(about, sums)
+        return cls(about, sums, shape)
 
     def save(self, path: Path) -> None:
         """Write the file whole, or leave the older one.
@@ -279,6 +308,54 @@ class Memory:
             for name, values in self.sums.items():
                 archive.writestr(zipfile.ZipInfo(f"{name}.npy"), _npy(values))
             archive.writestr(zipfile.ZipInfo(ABOUT), _text(self.about))
+
+
+def prepare(recipe: Recipe, shape: Shape, sums: Sums) -> Tensors:
+    """What was added up by a recipe as the graph takes it, before its lines are taken off.
+
+    Raises:
+        UsageError: sums that no covariance has.
+    """
+    made = Tensors.neutral(shape)
+    weights = made.weights
+    weights[[Weight.MAP_ZERO_SHOT, Weight.SCORE_CLASS]] = recipe.weight
+    weights[Weight.MAP_MEMORY], weights[Weight.SCORE_TOP] = SLOPE, 1
+    weights[Weight.REACH] = recipe.reach
+    if recipe.mode == NEAREST:
+        weights[Weight.PLACES_FAR] = FAR
+        tokens = sums["tokens"].astype(np.float32)
+        made.matrix[:, :, : len(tokens)] = shape.grouped(tokens).transpose(0, 2, 1)
+        # squared length of a patch: its features of each layer have length 1, and so have the tokens'
+        made.bank[: len(tokens)] = 2 * np.square(tokens.astype(np.float64)).sum(axis=-1)
+        return made
+    if recipe.mode == POSITIONS:
+        expected = sums["places"] / sums["count"]
+        covariance = sums["products"] / sums["pairs"]
+    else:
+        mean = sums["total"] / sums["count"]
+        expected = np.broadcast_to(mean, (shape.grid**2, shape.features))
+        centre = shape.grouped(mean)
+        covariance = sums["products"] / sums["count"] - centre[:, :, None] * centre[:, None, :]
+    matrix = np.stack([whitening(each) for each in covariance]).astype(np.float32)
+    places = np.matmul(shape.grouped(expected.astype(np.float32)), matrix)
+    return replace(made, matrix=matrix, places=np.concatenate(list(places), axis=-1))
+
+
+def whitening(covariance: NDArray[np.floating]) -> NDArray[np.floating]:
+    """The matrix that decorrelates by a covariance (W, W), after shrinking it towards a multiple of the identity
+    (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004).
+
+    Raises:
+        UsageError: none that is positive definite then.
+    """
+    width = len(covariance)
+    scale = np.trace(covariance) / width
+    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * max(float(scale), 1e-9) * np.eye(width)
+    try:
+        matrix: NDArray[np.floating] = np.linalg.inv(np.linalg.cholesky(shrunk)).T
+    except np.linalg.LinAlgError as error:
+        raise UsageError("what these images taught is no covariance: adapt again") from error
+    return matrix
 
 
 def sum_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -293,7 +370,7 @@ def sum_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     }
 
 
-def hashes(sums: Mapping[str, NDArray[np.floating]]) -> dict[str, str]:
+def hashes(sums: Sums) -> dict[str, str]:
     """SHA-256 of each array's file in the archive."""
     return {name: hashlib.sha256(_npy(values)).hexdigest() for name, values in sums.items()}
 

@@ -56,6 +56,17 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
+def parse_positions(text: str) -> int | None:
+    """A number of patches, or None for "off"; `fbclip.runtime.adapt.Choice` says which there may be.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text != "off" and not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise UsageError(f"positions are off, or a number of patches like 1; got {text!r}", option="positions")
+    return None if text == "off" else int(text)
+
+
 def parse_threshold(text: str) -> float | None:
     """A number, or None for "auto"; `fbclip.runtime.calibration.checked_threshold` says whether it is a probability.
 

@@ -1,4 +1,4 @@
-"""Calibration and evaluation as functions. They print nothing unless they are given a console."""
+"""Adaptation, calibration and evaluation as functions. They print nothing unless they are given a console."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fbclip.bundle import Bundle
+from fbclip.bundle import SUFFIX, Bundle, checked_name
 from fbclip.data.layouts import open_dataset
 from fbclip.errors import UsageError
 from fbclip.folders import list_images
+from fbclip.memory import Memory
+from fbclip.runtime import adapt as adapting
 from fbclip.runtime import calibrate as calibrating
+from fbclip.runtime.adapt import MOST_SHOTS
 from fbclip.runtime.calibration import Calibration
 from fbclip.runtime.evaluation import evaluate as evaluating
 from fbclip.runtime.evaluation.evaluate import Evaluation
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
+from fbclip.runtime.target import Target
 from fbclip.terminal import say
 
 Places = str | Path | Iterable[str | Path]
@@ -45,6 +49,109 @@ class Calibrated:
         made = self.calibration
         promise = f"threshold={made.threshold:.4f}, false_alarm_rate={made.false_alarm_rate:g}"
         return f"Calibrated({str(self.bundle.path)!r}, {promise}, good={len(self.good.scores)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Adapted:
+    """What `adapt` learned.
+
+    Attributes:
+        bundle: the one that has the memory now.
+        memory: what was learned, for `Predictor.set_memory`; None where it was forgotten.
+        odd: names of good parts that stand out among the others: probably defects.
+        skipped: images that can't be read or show nothing.
+    """
+
+    bundle: Bundle
+    memory: Memory | None
+    odd: tuple[str, ...] = ()
+    skipped: int = 0
+
+    def __repr__(self) -> str:
+        learned = self.memory.explain() if self.memory else "no memory"
+        return f"Adapted({str(self.bundle.path)!r}, {learned})"
+
+
+def adapt(
+    bundle: str | Path | None,
+    good: Places | Iterable[NDArray[np.uint8]] = (),
+    *,
+    shots: int | None = None,
+    mode: str = "whiten",
+    orientation: str | None = None,
+    positions: int | None = None,
+    weight: float | None = None,
+    add: bool = False,
+    forget: bool = False,
+    out: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    roi: Roi | str | Path | Sequence[int] | None = None,
+    console: Console | None = None,
+) -> Adapted:
+    """Teach a bundle what good parts of a line look like, and write that into it. Seconds; no torch.
+
+    Args:
+        bundle: its path; None for a copy of the embedded one in the working folder.
+        good: images, folders or globs of good parts, or frames uint8 (H, W, 3) RGB: two or more, better four to sixteen.
+        shots: how many of them to take, spread over all; None for all, 64 at most.
+        mode: "whiten" (mean and covariance of all patches), "nearest" (the nearest of remembered patches), or "auto": by
+            trial on defects drawn on the good parts, positions among what is tried.
+        orientation: "fixed" for parts that lie alike, "flips" for their mirror images as well, "any" for turns by 90°, too.
+            None: flips, and fixed with positions.
+        positions: compare each place with the same one, give or take so many patches (0 to 2): for parts that lie in place.
+            One image is enough then. None: places don't count.
+        weight: of the zero-shot logit beside the memory's; None for 0.2.
+        add: go on from the bundle's memory, by its recipe, without its images.
+        forget: remove the memory: the bundle is zero-shot again.
+        out: write into a copy of the bundle, NAME.fbclip.
+        device, precision, roi: what will inspect, and where, as a `Predictor` takes them.
+        console: where to print what is learned and what is left out.
+
+    Raises:
+        BundleError, DeviceError, UsageError: no such bundle, device or images, or options that don't go together.
+        FBClipError: it can't be written.
+    """
+    console = console or Console(quiet=True)
+    tell = partial(say, console)
+    if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or not 1 <= shots <= MOST_SHOTS):
+        raise UsageError(f"a number of good parts is 1 to {MOST_SHOTS}; got {shots!r:.50}", option="shots")
+    choice = adapting.Choice(mode, orientation, positions, adapting.WEIGHT if weight is None else weight)
+    empty = isinstance(good, (list, tuple)) and not good
+    places, frames = ([], []) if empty else _parts(good)
+    target = Target.choose(
+        "adapt",
+        places or (["frames"] if frames else []),
+        None if bundle is None else Path(bundle),
+        None if out is None else Path(out),
+        needs_good=not forget,
+    )
+    if forget and (add or frames or target.good):
+        raise UsageError("to forget takes no good parts and adds none; got both", option="forget")
+    if forget:
+        target.write(partial(adapting.forget, tell), tell)
+        return Adapted(Bundle.load(target.path), None)
+    old = target.bundle.memory() if add else None
+    if add and old is None:
+        raise UsageError(f"{target.path} has no memory to add to: adapt it first", option="add")
+    if old and choice != adapting.Choice():
+        raise UsageError(
+            "what is added is learned as the memory was; leave mode, orientation, positions and weight out",
+            option="add",
+        )
+    listed: list[Path | NDArray[np.uint8]] = [*frames] or [*list_images(target.good, tell)]
+    images: list[Path | NDArray[np.uint8]] = adapting.take(listed, shots or MOST_SHOTS)
+    if len(images) < len(listed):
+        tell(f"{len(images)} of {len(listed)} images are taken, spread over them")
+    with Predictor(
+        target.bundle, device=device, precision=precision, calibrated=False, memory=None, roi=roi
+    ) as predictor:
+        taught = adapting.teach(predictor, images, choice, old, console)
+        adapting.report(taught, console)
+        picture = adapting.draw(taught, predictor)
+    target.write(partial(adapting.write, taught, picture, tell), tell)
+    odd = tuple(each.name for each in taught.memory.about.references if each.odd)
+    return Adapted(Bundle.load(target.path), taught.memory, odd, taught.skipped)
 
 
 def calibrate(
@@ -91,14 +198,16 @@ def calibrate(
     if defects is not None:
         defects = _texts(defects, "defects")
     chosen = None if bundle is None else Path(bundle)
-    loaded, path, places = calibrating.choose_bundle(places or ["frames"], name, chosen)
+    out = None if name is None else Path(f"{checked_name(name)}{SUFFIX}")
+    target = Target.choose("calibrate", places or ["frames"], chosen, out)
+    places = target.good
     images = frames[::every][:max_frames] or calibrating.good_images(places, every, max_frames, tell, skip_first)
     defective = list_images(defects, tell) if defects else []
-    with Predictor(loaded, device=device, precision=precision, calibrated=False, roi=roi) as predictor:
+    with Predictor(target.bundle, device=device, precision=precision, calibrated=False, roi=roi) as predictor:
         made, found, missed = calibrating.calibrate(predictor, images, false_alarm_rate, defective, console)
     calibrating.report(made, found, missed, tell)
-    calibrating.write(made, missed.scores, loaded, path, tell)
-    return Calibrated(Bundle.load(path), made, found, missed)
+    target.write(partial(calibrating.write, made, missed.scores, tell), tell)
+    return Calibrated(Bundle.load(target.path), made, found, missed)
 
 
 def evaluate(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -17,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fbclip.assets import EMBEDDED
-from fbclip.bundle import SUFFIX, Bundle, checked_name
+from fbclip.bundle import Bundle
 from fbclip.errors import BundleError, ImageError, UsageError
-from fbclip.files import new_folder, require_writable
 from fbclip.folders import list_images
-from fbclip.images import SUFFIXES
+from fbclip.images import SUFFIXES, pixels_sha256
+from fbclip.memory import Memory
 from fbclip.runtime.calibration import (
+    JACKKNIFE,
     MOST_IMAGES,
+    SPLIT,
     Calibration,
     conformal_threshold,
     derived,
@@ -36,6 +36,7 @@ from fbclip.runtime.histogram import write_histogram
 from fbclip.runtime.live.sources import BaseSource, CaptureOptions, open_source
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED
+from fbclip.runtime.target import Say
 from fbclip.terminal import say as print_line
 from fbclip.terminal import track, warn
 
@@ -43,10 +44,6 @@ USUAL_RATE, USUAL_COUNT = 0.01, 99  # of false alarms where none is asked for, a
 GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in the first colour
 HOPELESS = 0.5  # share of the defects from which a model that misses them can't inspect the part
 ALIKE = 1 / 3  # autocorrelation from which images count less than half
-
-WRITTEN = ("calibration.json", "calibration.png")
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -61,6 +58,7 @@ class Scores:
         copies: images left out because another has the same pixels.
         skipped: images left out because they can't be read.
         unusable: images left out because they show nothing.
+        learned: images left out because the memory was learned from them.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -70,77 +68,11 @@ class Scores:
     copies: int = 0
     skipped: int = 0
     unusable: int = 0
+    learned: int = 0
 
 
-def choose_bundle(
-    sources: list[str], name: str | None = None, bundle: Path | None = None
-) -> tuple[Bundle, Path, list[str]]:
-    """What to calibrate. Nothing is written yet.
-
-    Without a bundle it is a copy of the embedded one in the working folder: what is inside the installed package
-    belongs to every project of the machine and is lost with the next upgrade.
-
-    Args:
-        sources: images of good parts; before them perhaps the bundle, as older releases have it.
-        name: of a copy in the working folder, of the bundle that is named or of the embedded one.
-        bundle: the one to calibrate.
-
-    Returns:
-        A bundle with the model, the path of the bundle that `write` gives the calibration to (which may not be there
-        yet), and the sources of good images.
-
-    Raises:
-        BundleError, UsageError: no such bundle, no good images, another bundle where the copy goes, or a place that
-            can't be written to.
-    """
-    good = sources
-    if bundle is None and _is_bundle(sources[0]):
-        bundle, good = Path(sources[0]), sources[1:]
-    if not good:
-        raise UsageError(f"beside the bundle there are no images of good parts: {_calibrating(bundle)}")
-    for place in good:
-        if _is_bundle(place):  # its pictures are no good parts
-            raise UsageError(f"{place} is a bundle, not good parts: to calibrate it, {_calibrating(place)}")
-    loaded = Bundle.load(bundle)
-    path = loaded.path
-    if name is not None or bundle is None:
-        path = Path(f"{loaded.name if name is None else checked_name(name)}{SUFFIX}")
-    _require_same(loaded, path)
-    require_writable(path if path.exists() else path.parent)
-    return loaded, path, good
-
-
-def _is_bundle(place: str) -> bool:
-    path = Path(place)
-    return path.suffix == SUFFIX or os.path.isfile(path / "manifest.json")  # noqa: PTH113 - an address may be long
-
-
-def _calibrating(bundle: object) -> str:
-    """The command that calibrates a bundle."""
-    return f"fbclip calibrate GOOD... --bundle {bundle}"
-
-
-def _require_same(bundle: Bundle, path: Path) -> None:
-    """Raise unless there is nothing at a path, or a bundle of the same model that can be given a calibration."""
-    if not path.exists():
-        return
-    there = Bundle.load(path)
-    if there.manifest != bundle.manifest:
-        raise UsageError(
-            f"{path} is here and isn't {_described(bundle)}: {_calibrating(path)} to mean it, or choose another name",
-            option="name",
-        )
-    for name in WRITTEN:
-        if os.path.lexists(place := there.inside(name)) and not place.is_file():
-            raise BundleError(f"{place} is no file: remove it")
-
-
-def _described(bundle: Bundle) -> str:
-    return "the embedded bundle" if bundle.path == EMBEDDED else str(bundle.path)
-
-
-def write(calibration: Calibration, defects: Collection[float], bundle: Bundle, path: Path, say: Say) -> None:
-    """Write a calibration and its picture into the bundle at a path, which becomes a copy of `bundle` if it isn't there.
+def write(calibration: Calibration, defects: Collection[float], say: Say, bundle: Bundle) -> None:
+    """Write a calibration and its picture into a bundle, for `Target.write`.
 
     Args:
         defects: scores of defective images.
@@ -148,35 +80,9 @@ def write(calibration: Calibration, defects: Collection[float], bundle: Bundle, 
     Raises:
         FBClipError, UsageError: it can't be written; see `fbclip.files.write_error`.
     """
-    if not path.exists():
-        with new_folder(path) as folder:
-            shutil.copytree(
-                bundle.path,
-                folder,
-                symlinks=True,
-                ignore=shutil.ignore_patterns("calibration.*"),
-                copy_function=shutil.copyfile,  # without the rights, which may be to read only in an installed package
-                dirs_exist_ok=True,
-            )
-            folder.chmod(0o755)
-            _write_into(calibration, defects, replace(bundle, path=folder))
-            try:
-                folder.rename(path)
-            except OSError:
-                if not path.exists():
-                    raise
-            else:
-                say(f"copied {_described(bundle)} to {path}")
-                return
-    _require_same(bundle, path)  # it may be of another calibration that was quicker
-    there = replace(bundle, path=path)
     with suppress(BundleError):  # one that is damaged, or of another model, is no loss
-        if old := Calibration.load(there):
+        if old := Calibration.load(bundle):
             say(f"replaces the calibration from {old.count} good images, threshold {old.threshold:.4g}")
-    _write_into(calibration, defects, there)
-
-
-def _write_into(calibration: Calibration, defects: Collection[float], bundle: Bundle) -> None:
     write_histogram(calibration, list(defects), bundle.inside("calibration.png"))
     calibration.save(bundle)
 
@@ -245,15 +151,11 @@ def calibrate(
     if rate is not None:  # before hours of work
         rank(len(good) if isinstance(good, Collection) else MOST_IMAGES, rate)
     found = _score(predictor, good, "good parts", console)
-    count = len(found.scores)
-    if rate is None and count < 2:
-        raise UsageError(f"a calibration takes two good images or more, and thirty to be of use; got {count}")
-    if rate is None and count < USUAL_COUNT:
-        rate = lowest_rate(count)
-        chosen = f"{count} images allow a false-alarm rate of {rate:g} at best, which is taken"
-        print_line(console, f"{chosen}; {USUAL_RATE:g} needs {USUAL_COUNT}")
-    elif rate is None:
-        rate = USUAL_RATE
+    method = SPLIT
+    if found.learned and not found.scores and predictor.memory:
+        method = JACKKNIFE
+        _leave_one_out(found, predictor.memory)
+    rate = _affordable(rate, len(found.scores), console)
     threshold = conformal_threshold(found.scores, rate)
     if threshold > 1:
         raise UsageError("good parts score 1.0, the highest there is: this model can't tell these parts from defects")
@@ -274,13 +176,54 @@ def calibrate(
         precision=predictor.precision,
         device=predictor.backend.device,
         roi=predictor.roi.identity if predictor.roi else None,
+        memory=predictor.memory.sha256 if predictor.memory else None,
+        method=method,
         defects=len(bad.scores),
     )
     return calibration, found, bad
 
 
+def _affordable(rate: float | None, count: int, console: Console) -> float:
+    """The rate that was asked for; else the usual one, or the lowest that so many images allow."""
+    if rate is not None:
+        return rate
+    if count < 2:
+        raise UsageError(f"a calibration takes two good images or more, and thirty to be of use; got {count}")
+    if count >= USUAL_COUNT:
+        return USUAL_RATE
+    rate = lowest_rate(count)
+    chosen = f"{count} images allow a false-alarm rate of {rate:g} at best, which is taken"
+    print_line(console, f"{chosen}; {USUAL_RATE:g} needs {USUAL_COUNT}")
+    return rate
+
+
+def _leave_one_out(found: Scores, memory: Memory) -> None:
+    """Take the memory's own references for good parts: each with the score that it has where the others alone taught it.
+
+    Their scores aren't those of new parts, which all of them taught: "jackknife", without the promise of new parts
+    (Barber, Candès, Ramdas, Tibshirani, Predictive inference with the jackknife+, Annals of Statistics 2021,
+    arXiv:1905.02928). With the memories of all but one asked in turn (jackknife+) twice the rate is the most; asking one
+    memory comes to the same only as far as one part more or less doesn't change it.
+
+    Raises:
+        UsageError: one of them stands out, probably with a defect.
+    """
+    about = memory.about
+    if odd := [each.name for each in about.references if each.odd]:
+        raise UsageError(
+            f"the memory's own references calibrate it where none stands out; {odd[0]} does: adapt again without it, or "
+            f"calibrate with other good parts"
+        )
+    for reference in about.references:
+        found.digests[reference.sha256] = None
+        found.scores.append(float(np.float32(1 / (1 + math.exp(about.score_line - reference.score)))))
+        found.peaks.append(float(np.float32(1 / (1 + math.exp(about.map_line - reference.peak)))))
+
+
 def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], what: str, console: Console) -> Scores:
     found = Scores()
+    references = {each.sha256 for each in predictor.memory.about.references} if predictor.memory else set()
+    seen: dict[str, float] = {}  # what 99 % of the map of each of them stays below
     total = len(images) if isinstance(images, Collection) else None
     for image in track(images, what, console, total):
         try:
@@ -294,16 +237,22 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
             if isinstance(image, Path):  # of a camera's there may be thousands, which are counted
                 warn(console, f"left out: {image} is {EXPLAINED[prediction.unusable]}")
             continue
-        digest = hashlib.sha256(repr(prediction.image.shape).encode() + prediction.image.tobytes()).hexdigest()
-        if digest in found.digests:
+        digest = pixels_sha256(prediction.image)
+        if digest in found.digests or digest in seen:
             found.copies += 1
             continue
         peak = float(prediction.anomaly_map.max())
+        # beside a mask the model's map may be higher than what is looked at
+        ground = min(float(np.quantile(prediction.model_map, GOOD_PIXELS)), peak)
+        if digest in references:
+            found.learned += 1
+            seen[digest] = ground
+            continue
         found.digests[digest] = None
         found.scores.append(prediction.score)
         found.peaks.append(peak)
-        # beside a mask the model's map may be higher than what is looked at
-        found.grounds.append(min(float(np.quantile(prediction.model_map, GOOD_PIXELS)), peak))
+        found.grounds.append(ground)
+    found.grounds = found.grounds or list(seen.values())
     return found
 
 
@@ -326,10 +275,21 @@ def weight_of_neighbours(scores: list[float]) -> tuple[float, int] | None:
 def report(calibration: Calibration, good: Scores, bad: Scores, say: Say) -> None:
     """What was found, promised and is doubtful, in a few lines."""
     c = calibration
-    without_use = ((good.copies, "copied"), (good.skipped, "unreadable"), (good.unusable, "unusable"))
+    without_use = (
+        (good.copies, "copied"),
+        (good.skipped, "unreadable"),
+        (good.unusable, "unusable"),
+        (good.learned if c.method == SPLIT else 0, "in the memory, which a promise needs other parts for"),
+    )
     left_out = [f"{n} {what}" for n, what in without_use if n]
     without = f" ({', '.join(left_out)} left out)" if left_out else ""
-    say(f"{c.count} good images{without}: scores {c.scores[0]:.3f} to {c.scores[-1]:.3f}")
+    of_memory = " of the memory, each scored where the others alone taught it" if c.method == JACKKNIFE else ""
+    say(f"{c.count} good images{of_memory}{without}: scores {c.scores[0]:.3f} to {c.scores[-1]:.3f}")
+    if c.method == JACKKNIFE:
+        say(f"threshold {c.threshold:.4f}: {c.promise}")
+        say("good parts that the memory hasn't seen would give a promise: calibrate with others")
+        report_defects(c, bad, say)
+        return
     say(
         f"threshold {c.threshold:.4f}: at most {100 * c.false_alarm_rate:.3g} % of good parts raise a false alarm, "
         f"on average over calibrations like this one"
@@ -343,14 +303,15 @@ def report(calibration: Calibration, good: Scores, bad: Scores, say: Say) -> Non
             f"consecutive images are alike (autocorrelation {alike[0]:.2f}) and weigh as about {alike[1]}: the real rate "
             f"may be higher; take images of more parts, further apart"
         )
-    if c.miss_interval is not None:
-        report_misses(c, c.miss_interval, bad, say)
+    report_defects(c, bad, say)
 
 
-def report_misses(calibration: Calibration, interval: tuple[float, float], bad: Scores, say: Say) -> None:
-    """What the threshold does to defective images, and what that means."""
+def report_defects(calibration: Calibration, bad: Scores, say: Say) -> None:
+    """What the threshold does to defective images, if there are any, and what that means."""
     c = calibration
-    say(f"{c.missed} of {c.defects} defects are missed: the miss rate is {percent(interval)} (95 % confidence)")
+    if c.miss_interval is None:
+        return
+    say(f"{c.missed} of {c.defects} defects are missed: the miss rate is {percent(c.miss_interval)} (95 % confidence)")
     found = c.defects - c.missed
     unmarked = sum(s >= c.threshold and p < c.map_threshold for s, p in zip(bad.scores, bad.peaks, strict=True))
     if unmarked:
@@ -361,5 +322,5 @@ def report_misses(calibration: Calibration, interval: tuple[float, float], bad: 
     if c.missed >= HOPELESS * c.defects:
         say(
             "this model can't inspect this part: it passes most of these defects as good. Look only where defects can be, "
-            "accept a higher false-alarm rate, or train a model for it (docs/guides/training.md)"
+            "teach it good parts (fbclip adapt), or train a model for it (docs/guides/training.md)"
         )

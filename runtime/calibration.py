@@ -23,8 +23,10 @@ from fbclip.bundle import SUFFIX, Bundle
 from fbclip.engines import Precision
 from fbclip.errors import BundleError, UsageError
 from fbclip.files import write_text
-from fbclip.untrusted import MIB, Line, Probability, Range, Sha256, build, one_line, read_json
+from fbclip.untrusted import MIB, Line, Probability, Range, Sha256, build, one_line, one_of, read_json
 
+SPLIT, JACKKNIFE = "split", "jackknife"
+ADDED = {"memory": None, "method": SPLIT}  # fields that files of older releases lack, and what they mean
 TAILS = (0.025, 0.975)  # of every interval: 95 % confidence
 LOWEST_RATE = 1e-6  # which needs a million images
 MOST_IMAGES = 500_000
@@ -50,6 +52,8 @@ class Calibration:
         model_sha256: `Bundle.model_sha256` of `precision`.
         precision, device: what scored them.
         roi: the region of interest that was scored, or None for all of it.
+        memory: `Memory.sha256` of what good parts had taught, or None of the zero-shot model.
+        method: "split", from good parts that the memory hasn't seen; "jackknife", from its own references.
         defects: defective images that were checked.
         miss_rate: share of them below the threshold; None without defects.
         miss_interval: where the miss rate lies with 95 % confidence (Clopper and Pearson, 1934).
@@ -67,6 +71,8 @@ class Calibration:
     precision: Precision
     device: Line
     roi: Line | None = None
+    memory: Sha256 | None = None
+    method: Annotated[str, one_of(SPLIT, JACKKNIFE)] = SPLIT
     defects: Annotated[int, Range(0, MOST_IMAGES)] = 0
     miss_rate: Probability | None = None
     miss_interval: tuple[Probability, Probability] | None = None
@@ -83,7 +89,7 @@ class Calibration:
             return None
         cure = "run fbclip calibrate again, or delete it"
         try:
-            calibration = build(cls, read_json(path, MOST_BYTES))
+            calibration = build(cls, _complete(read_json(path, MOST_BYTES)))
             calibration._require_sense()
         except ValueError as error:
             raise BundleError(f"{path} is no calibration: {one_line(error)}; {cure}") from error
@@ -108,12 +114,19 @@ class Calibration:
         """Defective images below the threshold."""
         return round((self.miss_rate or 0) * self.defects)
 
+    @property
+    def promise(self) -> str:
+        """What is promised, as a part of a sentence."""
+        if self.method == JACKKNIFE:
+            return (
+                f"{100 * self.false_alarm_rate:.3g} % false alarms by leaving out one of its own references at a time, at "
+                f"most {200 * self.false_alarm_rate:.3g} % where one part more or less hardly changes the memory"
+            )
+        return f"at most {100 * self.false_alarm_rate:.3g} % false alarms on average, {percent(self.interval)} for this one"
+
     def explain(self, bundle: Bundle, precision: str) -> str:
         """One line for a person: what the threshold promises to a bundle that runs in a precision."""
-        text = (
-            f"threshold {self.threshold:.4g} is calibrated from {self.count} good images: at most "
-            f"{100 * self.false_alarm_rate:.3g} % false alarms on average, {percent(self.interval)} for this one"
-        )
+        text = f"threshold {self.threshold:.4g} is calibrated from {self.count} good images: {self.promise}"
         if precision == self.precision:
             return text
         strayed: list[Any] = [
@@ -161,6 +174,11 @@ def derived(
         "miss_rate": missed / defects if defects else None,
         "miss_interval": binomial_interval(missed, defects) if defects else None,
     }
+
+
+def _complete(values: Any) -> Any:
+    """The values of a file with the fields that older releases don't write."""
+    return {**ADDED, **values} if isinstance(values, dict) else values
 
 
 def _same(found: Any, computed: Any) -> bool:

@@ -54,6 +54,8 @@ class Prediction:
             `fbclip.runtime.sight`); None where it does.
         map_threshold: map values from here on are regions; None for `threshold`.
         name: the image's path, or a source's name and the frame's number; "" of an array.
+        memory: the name of the memory of good parts that it was scored with (`fbclip.memory.Memory.name`); None of the
+            zero-shot model.
     """
 
     score: float
@@ -68,6 +70,7 @@ class Prediction:
     unusable: str | None = None
     map_threshold: float | None = None
     name: str = ""
+    memory: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -195,6 +198,7 @@ class Prediction:
             "verdict": self.verdict,
             "overruled": self.overruled,
             "unusable": self.unusable,
+            "memory": self.memory,
             "regions": regions,
             "timings_ms": {k: round(v, 3) for k, v in self.timings_ms.items()},
         }
@@ -254,6 +258,8 @@ def _bar(width: int, prediction: Prediction) -> NDArray[np.uint8]:
         text = f"{verdict.upper()}  {prediction.unusable}"
     elif prediction.overruled:
         text += f", {AGAINST[prediction.overruled]}"
+    if prediction.memory:
+        text += f"  memory {prediction.memory[:6]}"
     scale = min(max(width / 640, 0.5), 3.0)
     thickness = max(1, round(1.6 * scale))
     (text_width, text_height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fbclip.assets import EMBEDDED
 from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
+from fbclip.memory import MEMORY_LINE, Memory
 from fbclip.resample import in_order, resize
 from fbclip.runtime.backends import Results, make_backend, require_probabilities
 from fbclip.runtime.calibration import Calibration, calibrated_bundles, checked_threshold
@@ -44,6 +45,8 @@ class Predictor:
         threshold: of scores, 0..1; None for the calibration's, or the model's own where there is none.
         calibrated: whether to use the bundle's calibration (see `fbclip.calibrate`), for the maps also where a
             threshold is given: scores and maps have scales of their own.
+        memory: what good parts taught (see `fbclip.adapt`): "auto" is the bundle's own where it has one, None or "off" is
+            the zero-shot model; a `Memory` or a file memory.npz of the same model is another product's.
         roi: where frames are inspected: a `Roi`, (x0, y0, x1, y1) in pixels, or what `Roi.parse` takes; None for all of
             them.
         min_area: pixels of the frame: smaller regions don't count, and where all that reach the map's threshold are
@@ -53,6 +56,7 @@ class Predictor:
     Attributes:
         bundle: the one that is loaded.
         calibration: the one in use, or None.
+        memory: the one in use, or None.
         precision: that runs.
         backend: what runs it, on `backend.device`.
         map_threshold: map values from here on are regions; None without a calibration: from `threshold` on.
@@ -70,6 +74,7 @@ class Predictor:
         precision: str = "auto",
         threshold: float | None = None,
         calibrated: bool = True,
+        memory: Memory | str | Path | None = "auto",
         roi: Roi | str | Path | Sequence[int] | None = None,
         min_area: int = 0,
         batch: int = 1,
@@ -78,17 +83,63 @@ class Predictor:
         self.roi = None if roi is None else Roi.parse(roi)
         self.min_area = _count("a least area is a number of pixels", min_area, 0, "min_area")
         self.batch = _count("a batch is a number of images", batch, 1, "batch")
-        self.calibration = Calibration.load(self.bundle) if calibrated else None
+        self._given, self._calibrated = None if threshold is None else checked_threshold(threshold), calibrated
+        self._judge_by(self._chosen(memory))
+        self.backend, self.precision = make_backend(self.bundle, device, precision, self.batch)
+        if self.memory:
+            self.backend.set_memory(self.memory.tensors)
+
+    def set_memory(self, memory: Memory | str | Path | None = "auto") -> None:
+        """Inspect another product: exchange what good parts taught, as at the start. No new session, no new engine.
+
+        The threshold given at the start stays; otherwise it is the new memory's calibration's or its own. Not to be
+        called while other threads predict: their frames would be judged by one memory's scores and the other's line.
+
+        Args:
+            memory: as at the start. One that is kept in Python is exchanged in milliseconds.
+
+        Raises:
+            BundleError, UsageError: none of this model, or for another region.
+        """
+        chosen = self._chosen(memory)
+        tensors = chosen.tensors if chosen else None  # what fails, fails before anything has changed
+        self._judge_by(chosen)
+        self.backend.set_memory(tensors)
+
+    def _chosen(self, memory: Memory | str | Path | None) -> Memory | None:
+        if isinstance(memory, Memory):
+            if memory.shape != self.bundle.manifest.memory_shape:
+                raise UsageError(
+                    f"a memory is of the model that it inspects with; this one has {memory.shape}", option="memory"
+                )
+            chosen: Memory | None = memory
+        elif memory in (None, "off"):
+            chosen = None
+        else:
+            chosen = self.bundle.memory(None if memory == "auto" else Path(str(memory)))
+        if chosen and chosen.about.roi != (here := self.roi.identity if self.roi else None):
+            raise UsageError(
+                f"memory {chosen.name} was learned {_where(chosen.about.roi)}, and other frames show other things: "
+                f"adapt {_where(here)}, or inspect without the memory",
+                option="roi",
+            )
+        return chosen
+
+    def _judge_by(self, memory: Memory | None) -> None:
+        """The threshold and the map's scale: the calibration's where it is of this memory, else the memory's or the model's."""
+        found = Calibration.load(self.bundle) if self._calibrated else None
+        other = found is not None and found.memory != (memory.sha256 if memory else None)
+        if found and not other and self._given is None:
+            self._require_same_roi(found.roi)
+        self.memory, self.calibration, self._set_aside = memory, None if other else found, other
         self.map_threshold, self.map_scale = None, (0.0, 1.0)
-        chosen = self.bundle.manifest.threshold
+        chosen = MEMORY_LINE if memory else self.bundle.manifest.threshold
         if self.calibration:
             chosen = self.calibration.threshold
             self.map_threshold, self.map_scale = self.calibration.map_threshold, self.calibration.map_scale
-            if threshold is None:
-                self._require_same_roi(self.calibration.roi)
-        self._given = threshold
-        self._threshold = checked_threshold(chosen if threshold is None else threshold)
-        self.backend, self.precision = make_backend(self.bundle, device, precision, self.batch)
+        elif memory:
+            self.map_threshold = MEMORY_LINE
+        self._threshold = chosen if self._given is None else self._given
 
     def _require_same_roi(self, calibrated: str | None) -> None:
         here = self.roi.identity if self.roi else None
@@ -198,9 +249,20 @@ class Predictor:
 
     def explain_threshold(self) -> str:
         """One line for a person: the threshold it began with, and where that comes from."""
+        if self.memory:
+            return f"{self.memory.explain(self.precision)}; {self._explain_line()}"
+        return self._explain_line()
+
+    def _explain_line(self) -> str:
         if self._given is not None:
             return f"threshold {self._given:g} was given"
+        again = "; the calibration is of another memory: run fbclip calibrate again" if self._set_aside else ""
+        if self.calibration is None and self.memory:
+            cure = again or "; no calibration: run fbclip calibrate"
+            return f"threshold {self.threshold:g} is where its good parts end{cure}"
         if self.calibration is None:
+            if again:
+                return f"threshold {self.bundle.manifest.threshold:g} is the model's own{again}"
             text = f"threshold {self.bundle.manifest.threshold:g} is the model's own"
             if self.bundle.path != EMBEDDED or not (here := calibrated_bundles(Path())):
                 return f"{text}; no calibration: run fbclip calibrate"
@@ -310,6 +372,7 @@ class Predictor:
             overruled=overruled,
             unusable=unusable,
             name=name,
+            memory=self.memory.name if self.memory else None,
         )
 
     def _predict(self, images: Sequence[One], channel_order: str) -> Iterator[Prediction]:

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 IMAGES = sorted(SAMPLES.iterdir())
 FACE = {
     *("Predictor", "Prediction", "Region", "Roi", "Bundle", "open_source"),
-    *("calibrate", "evaluate", "export", "load_checkpoint"),
+    *("adapt", "calibrate", "evaluate", "export", "load_checkpoint"),
     *("FBClipError", "UsageError", "BundleError", "CheckpointError", "DeviceError", "ImageError", "GraphError"),
     *("ParityError", "__version__"),
 }
@@ -63,8 +63,8 @@ def test_dir_is_the_face_and_all_of_it_is_there() -> None:
     for name in FACE - {"__version__"}:
         assert callable(getattr(fbclip, name)), name
         assert inspect.getdoc(getattr(fbclip, name)), name
-    with pytest.raises(AttributeError, match="has no attribute 'adapt'"):
-        fbclip.adapt  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'adaptation'"):
+        fbclip.adaptation  # noqa: B018
 
 
 def test_import_is_instant_and_star_brings_everything() -> None:

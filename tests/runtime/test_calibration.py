@@ -25,8 +25,7 @@ from scipy.stats import beta, binomtest
 from fbclip.assets import EMBEDDED
 from fbclip.bundle import GRAPHS, Bundle
 from fbclip.errors import BundleError, UsageError
-from fbclip.runtime import calibrate as calibrating
-from fbclip.runtime.calibrate import Scores, calibrate, choose_bundle, report, weight_of_neighbours, write
+from fbclip.runtime.calibrate import Scores, calibrate, report, weight_of_neighbours, write
 from fbclip.runtime.calibration import (
     Calibration,
     beta_quantile,
@@ -38,6 +37,9 @@ from fbclip.runtime.calibration import (
 from fbclip.runtime.histogram import write_histogram
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.regions import find_regions
+from fbclip.runtime.target import Target
+from fbclip.tasks import adapt
+from fbclip.tasks import calibrate as calibrate_bundle
 from helpers.good_parts import write_good
 from helpers.predicted import predicted
 from helpers.waiting import PATIENCE_S
@@ -494,7 +496,7 @@ def test_a_strange_bundle_of_the_embedded_name_is_left_alone(tmp_path: Path, mon
     other = Path(shutil.copytree(Bundle.load().path, tmp_path / "fbclip-nano.fbclip")) / "manifest.json"
     other.write_text(json.dumps({**json.loads(other.read_text()), "threshold": 0.3}))
     with pytest.raises(UsageError, match="isn't the embedded bundle"):
-        choose_bundle(["good"])
+        Target.choose("calibrate", ["good"], None, None)
 
 
 @pytest.mark.parametrize(
@@ -547,19 +549,19 @@ def test_the_one_who_is_slower_calibrates_the_copy_of_the_other(
     calibrated: tuple[Bundle, Calibration, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All have made their copies before any of them has the name."""
-    path, ready, said = tmp_path / "fbclip-nano.fbclip", Barrier(3), []
-    write_into = calibrating._write_into
+    path, ready, said = tmp_path / "fbclip-nano.fbclip", Barrier(3), list[str]()
+    monkeypatch.chdir(tmp_path)
+    target = Target.choose("calibrate", ["good"], None, None)
 
-    def together(calibration: Calibration, defects: list[float], bundle: Bundle) -> None:
-        write_into(calibration, defects, bundle)
-        if bundle.path != path:
+    def together(bundle: Bundle) -> None:
+        write(calibrated[1], [], said.append, bundle)
+        if bundle.path.name != path.name:
             ready.wait(PATIENCE_S)
 
-    monkeypatch.setattr(calibrating, "_write_into", together)
     with ThreadPoolExecutor(3) as threads:
-        runs = [threads.submit(write, calibrated[1], [], Bundle.load(), path, said.append) for _ in range(3)]
+        runs = [threads.submit(target.write, together, said.append) for _ in range(3)]
     assert [run.result() for run in runs] == [None] * 3
-    assert said[0] == f"copied the embedded bundle to {path}"
+    assert said[0] == f"copied the embedded bundle to {path.name}"
     assert all(line.startswith("replaces the calibration from 19 good images") for line in said[1:])
     assert Calibration.load(Bundle.load(path)) == calibrated[1]
     assert [left.name for left in tmp_path.iterdir()] == ["fbclip-nano.fbclip"]
@@ -570,17 +572,17 @@ def test_a_calibration_is_not_written_through_links(tmp_path: Path, name: str) -
     folder = Path(shutil.copytree(Bundle.load().path, tmp_path / "part.fbclip"))
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BundleError, match="stay inside it"):
-        choose_bundle([str(folder), "good"])
+        Target.choose("calibrate", [str(folder), "good"], None, None)
     (folder / name).unlink()
     (folder / name).mkdir()
     with pytest.raises(BundleError, match="is no file: remove it"):
-        choose_bundle([str(folder), "good"])
+        Target.choose("calibrate", [str(folder), "good"], None, None)
 
 
 def test_where_nothing_can_be_written_is_found_out_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/proc/self")
     with pytest.raises(UsageError, match="can't write"):
-        choose_bundle(["good"])
+        Target.choose("calibrate", ["good"], None, None)
 
 
 def test_frames_of_a_video_and_cameras_that_never_end(fbclip: Run, tmp_path: Path) -> None:
@@ -599,4 +601,70 @@ def test_a_bundle_among_the_good_images_is_refused(tmp_path: Path) -> None:
     good.mkdir()
     path = Path(shutil.copytree(EMBEDDED, tmp_path / "part.fbclip"))
     with pytest.raises(UsageError, match=r"part\.fbclip is a bundle, not good parts"):
-        choose_bundle([str(good), str(path)])
+        Target.choose("calibrate", [str(good), str(path)], None, None)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A bundle that eight of twenty-seven good parts taught, and all of them."""
+    folder = tmp_path_factory.mktemp("taught")
+    images = write_good(folder / "good", 27)
+    return adapt(None, images[:8], out=folder / "line.fbclip").bundle.path, images
+
+
+def test_a_promise_needs_parts_that_the_memory_has_not_seen(taught: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    path, images = taught
+    bundle = Path(shutil.copytree(path, tmp_path / "line.fbclip"))
+    console = Console(record=True, width=300)
+    made = calibrate_bundle(bundle, images, false_alarm_rate=0.05, console=console)
+    assert (made.calibration.method, made.calibration.count, made.good.learned) == ("split", 19, 8)
+    assert "8 in the memory, which a promise needs other parts for left out" in console.export_text()
+    alone = calibrate_bundle(Path(shutil.copytree(path, tmp_path / "alone.fbclip")), images[8:], false_alarm_rate=0.05)
+    assert alone.calibration == made.calibration
+    predictor = Predictor(bundle)
+    assert predictor.calibration == made.calibration
+    assert predictor.threshold == made.calibration.threshold
+
+
+def test_the_memorys_own_references_promise_less(taught: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    path, images = taught
+    bundle = Path(shutil.copytree(path, tmp_path / "line.fbclip"))
+    console = Console(record=True, width=300)
+    made = calibrate_bundle(bundle, images[:8], console=console).calibration
+    about = Predictor(bundle).memory.about  # type: ignore[union-attr]
+    left_out = sorted(1 / (1 + np.exp(about.score_line - each.score)) for each in about.references)
+    assert (made.method, made.count, made.false_alarm_rate) == ("jackknife", 8, 0.112)
+    assert made.scores == pytest.approx(left_out, abs=1e-6)
+    assert made.threshold == pytest.approx(left_out[-1], abs=1e-6)
+    assert "at most 22.4 % where one part more or less hardly changes the memory" in console.export_text()
+    assert "leaving out one of its own references" in Predictor(bundle).explain_threshold()
+
+
+def test_a_calibration_of_another_memory_is_not_used(taught: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    path, images = taught
+    bundle = Path(shutil.copytree(path, tmp_path / "line.fbclip"))
+    made = calibrate_bundle(bundle, images[8:], false_alarm_rate=0.05).calibration
+    off = Predictor(bundle, memory="off")
+    assert (off.calibration, off.threshold) == (None, Bundle.load().manifest.threshold)
+    assert "the calibration is of another memory" in off.explain_threshold()
+    off.set_memory()
+    assert off.threshold == made.threshold
+    # learning more drops it, which is said
+    console = Console(record=True, width=300)
+    adapt(bundle, images[8:10], add=True, console=console)
+    assert "the calibration was of other scores and is gone" in console.export_text()
+    assert not (bundle / "calibration.json").exists()
+    more = Predictor(bundle)
+    assert (more.calibration, more.threshold) == (None, 0.5)
+
+
+def test_calibrations_of_older_releases_are_of_no_memory(
+    calibrated: tuple[Bundle, Calibration, list[Path]], tmp_path: Path
+) -> None:
+    bundle, calibration, _ = calibrated
+    copy = Bundle.load(shutil.copytree(bundle.path, tmp_path / "old.fbclip"))
+    calibration.save(copy)
+    values = json.loads(copy.calibration.read_text())
+    assert (values.pop("memory"), values.pop("method")) == (None, "split")
+    copy.calibration.write_text(json.dumps(values))
+    assert Calibration.load(copy) == calibration

@@ -163,7 +163,7 @@ def test_a_folder_with_broken_files(fbclip: Run, tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "out/r.jsonl").read_text().splitlines()]
     assert len(records) == 9
     for record in records:
-        verdict = ["score", "threshold", "is_anomalous", "verdict", "overruled", "unusable", "regions"]
+        verdict = ["score", "threshold", "is_anomalous", "verdict", "overruled", "unusable", "memory", "regions"]
         frame = ["kind", "source", "index", "time"]
         assert list(record) == [*frame, *verdict, "alarm", "overlay", "map", "timings_ms"]
         assert (tmp_path / record["overlay"]).is_file()
