@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from fbclip.bundle import Bundle
     from fbclip.export.precision.int8 import Quantization
 
+# What good parts taught a bundle: files, what they are called, and the command that learns them again.
+LEARNED = (("memory.npz", "memory", "adapt"), ("calibration.json", "calibration", "calibrate"))
+
 
 def export(
     checkpoint: str | Path = "nano",
@@ -109,12 +112,12 @@ def export(
         next(value for value in (threshold, known.threshold, DEFAULT_THRESHOLD) if value is not None),
         {"checkpoint": path.name} | ({"seen": known.seen.to_dict()} if known.seen else {}),
     )
-    was_calibrated = (target / "calibration.json").exists()
+    lost = [each for each in LEARNED if (target / each[0]).exists()]
     bundle, parities = export_bundle(model, target, read_proof(paths, labels, size_hw, tell), deployment, tell)
     print_parity(parities, console)
-    if was_calibrated:
-        again = f"fbclip calibrate GOOD... --bundle {bundle.path}"
-        tell(f"the calibration of the bundle that was there is gone with it: {again}")
+    for _, what, command in lost:
+        again = f"fbclip {command} GOOD... --bundle {bundle.path}"
+        tell(f"the {what} of the bundle that was there is gone with it: {again}")
     tell(f"wrote {bundle.path}")
     return bundle
 

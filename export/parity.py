@@ -17,7 +17,8 @@ from fbclip.errors import ImageError, ParityError, UsageError
 from fbclip.export.stages import Stage, first_diverging
 from fbclip.folders import list_images
 from fbclip.images import read_image
-from fbclip.memory import NEAREST_ZERO, SLOPE, Shape, Tensors, Weight, whitening
+from fbclip.learning import add_up, squared_distance, together
+from fbclip.memory import FIXED, NEAREST_ZERO, SLOPE, WHITEN, Recipe, Shape, Tensors, Weight, prepare
 from fbclip.metrics import image_metrics
 from fbclip.resample import bilinear_matrix, resize
 from fbclip.runtime.backends import Backend, require_probabilities
@@ -175,18 +176,10 @@ def run_taught(trained: Backend, proof: Proof, image_size: int) -> Taught:
 def proof_memory(shape: Shape, features: Array) -> Tensors:
     """A memory of features (n, L, F) that whitens; its lines are where their own logits are, since differences show most
     there."""
-    patches = shape.grouped(features.reshape(-1, shape.features))  # (G, nL, W)
-    mean = patches.mean(axis=1, keepdims=True)
-    centred = patches - mean
-    covariance = np.matmul(centred.transpose(0, 2, 1), centred) / patches.shape[1]
-    matrix = np.stack([whitening(each.astype(np.float64)) for each in covariance]).astype(np.float32)
-    squared = np.square(np.matmul(centred, matrix)).sum(axis=(0, 2)).reshape(len(features), -1)
+    recipe = Recipe(WHITEN, FIXED, 0, MEMORY_WEIGHT)
+    made = prepare(recipe, shape, together(recipe, shape, [add_up(recipe, shape, each[None]) for each in features]))
+    squared = np.stack([squared_distance(shape, made, each) for each in features])
     levels = SLOPE * np.log(np.maximum(squared, NEAREST_ZERO))
-    made = Tensors.neutral(shape)
-    made.matrix[:] = matrix
-    made.places[:] = np.matmul(mean, matrix).reshape(-1)
-    made.weights[[Weight.MAP_ZERO_SHOT, Weight.SCORE_CLASS]] = MEMORY_WEIGHT
-    made.weights[[Weight.MAP_MEMORY, Weight.SCORE_TOP]] = SLOPE, 1
     made.weights[Weight.MAP_OFFSET] = -np.median(levels)
     made.weights[Weight.SCORE_OFFSET] = np.median(levels) - np.sort(levels)[:, -shape.top :].mean()
     return made

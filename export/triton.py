@@ -18,7 +18,7 @@ from typing import Any
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle, checked_name
 from fbclip.errors import BundleError, UsageError
 from fbclip.files import new_folder
-from fbclip.memory import FEATURES, LOGITS, Tensors
+from fbclip.memory import FEATURES, LOGITS, MEMORY_LINE, Memory, Tensors
 from fbclip.runtime.backends import resolve_precision
 from fbclip.runtime.calibration import Calibration
 from fbclip.untrusted import one_line
@@ -63,7 +63,6 @@ def write_model(
     build: Build | None = None,
     max_batch: int = MAX_BATCH,
     name: str | None = None,
-    memory: Tensors | None = None,
 ) -> Path:
     """Write a bundle's model into a Triton model repository.
 
@@ -75,15 +74,13 @@ def write_model(
             out, the graph itself is served. The plan only loads in a Triton with the same TensorRT on the same GPU.
         max_batch: frames that Triton puts together at most.
         name: of the model; the bundle's own (its folder's) if left out.
-        memory: of good parts, for the graph; zero-shot if left out.
 
     Returns:
         The model's folder, NAME/ with config.pbtxt, README.md and 1/model.onnx or 1/model.plan.
 
     Raises:
-        UsageError: no onnx package, a folder of that name is there already, it can't be written, or a memory of another
-            shape than the bundle's graphs take.
-        BundleError: no such graph, or damaged.
+        UsageError: no onnx package, a folder of that name is there already, or it can't be written.
+        BundleError: no such graph, or damaged; a calibration of another memory than the bundle's.
         DeviceError: no such precision, or 8 bit in the form for CPUs, which a Triton with a GPU can't place there.
     """
     if find_spec("onnx") is None:
@@ -99,7 +96,10 @@ def write_model(
             f"a model for Triton is a new one; {folder} is there already: remove it, or choose another name or folder",
             option="triton",
         )
+    memory = bundle.memory()
     calibration = Calibration.load(bundle)
+    if calibration and not calibration.is_of(memory):
+        raise BundleError(f"the calibration of {bundle.path} is of another memory: run fbclip calibrate again")
     with new_folder(folder) as temporary:
         version = temporary / "1"
         version.mkdir()
@@ -109,12 +109,15 @@ def write_model(
             for graph_file in version.iterdir():
                 if graph_file.name != "model.plan":
                     graph_file.unlink()
-        default = bundle.manifest.threshold
+        default = MEMORY_LINE if memory else bundle.manifest.threshold
         threshold, map_threshold = (
             (calibration.threshold, calibration.map_threshold) if calibration else (default, default)
         )
-        platform, promised = "tensorrt_plan" if build else "onnxruntime_onnx", promise(bundle, calibration, precision)
-        taught = "the memory of good parts" if memory else "no memory of good parts"
+        platform, promised = (
+            "tensorrt_plan" if build else "onnxruntime_onnx",
+            promise(bundle, memory, calibration, precision),
+        )
+        taught = memory.explain(precision) if memory else "no memory of good parts"
         served = Served(name, platform, frame_hw, map_hw, max_batch, threshold, map_threshold, promised, taught)
         (temporary / "config.pbtxt").write_text(config(served))
         (temporary / "README.md").write_text(readme(served, bundle, precision), encoding="utf-8")
@@ -127,8 +130,10 @@ def triton_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "fbclip"
 
 
-def promise(bundle: Bundle, calibration: Calibration | None, precision: str) -> str:
+def promise(bundle: Bundle, memory: Memory | None, calibration: Calibration | None, precision: str) -> str:
     """Where the threshold comes from, as a sentence."""
+    if calibration is None and memory:
+        return f"Threshold {MEMORY_LINE:g} is where the memory's good parts end: it is not calibrated."
     if calibration is None:
         return f"Threshold {bundle.manifest.threshold:g} is the bundle's default: it is not calibrated."
     text = f"T{calibration.explain(bundle, precision).removeprefix('t')}."
@@ -138,7 +143,7 @@ def promise(bundle: Bundle, calibration: Calibration | None, precision: str) -> 
 
 
 def bake(
-    bundle: Bundle, precision: str, memory: Tensors | None, folder: Path
+    bundle: Bundle, precision: str, memory: Memory | None, folder: Path
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Write model.onnx, a bundle's graph with text features and memory as constants, without what `Backend.describe`
     gives; weights beside a graph stay beside it.
@@ -151,9 +156,7 @@ def bake(
 
     constants = {TEXT: bundle.text}
     if shape := bundle.manifest.memory_shape:
-        constants |= (memory or Tensors.neutral(shape)).checked(shape).named()
-    elif memory:
-        raise UsageError(f"{bundle.path} has no inputs for a memory: export it again with fbclip export")
+        constants |= (memory.tensors if memory else Tensors.neutral(shape)).named()
     graph_path, (_, *beside) = bundle.graph(precision), bundle.graph_files(precision)
     try:
         model = onnx.load(graph_path, load_external_data=False)

@@ -23,6 +23,7 @@ from fbclip.bundle import SUFFIX, Bundle
 from fbclip.engines import Precision
 from fbclip.errors import BundleError, UsageError
 from fbclip.files import write_text
+from fbclip.memory import Memory
 from fbclip.untrusted import MIB, Line, Probability, Range, Sha256, build, one_line, one_of, read_json
 
 SPLIT, JACKKNIFE = "split", "jackknife"
@@ -113,6 +114,10 @@ class Calibration:
     def missed(self) -> int:
         """Defective images below the threshold."""
         return round((self.miss_rate or 0) * self.defects)
+
+    def is_of(self, memory: Memory | None) -> bool:
+        """Whether it was made with this memory of good parts, or without one."""
+        return self.memory == (memory.sha256 if memory else None)
 
     @property
     def promise(self) -> str:

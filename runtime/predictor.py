@@ -128,7 +128,7 @@ class Predictor:
     def _judge_by(self, memory: Memory | None) -> None:
         """The threshold and the map's scale: the calibration's where it is of this memory, else the memory's or the model's."""
         found = Calibration.load(self.bundle) if self._calibrated else None
-        other = found is not None and found.memory != (memory.sha256 if memory else None)
+        other = found is not None and not found.is_of(memory)
         if found and not other and self._given is None:
             self._require_same_roi(found.roi)
         self.memory, self.calibration, self._set_aside = memory, None if other else found, other

@@ -30,10 +30,9 @@ from fbclip.export.triton import write_model
 from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.resample import resize
-from fbclip.runtime.backends import make_backend
 from fbclip.runtime.calibrate import calibrate
 from fbclip.runtime.predictor import Predictor
-from helpers.memories import made_up
+from helpers.good_parts import write_good
 from helpers.tiny import tiny_bundle
 from helpers.waiting import PATIENCE_S
 
@@ -134,27 +133,33 @@ def test_the_baked_graph_scores_as_the_bundle(tmp_path: Path) -> None:
 
 
 def test_a_memory_is_in_the_graph(tmp_path: Path) -> None:
-    bundle = Bundle.load()
-    shape = bundle.manifest.memory_shape
-    assert shape
-    memory = made_up(shape, reach=1)
-    folder = write_model(bundle, tmp_path, memory=memory)
+    good = write_good(tmp_path / "good", 4)
+    bundle = fbclip.adapt(None, good, out=tmp_path / "line.fbclip").bundle
+    folder = write_model(bundle, tmp_path / "models")
     session = session_of(folder)
     assert [i.name for i in session.get_inputs()] == ["image"]
     assert [o.name for o in session.get_outputs()] == ["score", "anomaly_map"]
-    with make_backend(bundle, "cpu")[0] as backend:
-        backend.set_memory(memory)
-        expected = backend.run(frames())
-    for found, wanted in zip(session.run(["score", "anomaly_map"], {"image": frames()}), expected, strict=True):
-        assert np.abs(found - wanted).max() < 1e-5
-    assert "the memory of good parts are in the graph" in (folder / "README.md").read_text()
-    with pytest.raises(UsageError, match="a memory for this model is float32"):
-        write_model(bundle, tmp_path / "others", memory=made_up(shape._replace(width=8)))
-    older = Bundle.load(tiny_bundle(tmp_path))
-    assert write_model(older, tmp_path / "older").is_dir()
-    with pytest.raises(UsageError, match="no inputs for a memory"):
-        write_model(older, tmp_path / "others", memory=memory)
-    assert not list((tmp_path / "others").iterdir())
+    with Predictor(bundle) as predict:
+        expected = predict.backend.run(frames())
+    zero_shot = write_model(Bundle.load(), tmp_path / "others")
+    apart = session_of(zero_shot).run(["score", "anomaly_map"], {"image": frames()})
+    found = session.run(["score", "anomaly_map"], {"image": frames()})
+    for name, each, wanted, without in zip(("score", "map"), found, expected, apart, strict=True):
+        assert np.abs(each - wanted).max() < 1e-5, name
+        assert np.abs(without - wanted).max() > 0.1, name
+    text = (folder / "README.md").read_text()
+    assert f"memory {predict.memory.name} of 4 good parts (whiten) are in the graph" in text  # type: ignore[union-attr]
+    assert "Threshold 0.5 is where the memory's good parts end" in text
+    assert 'string_value: "0.5"' in (folder / "config.pbtxt").read_text()
+    calibrated = fbclip.calibrate(bundle.path, good[:3] + write_good(tmp_path / "more", 9)[4:])
+    assert (
+        f"{calibrated.calibration.threshold!r}"
+        in (write_model(bundle, tmp_path / "calibrated") / "config.pbtxt").read_text()
+    )
+    (bundle.path / "memory.npz").unlink()
+    with pytest.raises(BundleError, match="is of another memory"):
+        write_model(bundle, tmp_path / "stale")
+    assert write_model(Bundle.load(tiny_bundle(tmp_path)), tmp_path / "older").is_dir()
 
 
 def test_weights_beside_the_graph_stay_beside_it(tmp_path: Path) -> None:
