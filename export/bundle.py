@@ -304,7 +304,7 @@ def require_within(parity: Parity, graph: str) -> None:
     if parity.overrun > 1:
         where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
         labelled = ""
-        if parity.memory and parity.memory.overrun(parity.precision) > 1:
+        if parity.memory and parity.precision != "int8" and parity.memory.overrun(parity.precision) > 1:
             found = parity.memory
             labelled = (
                 f", with a memory by {found.score_max:.2g} and {found.map_max:.2g} (99.9 %: {found.map_p999:.2g})"
