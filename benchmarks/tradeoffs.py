@@ -181,6 +181,7 @@ def deployed(path: Path, variant: Variant, folder: Path) -> OnnxRuntimeBackend:
     model = nano_model(path, variant)
     with torch.no_grad():
         text = model.encode_text()
+    shape = model.config.memory_shape
     model = DeployedModel(model)
     portable, graph = folder / "model.onnx", folder / "deployed.onnx"
     write_onnx(model, text, portable)
@@ -188,7 +189,7 @@ def deployed(path: Path, variant: Variant, folder: Path) -> OnnxRuntimeBackend:
         Quantizer(portable, DYNAMIC, [], folder).write(graph)
     else:
         write_cpu_graph(model, text, graph, portable)
-    return OnnxRuntimeBackend(graph, text.numpy())
+    return OnnxRuntimeBackend(graph, text.numpy(), memory=shape)
 
 
 def accuracy(scorer: Scorer) -> Row:

@@ -39,6 +39,7 @@ from fbclip.export.parity import Proof
 from fbclip.export.precision.int8 import Quantizer
 from fbclip.export.stages import compare_stages
 from fbclip.export.tensorrt_rules import check_graph
+from fbclip.memory import Tensors
 from fbclip.model import reference
 from fbclip.model.clip import ClipConfig, build_clip, clip_config
 from fbclip.model.config import Config, default_config
@@ -103,11 +104,17 @@ def graph_of(bundle: Bundle, which: str) -> Path:
     return bundle.graph("fp32") if which == "portable" else bundle.cpu_graph()
 
 
+def feed_of(bundle: Bundle) -> dict[str, NDArray[Any]]:
+    """The inputs of a graph: a frame, and no memory of good parts."""
+    assert bundle.manifest.memory_shape
+    return {IMAGE: frame(), TEXT: bundle.text, **Tensors.neutral(bundle.manifest.memory_shape).named()}
+
+
 def make(which: str) -> Run:
     if which in ("reference", "model"):
         return run_torch(which)
     bundle = Bundle.load(BUNDLE)
-    backend = OnnxRuntimeBackend(graph_of(bundle, which), bundle.text)
+    backend = OnnxRuntimeBackend(graph_of(bundle, which), bundle.text, memory=bundle.manifest.memory_shape)
     return lambda: backend.run(frame())
 
 
@@ -189,7 +196,10 @@ def compare_times(rounds: int) -> dict[str, Any]:
 def compare_int8() -> dict[str, Any]:
     bundle = Bundle.load(BUNDLE)
     graphs = {"float32": bundle.cpu_graph(), **QUANTIZED}  # what a CPU runs of either
-    backends = {name: OnnxRuntimeBackend(graph, bundle.text) for name, graph in graphs.items()}
+    backends = {
+        name: OnnxRuntimeBackend(graph, bundle.text, memory=bundle.manifest.memory_shape)
+        for name, graph in graphs.items()
+    }
     seconds, results = interleave({name: lambda b=b: b.run(frame()) for name, b in backends.items()}, ROUNDS)
     float32 = statistics.median(seconds["float32"])
     score, anomaly_map = results["float32"]
@@ -208,8 +218,7 @@ def quantize() -> dict[str, Any]:
     for form, path in QUANTIZED.items():
         with tempfile.TemporaryDirectory(dir=BUNDLE.parent) as folder:
             start = time.perf_counter()
-            feed = {IMAGE: frame(), TEXT: bundle.text}
-            Quantizer(bundle.graph("fp32"), form, [feed], Path(folder)).write(path)
+            Quantizer(bundle.graph("fp32"), form, [feed_of(bundle)], Path(folder)).write(path)
             seconds = time.perf_counter() - start
         stages = compare_stages("int8", bundle.graph("fp32"), path, bundle.text, frame())
         figures[form] = {
@@ -270,7 +279,7 @@ def profile(which: str) -> dict[str, Any]:
         graph_of(bundle, which), options, providers=["CPUExecutionProvider"], disabled_optimizers=unwanted
     )
     for _ in range(3):
-        session.run(None, {IMAGE: frame(), TEXT: bundle.text})
+        session.run(None, feed_of(bundle))
     path = Path(session.end_profiling())
     kernels = [e for e in json.loads(path.read_text()) if e["name"].endswith("_kernel_time")]
     path.unlink()

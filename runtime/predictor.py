@@ -87,6 +87,7 @@ class Predictor:
         self._judge_by(self._chosen(memory))
         self.backend, self.precision = make_backend(self.bundle, device, precision, self.batch)
         if self.memory:
+            self._require_same_eyes(self.memory)
             self.backend.set_memory(self.memory.tensors)
 
     def set_memory(self, memory: Memory | str | Path | None = "auto") -> None:
@@ -102,6 +103,8 @@ class Predictor:
             BundleError, UsageError: none of this model, or for another region.
         """
         chosen = self._chosen(memory)
+        if chosen:
+            self._require_same_eyes(chosen)
         tensors = chosen.tensors if chosen else None  # what fails, fails before anything has changed
         self._judge_by(chosen)
         self.backend.set_memory(tensors)
@@ -124,6 +127,16 @@ class Predictor:
                 option="roi",
             )
         return chosen
+
+    def _require_same_eyes(self, memory: Memory) -> None:
+        """Half precision sees patches as float32 does; 8 bit sees them otherwise (docs/measurements/adapt.md)."""
+        learned = memory.about.precision
+        if learned != self.precision and "int8" in (learned, self.precision):
+            raise UsageError(
+                f"memory {memory.name} was learned in {learned}, and {self.precision} sees parts otherwise: adapt in "
+                f"{self.precision}, or inspect in {learned}",
+                option="precision",
+            )
 
     def _judge_by(self, memory: Memory | None) -> None:
         """The threshold and the map's scale: the calibration's where it is of this memory, else the memory's or the model's."""
