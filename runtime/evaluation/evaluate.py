@@ -81,9 +81,14 @@ class Subject:
     def taught(self, references: References, few_shot: FewShot) -> Subject:
         """The same, judging by what references teach: its backend from now on, its threshold and its heat maps."""
         assert self.predictor is not None
-        learn(self.predictor, references, few_shot.choice)
-        now = self.predictor
-        return replace(self, threshold=now.threshold, map_threshold=now.map_threshold, map_scale=now.map_scale)
+        now, memory = self.predictor, learn(self.predictor, references, few_shot.choice)
+        return replace(
+            self,
+            threshold=now.threshold,
+            map_threshold=now.map_threshold,
+            map_scale=now.map_scale,
+            description={**self.description, "memory": memory.explain()},
+        )
 
 
 def bundle_subject(
@@ -186,7 +191,8 @@ class ClassResult:
         pictures: by "best" (defects with the highest scores), "worst" (good images with the highest scores) and
             "missed" (defects below the threshold, the lowest first).
         threshold: scores from here on counted as anomalous.
-        references: what the memory was taught with, where references were drawn.
+        references: what taught its memory, where references were drawn.
+        memory: what the memory says of itself; None where there was none.
         left_out: test images that show the same as a reference.
     """
 
@@ -198,6 +204,7 @@ class ClassResult:
     pictures: Mapping[str, tuple[Example, ...]] = field(repr=False)
     threshold: float
     references: tuple[Path, ...] = ()
+    memory: str | None = None
     left_out: tuple[Item, ...] = ()
 
     @property
@@ -469,6 +476,7 @@ class _Class:
             pictures,
             self.subject.threshold,
             self.references.paths if self.references else (),
+            self.subject.description.get("memory"),
             tuple(self.left_out),
         )
 

@@ -53,8 +53,10 @@ class FewShot:
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """Plain values for the stamp."""
-        return {"shots": self.shots, "seeds": list(self.seeds), **asdict(self.choice)}
+        """Plain values for the stamp; of a mode that is chosen by trial each draw's memory says which it is."""
+        recipes = self.choice.candidates
+        how = asdict(recipes[0] if len(recipes) == 1 else self.choice)
+        return {"shots": self.shots, "seeds": list(self.seeds), **how}
 
     def explain(self) -> str:
         """A part of a sentence, for a person."""

@@ -198,6 +198,7 @@ def _entry(result: DataResult, place: int) -> dict[str, Any]:
         "seeds": {
             str(draw.seed): {
                 **_class_entry(c := draw.classes[place]),
+                "memory": c.memory,
                 "references": [str(path) for path in c.references],
                 "left_out": [str(item.image) for item in c.left_out],
             }
@@ -241,8 +242,10 @@ def _lines(result: DataResult) -> Iterator[tuple[Any, ...]]:
             yield (data, name, *counts, *(value.mean for value in values.values()))
             continue
         for draw in result.draws:
-            found = draw.classes[place].values if place < len(draw.classes) else draw.mean
-            yield (data, name, draw.seed, *counts, *found.values())
+            chosen = draw.classes[place : place + 1] or draw.classes  # the last row is of all of them
+            labels = [s.item.label for c in chosen for s in c.scores]
+            found = Draw(draw.seed, chosen).mean
+            yield (data, name, draw.seed, len(labels), sum(labels), *found.values())
         yield (data, name, "mean", *counts, *(value.mean for value in values.values()))
         yield (data, name, "deviation", *counts, *(value.deviation for value in values.values()))
 

@@ -131,18 +131,19 @@ def test_tables_files_and_report_as_installed(fbclip: Run, tmp_path: Path) -> No
     told = "3 good training images of each class teach a memory; mean ± standard deviation of 3 draws"
     assert f"{told}; threshold 0.5 is where they end" in done.stdout
     assert re.search(r"copy\.png shows the same as a reference: it is left out of the test", done.stdout)
-    assert re.search(r"bolt +4 +3 +\d+\.\d", done.stdout)
+    assert re.search(r"nut +5 +3 +\d+\.\d", done.stdout)
     assert len(re.findall(r"±\d+\.\d", done.stdout)) == 3 * len(VALUES)
     out = tmp_path / "runs/eval/exp"
     results = json.loads((out / "results.json").read_text())
     assert results["threshold"] == 0.5
-    expected = {"shots": 3, "seeds": [0, 1, 2], "mode": "whiten", "orientation": None, "positions": 1, "weight": 0.2}
+    expected = {"shots": 3, "seeds": [0, 1, 2], "mode": "positions", "orientation": "fixed", "reach": 1, "weight": 0.2}
     assert results["model"]["few_shot"] == expected
     nut = results["results"][0]["classes"]["nut"]
     of_seed = [nut["seeds"][seed]["pixel_auroc"] for seed in "012"]
     assert nut["pixel_auroc"] == pytest.approx(np.mean(of_seed))
     assert nut["deviation"]["pixel_auroc"] == pytest.approx(np.std(of_seed, ddof=1))
     assert all(len(nut["seeds"][seed]["references"]) == 3 for seed in "012")
+    assert all("of 3 good parts (positions ±1)" in nut["seeds"][seed]["memory"] for seed in "012")
     with (out / "results.csv").open() as file:
         table = [row for row in csv.DictReader(file) if row["class"] == "nut"]
     assert [row["seed"] for row in table] == ["0", "1", "2", "mean", "deviation"]
@@ -186,10 +187,7 @@ def test_a_bundle_is_measured_with_its_own_memory_and_says_so(fbclip: Run, line:
     [
         (["--seed", 1], "--seed goes with --shots; got none"),
         (["--positions", 1, "--weight", 1], "--positions, --weight go with --shots; got none"),
-        (
-            ["--shots", GOOD + 1],
-            "7 references are drawn from the good training images of each class; bolt of line has 6",
-        ),
+        (["--shots", GOOD + 1], "line has 6: take fewer, or evaluate other classes"),
         (["--shots", 1], "references are 2 to 64; one is enough only where positions count; got 1"),
         (["--shots", 65, "--positions", 0], "references are 1 to 64; got 65"),
         (["--shots", 2, "--seed", "0,0"], "seeds are different whole numbers from 0"),
