@@ -331,19 +331,13 @@ def evaluate(
         for data in tests:
             test = data.select("test")
             task = bars.add_task(test.name, total=len(test.items) * len(seeds))
-            finished: list[list[ClassResult]] = []  # by class, then by seed
+            finished: list[tuple[ClassResult, ...]] = []  # by class, then by seed
             try:
                 for name in test.classes:
-                    found = []
-                    for seed in seeds:
-                        one = _class(subject, data, name, seed, few_shot, console)
-                        # what can't be used is the same for every seed
-                        told = console if seed == seeds[0] else Console(quiet=True)
-                        refused = one.run_all(batch_size, told, partial(bars.advance, task))
-                        skipped += refused if seed == seeds[0] else []
-                        for item in one.left_out:
-                            warn(console, f"{item.image} shows the same as a reference: it is left out of the test")
-                        found.append(one.result())
+                    found, refused = _judge(
+                        subject, data, name, few_shot, batch_size, console, partial(bars.advance, task)
+                    )
+                    skipped += refused
                     finished.append(found)
             except KeyboardInterrupt:
                 complete = False
@@ -357,15 +351,32 @@ def evaluate(
     return Evaluation(subject, tuple(results), tuple(skipped), complete)
 
 
-def _class(
-    subject: Subject, data: Dataset, name: str, seed: int | None, few_shot: FewShot | None, console: Console
-) -> _Class:
-    """A class to be judged, after its references of this seed have taught the subject."""
-    references = None
-    if few_shot and seed is not None:
-        references = draw(data, name, few_shot.shots, seed, subject.image_size, console)
-        subject = subject.taught(references, few_shot)
-    return _Class(name, data.select("test", name).items, subject, references)
+def _judge(
+    subject: Subject,
+    data: Dataset,
+    name: str,
+    few_shot: FewShot | None,
+    batch_size: int,
+    console: Console,
+    advance: Callable[[int], None],
+) -> tuple[tuple[ClassResult, ...], list[tuple[Item, str]]]:
+    """A class by each draw of references, or by the subject as it is; and its images that can't be read."""
+    found: list[ClassResult] = []
+    skipped: list[tuple[Item, str]] = []
+    items = data.select("test", name).items
+    for number, seed in enumerate(few_shot.seeds if few_shot else (None,)):
+        references, judging = None, subject
+        if few_shot and seed is not None:
+            references = draw(data, name, few_shot.shots, seed, subject.image_size, console)
+            judging = subject.taught(references, few_shot)
+        one = _Class(name, items, judging, references)
+        # what can't be read is the same in every draw
+        refused = one.run_all(batch_size, Console(quiet=True) if number else console, advance)
+        skipped = skipped if number else refused
+        for item in one.left_out:
+            warn(console, f"{item.image} shows the same as a reference: it is left out of the test")
+        found.append(one.result())
+    return tuple(found), skipped
 
 
 def _load(items: tuple[Item, ...], image_size: int) -> Iterator[Read]:
