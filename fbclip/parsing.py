@@ -56,6 +56,17 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """ "0,1,2" to whole numbers from 0.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if not re.fullmatch(r"\s*\d{1,9}(\s*,\s*\d{1,9})*\s*", text, re.ASCII):
+        raise UsageError(f"seeds are whole numbers from 0, like 0 or 0,1,2,3,4; got {text!r}", option="seed")
+    return tuple(int(part) for part in text.split(","))
+
+
 def parse_positions(text: str) -> int | None:
     """A number of patches, or None for "off"; `fbclip.runtime.adapt.Choice` says which there may be.
 

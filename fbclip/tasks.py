@@ -22,6 +22,7 @@ from fbclip.runtime.adapt import MOST_SHOTS
 from fbclip.runtime.calibration import Calibration
 from fbclip.runtime.evaluation import evaluate as evaluating
 from fbclip.runtime.evaluation.evaluate import Evaluation
+from fbclip.runtime.evaluation.few_shot import FewShot
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.target import Target
@@ -220,6 +221,12 @@ def evaluate(
     layout: str | None = None,
     classes: Sequence[str] | None = None,
     batch: int = 1,
+    shots: int | None = None,
+    seeds: Sequence[int] = (0,),
+    mode: str = "whiten",
+    orientation: str | None = None,
+    positions: int | None = None,
+    weight: float | None = None,
     console: Console | None = None,
 ) -> Evaluation:
     """Measure a bundle on the test images of data sets.
@@ -231,20 +238,32 @@ def evaluate(
         layout: of the data sets, like "visa"; recognised if None.
         classes: only these.
         batch: images that the model is given at once.
+        shots: few-shot: so many good training images of each class, drawn at random, teach a memory before the class is
+            judged; nothing is written into the bundle. None for the bundle as it is, with its own memory if it has one.
+        seeds: of the draws; the figures are the mean over them.
+        mode, orientation, positions, weight: how the shots are learned, as `adapt` takes them.
         console: where to show the progress and print what is left out.
 
     Returns:
         The metrics: `evaluation.results[0].mean["image_auroc"]` of the first data set, 0..1, None where undefined;
-        its `classes`, each with `values` and the `scores` of its images; and `evaluation.skipped`, unreadable images.
+        its `classes`, each with `values` and the `scores` of its images; `spread()`, mean and deviation over the draws, and
+        the `draws` themselves; and `evaluation.skipped`, unreadable images.
 
     Raises:
-        BundleError, DeviceError, UsageError: no such bundle, device or data set, or no test images.
+        BundleError, DeviceError, UsageError: no such bundle, device or data set, no test images, fewer good training
+            images than shots, or a bundle that can't learn.
     """
     wanted = tuple(classes) if classes else None
-    tests = [evaluating.to_evaluate(open_dataset(Path(place), layout), wanted) for place in _texts(data, "data")]
-    subject = evaluating.bundle_subject(Path(bundle) if bundle else None, device, precision, threshold, batch)
+    choice = adapting.Choice(mode, orientation, positions, adapting.WEIGHT if weight is None else weight)
+    if shots is None and (tuple(seeds) != (0,) or choice != adapting.Choice()):
+        raise UsageError("seeds, mode, orientation, positions and weight go with shots; got none", option="shots")
+    few_shot = None if shots is None else FewShot(shots, tuple(seeds), choice)
+    tests = [
+        evaluating.to_evaluate(open_dataset(Path(place), layout), wanted, few_shot) for place in _texts(data, "data")
+    ]
+    subject = evaluating.bundle_subject(Path(bundle) if bundle else None, device, precision, threshold, batch, few_shot)
     with subject.backend:
-        return evaluating.evaluate(subject, tests, batch, console or Console(quiet=True))
+        return evaluating.evaluate(subject, tests, batch, console or Console(quiet=True), few_shot)
 
 
 def _texts(places: Places, option: str) -> list[str]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from fbclip.checkpoints import find_checkpoint, require_training_packages
+from fbclip.commands.adapt import LearningGroup
 from fbclip.commands.data import LAYOUT
 from fbclip.commands.groups import BundleGroup, ModelGroup, RunGroup
-from fbclip.commands.mount import is_chosen, mounted, option
-from fbclip.parsing import parse_names, parse_threshold
+from fbclip.commands.mount import is_chosen, is_given, mounted, option
+from fbclip.parsing import parse_names, parse_positions, parse_seeds, parse_threshold
 
 if TYPE_CHECKING:
     from fbclip.runtime.evaluation.evaluate import Subject
+    from fbclip.runtime.evaluation.few_shot import FewShot
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,27 @@ class TestGroup:
         ),
     ] = 1
     report: Annotated[bool, option("Write no report.html.")] = True
+    shots: Annotated[
+        int | None,
+        option(
+            "Few-shot: teach N good training images of each class first, drawn at random; nothing is written into the "
+            "bundle.",
+            metavar="N",
+        ),
+    ] = None
+    seed: Annotated[
+        str, option("With --shots: number of the draw, or of several for their mean, like 0,1,2,3,4.", metavar="N,…")
+    ] = "0"
 
 
-@mounted(first=("bundle", "checkpoint", "threshold", "classes", "batch"))
+@mounted(first=("bundle", "checkpoint", "threshold", "classes", "batch", "shots", "seed"))
 def eval_(
     context: typer.Context,
     path: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Data sets: folders, or an index file.")],
     deployed: BundleGroup,
     model: ModelGroup,
     test: TestGroup,
+    learning: LearningGroup,
     run: RunGroup,
     checkpoint: Annotated[
         Path | None,
@@ -73,16 +87,15 @@ def eval_(
     if checkpoint and not is_chosen(context, "bundle"):
         deployed = replace(deployed, bundle=None)
     checkpoint = _checkpoint(checkpoint, deployed, model)
-    tests = [
-        to_evaluate(open_dataset(place, test.layout), parse_names(test.classes) if test.classes else None)
-        for place in path
-    ]
-    subject = _subject(checkpoint, deployed, model, test)
+    few_shot = _few_shot(context, test, learning, checkpoint)
+    classes = parse_names(test.classes) if test.classes else None
+    tests = [to_evaluate(open_dataset(place, test.layout), classes, few_shot) for place in path]
+    subject = _subject(checkpoint, deployed, model, test, few_shot)
     folder = run.folder("eval")
     console = make_console()
     say(console, subject.threshold_from)
     with subject.backend:
-        evaluation = evaluate(subject, tests, test.batch, console)
+        evaluation = evaluate(subject, tests, test.batch, console, few_shot)
     stamped = stamp(evaluation)
     show(evaluation, console, stamped["warnings"])
     write_results(evaluation, stamped, folder)
@@ -116,12 +129,38 @@ def _checkpoint(checkpoint: Path | None, deployed: BundleGroup, model: ModelGrou
     return find_checkpoint(checkpoint)
 
 
-def _subject(checkpoint: Path | None, deployed: BundleGroup, model: ModelGroup, test: TestGroup) -> Subject:
+def _few_shot(
+    context: typer.Context, test: TestGroup, learning: LearningGroup, checkpoint: Path | None
+) -> FewShot | None:
+    """What is taught before each class; None for the model as it is.
+
+    Raises:
+        UsageError: options that don't go together.
+    """
+    from fbclip.errors import UsageError
+    from fbclip.runtime.adapt import WEIGHT, Choice
+    from fbclip.runtime.evaluation.few_shot import FewShot
+
+    if test.shots is None:
+        names = ("seed", *(field.name for field in fields(learning)))
+        if given := [f"--{name}" for name in names if is_given(context, name)]:
+            raise UsageError(f"{', '.join(given)} {'goes' if len(given) == 1 else 'go'} with --shots; got none")
+        return None
+    if checkpoint:
+        raise UsageError("--shots teaches a bundle; got a checkpoint: export it, and pass --bundle")
+    weight = WEIGHT if learning.weight is None else learning.weight
+    choice = Choice(learning.mode, learning.orientation, parse_positions(learning.positions), weight)
+    return FewShot(test.shots, parse_seeds(test.seed), choice)
+
+
+def _subject(
+    checkpoint: Path | None, deployed: BundleGroup, model: ModelGroup, test: TestGroup, few_shot: FewShot | None
+) -> Subject:
     from fbclip.runtime.evaluation.evaluate import bundle_subject
 
     threshold = parse_threshold(test.threshold)
     if checkpoint is None:
-        return bundle_subject(deployed.bundle, deployed.device, deployed.precision, threshold, test.batch)
+        return bundle_subject(deployed.bundle, deployed.device, deployed.precision, threshold, test.batch, few_shot)
     require_training_packages()
     from fbclip.training.evaluation import checkpoint_subject
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -19,10 +20,12 @@ from fbclip.data.dataset import Dataset, Item, Sample, Samples, parallel_map
 from fbclip.data.holdout import Seen
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.files import sha256
-from fbclip.images import encode_image
+from fbclip.images import encode_image, pixels_sha256
+from fbclip.memory import MEMORY_LINE
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
 from fbclip.resample import in_order
 from fbclip.runtime.backends import Backend, require_probabilities
+from fbclip.runtime.evaluation.few_shot import FewShot, References, draw, good_training_images, learn, require_enough
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.regions import find_evidence
@@ -58,6 +61,7 @@ class Subject:
         channel_order: of the backend's images, "rgb" or "bgr".
         map_threshold, map_scale: as in a `Predictor`.
         seen: images that the model was trained on; None where that is not recorded.
+        predictor: what learns from references; None of a checkpoint.
     """
 
     backend: Backend
@@ -72,18 +76,37 @@ class Subject:
     map_threshold: float | None = None
     map_scale: tuple[float, float] = (0.0, 1.0)
     seen: Seen | None = None
+    predictor: Predictor | None = field(default=None, repr=False)
+
+    def taught(self, references: References, few_shot: FewShot) -> Subject:
+        """The same, judging by what references teach: its backend from now on, its threshold and its heat maps."""
+        assert self.predictor is not None
+        now, memory = self.predictor, learn(self.predictor, references, few_shot.choice)
+        return replace(
+            self,
+            threshold=now.threshold,
+            map_threshold=now.map_threshold,
+            map_scale=now.map_scale,
+            description={**self.description, "memory": memory.explain()},
+        )
 
 
 def bundle_subject(
-    path: Path | None, device: str, precision: str, threshold: float | None = None, batch_size: int = 1
+    path: Path | None,
+    device: str,
+    precision: str,
+    threshold: float | None = None,
+    batch_size: int = 1,
+    few_shot: FewShot | None = None,
 ) -> Subject:
     """A deployed bundle, the embedded one without a path, for that many images at once.
 
-    Its threshold and heat maps are those of a `Predictor` with these arguments.
+    Its threshold and heat maps are those of a `Predictor` with these arguments. For a few-shot evaluation the bundle's own
+    memory and calibration don't count.
 
     Raises:
         BundleError, DeviceError, UsageError: as `Predictor`; a bundle of whole frames, since data sets have images of
-            any size.
+            any size; one that can't learn, for a few-shot evaluation.
     """
     bundle = Bundle.load(path)
     manifest = bundle.manifest
@@ -95,7 +118,23 @@ def bundle_subject(
         )
     recorded = manifest.provenance.get("seen")
     seen = None if recorded is None else Seen.from_dict(recorded, bundle.path)
-    predictor = Predictor(bundle, device=device, precision=precision, threshold=threshold, batch=batch_size)
+    if few_shot and manifest.memory_shape is None:
+        raise UsageError(
+            f"{bundle.path} has no inputs for a memory: export its checkpoint again with this release", option="bundle"
+        )
+    predictor = Predictor(
+        bundle,
+        device=device,
+        precision=precision,
+        threshold=threshold,
+        batch=batch_size,
+        calibrated=not few_shot,
+        memory=None if few_shot else "auto",
+    )
+    memory, threshold_from = predictor.memory, predictor.explain_threshold()
+    if few_shot:
+        line = f"threshold {MEMORY_LINE:g} is where they end" if threshold is None else threshold_from
+        threshold_from = f"{few_shot.explain()}; {line}"
     description = {
         "kind": "bundle",
         "name": manifest.name,
@@ -104,20 +143,23 @@ def bundle_subject(
         "precision": predictor.precision,
         "feature_layers": list(manifest.feature_layers),
         "prompts": list(manifest.prompts),
+        "memory": memory.explain(predictor.precision) if memory else None,
+        "few_shot": few_shot and few_shot.description,
     }
     return Subject(
         predictor.backend,
         manifest.image_size,
         manifest.mean,
         manifest.std,
-        predictor.threshold,
-        predictor.explain_threshold(),
+        MEMORY_LINE if few_shot and threshold is None else predictor.threshold,
+        threshold_from,
         description,
         "tensorrt" if device == "tensorrt" else "onnxruntime",
         manifest.channel_order,
         predictor.map_threshold,
         predictor.map_scale,
         seen,
+        predictor,
     )
 
 
@@ -148,6 +190,10 @@ class ClassResult:
         undefined: why metrics are missing, one line each.
         pictures: by "best" (defects with the highest scores), "worst" (good images with the highest scores) and
             "missed" (defects below the threshold, the lowest first).
+        threshold: scores from here on counted as anomalous.
+        references: what taught its memory, where references were drawn.
+        memory: what the memory says of itself; None where there was none.
+        left_out: test images that show the same as a reference.
     """
 
     name: str
@@ -156,6 +202,10 @@ class ClassResult:
     pixel: Metrics
     undefined: tuple[str, ...]
     pictures: Mapping[str, tuple[Example, ...]] = field(repr=False)
+    threshold: float
+    references: tuple[Path, ...] = ()
+    memory: str | None = None
+    left_out: tuple[Item, ...] = ()
 
     @property
     def values(self) -> dict[str, float | None]:
@@ -164,19 +214,54 @@ class ClassResult:
         return dict(zip(VALUES, (*image, *pixel, *(self.pixel.aupro[limit] for limit in PRO_LIMITS)), strict=True))
 
 
-@dataclass(frozen=True)
-class DataResult:
-    """All evaluated classes of a data set."""
+class Spread(NamedTuple):
+    """A figure: its mean over the draws of references and its standard deviation (n - 1). No deviation where there is one
+    draw, or none at all; no mean where it is undefined."""
 
-    data: Dataset
+    mean: float | None
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: list[float | None]) -> Spread:
+        defined = [value for value in values if value is not None]
+        deviation = float(np.std(defined, ddof=1)) if len(defined) > 1 else None
+        return cls(float(np.mean(defined)) if defined else None, deviation)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All evaluated classes of a data set, by the references of one seed; without references the seed is None."""
+
+    seed: int | None
     classes: tuple[ClassResult, ...]
 
     @property
     def mean(self) -> dict[str, float | None]:
         """Over the classes where a value is defined."""
-        columns = {name: [c.values[name] for c in self.classes] for name in VALUES}
-        defined = {name: [v for v in column if v is not None] for name, column in columns.items()}
-        return {name: float(np.mean(column)) if column else None for name, column in defined.items()}
+        return {name: Spread.of([c.values[name] for c in self.classes]).mean for name in VALUES}
+
+
+@dataclass(frozen=True)
+class DataResult:
+    """What was found on a data set: one draw, or one for each seed."""
+
+    data: Dataset
+    draws: tuple[Draw, ...]
+
+    @property
+    def classes(self) -> tuple[ClassResult, ...]:
+        """Of the first draw."""
+        return self.draws[0].classes
+
+    @property
+    def mean(self) -> dict[str, float | None]:
+        """Over the classes where a value is defined, and over the draws."""
+        return {name: value.mean for name, value in self.spread().items()}
+
+    def spread(self, place: int | None = None) -> dict[str, Spread]:
+        """Over the draws: the figures of the class at this place of `classes`, or of their mean."""
+        found = [draw.mean if place is None else draw.classes[place].values for draw in self.draws]
+        return {name: Spread.of([values[name] for values in found]) for name in VALUES}
 
 
 @dataclass(frozen=True, repr=False)
@@ -203,11 +288,11 @@ class Evaluation:
         return f"Evaluation({'; '.join(found)})"
 
 
-def to_evaluate(data: Dataset, classes: tuple[str, ...] | None) -> Dataset:
-    """The test images of a data set, of all classes or those named.
+def to_evaluate(data: Dataset, classes: tuple[str, ...] | None, few_shot: FewShot | None = None) -> Dataset:
+    """The test images of a data set, of all classes or those named; and what references are drawn from.
 
     Raises:
-        UsageError: a class that is not there, or no test image.
+        UsageError: a class that is not there, no test image, or too few to draw from.
     """
     if unknown := set(classes or ()) - set(data.classes):
         raise UsageError(
@@ -218,44 +303,80 @@ def to_evaluate(data: Dataset, classes: tuple[str, ...] | None) -> Dataset:
         test = replace(test, items=tuple(item for item in test.items if item.class_name in classes))
     if not test.items:
         raise UsageError(f"evaluation needs test images; {data.root} ({data.layout}) has none for these classes")
-    return test
+    if few_shot is None:
+        return test
+    good = {name: good_training_images(data, name) for name in test.classes}
+    for name, items in good.items():
+        require_enough(data, name, len(items), few_shot.shots)
+    return replace(test, items=(*test.items, *(item for items in good.values() for item in items)))
 
 
-def evaluate(subject: Subject, tests: list[Dataset], batch_size: int, console: Console) -> Evaluation:
-    """Run every image of the test splits once; files that can't be read are reported and left out.
+def evaluate(
+    subject: Subject, tests: list[Dataset], batch_size: int, console: Console, few_shot: FewShot | None = None
+) -> Evaluation:
+    """Run every image of the test splits once, or once for each seed; files that can't be read are reported and left out.
 
     Ctrl-C ends it with the classes that are finished; it is raised again only where there is none.
 
     Args:
         tests: as `to_evaluate` gives them.
         batch_size: images per call of the backend.
+        few_shot: what to teach before each class; the subject is `bundle_subject`'s of the same.
     """
     skipped: list[tuple[Item, str]] = []
     results: list[DataResult] = []
+    seeds = few_shot.seeds if few_shot else (None,)
     complete = True
     with progress(console) as bars:
-        for test in tests:
-            task = bars.add_task(test.name, total=len(test.items))
-            classes: list[ClassResult] = []
+        for data in tests:
+            test = data.select("test")
+            task = bars.add_task(test.name, total=len(test.items) * len(seeds))
+            finished: list[tuple[ClassResult, ...]] = []  # by class, then by seed
             try:
                 for name in test.classes:
-                    one = _Class(name, test.select(class_name=name).items, subject)
-                    for batch in _batches(_load(one.items, subject.image_size), batch_size):
-                        refused = one.run(batch)
-                        skipped += [(item, str(error)) for item, error in refused]
-                        for text in [f"skipped: {error}" for _, error in refused] + _unusable(batch):
-                            warn(console, text)
-                        bars.advance(task, len(batch))
-                    classes.append(one.result())
+                    found, refused = _judge(
+                        subject, data, name, few_shot, batch_size, console, partial(bars.advance, task)
+                    )
+                    skipped += refused
+                    finished.append(found)
             except KeyboardInterrupt:
                 complete = False
-            if classes:
-                results.append(DataResult(test, tuple(classes)))
+            if finished:
+                by_seed = zip(seeds, zip(*finished, strict=True), strict=True)
+                results.append(DataResult(test, tuple(Draw(seed, classes) for seed, classes in by_seed)))
             if not complete:
                 break
     if not results:
         raise KeyboardInterrupt
     return Evaluation(subject, tuple(results), tuple(skipped), complete)
+
+
+def _judge(
+    subject: Subject,
+    data: Dataset,
+    name: str,
+    few_shot: FewShot | None,
+    batch_size: int,
+    console: Console,
+    advance: Callable[[int], None],
+) -> tuple[tuple[ClassResult, ...], list[tuple[Item, str]]]:
+    """A class by each draw of references, or by the subject as it is; and its images that can't be read."""
+    found: list[ClassResult] = []
+    skipped: list[tuple[Item, str]] = []
+    items = data.select("test", name).items
+    for number, seed in enumerate(few_shot.seeds if few_shot else (None,)):
+        references, judging = None, subject
+        if few_shot and seed is not None:
+            references = draw(data, name, few_shot.shots, seed, subject.image_size, console)
+            judging = subject.taught(references, few_shot)
+        one = _Class(name, items, judging, references)
+        # what can't be read is the same in every draw
+        refused = one.run_all(batch_size, Console(quiet=True) if number else console, advance)
+        skipped = skipped if number else refused
+        for item in one.left_out:
+            warn(console, f"{item.image} shows the same as a reference: it is left out of the test")
+        found.append(one.result())
+    return tuple(found), skipped
 
 
 def _load(items: tuple[Item, ...], image_size: int) -> Iterator[Read]:
@@ -285,17 +406,33 @@ def _batches(samples: Iterator[Read], size: int) -> Iterator[list[Read]]:
 class _Class:
     """One class in the making: scores, pixel counters and the few pictures worth keeping."""
 
-    def __init__(self, name: str, items: tuple[Item, ...], subject: Subject) -> None:
-        self.name, self.items, self.subject = name, items, subject
+    def __init__(self, name: str, items: tuple[Item, ...], subject: Subject, references: References | None) -> None:
+        self.name, self.items, self.subject, self.references = name, items, subject, references
+        self.left_out: list[Item] = []
         self.scores: list[Scored] = []
         self.pixels = PixelMetrics()
         self.unmarked = sum(bool(item.label) and item.mask is None for item in items)
         self.pictures: dict[str, list[tuple[float, int, Example]]] = {"best": [], "worst": [], "missed": []}
         self.order = count()
 
+    def run_all(self, batch_size: int, console: Console, advance: Callable[[int], None]) -> list[tuple[Item, str]]:
+        """Score all images; returns those that could not be read, with the reason."""
+        skipped: list[tuple[Item, str]] = []
+        for batch in _batches(_load(self.items, self.subject.image_size), batch_size):
+            refused = self.run(batch)
+            skipped += [(item, str(error)) for item, error in refused]
+            for text in [f"skipped: {error}" for _, error in refused] + _unusable(batch):
+                warn(console, text)
+            advance(len(batch))
+        return skipped
+
     def run(self, batch: list[Read]) -> list[tuple[Item, ImageError]]:
-        """Score what could be read of a batch; returns the rest."""
+        """Score what could be read of a batch and is no reference; returns what could not be read."""
         good = [(item, sample) for item, sample in batch if isinstance(sample, Sample)]
+        if self.references:
+            known = [pixels_sha256(sample.image) in self.references.digests for _, sample in good]
+            self.left_out += [item for (item, _), same in zip(good, known, strict=True) if same]
+            good = [read for read, same in zip(good, known, strict=True) if not same]
         if good:
             images = in_order(np.stack([sample.image for _, sample in good]), self.subject.channel_order)
             scores, maps = self.subject.backend.run(images)
@@ -341,7 +478,18 @@ class _Class:
             kind: tuple(picture for _, _, picture in sorted(kept, reverse=True, key=lambda entry: entry[:2]))
             for kind, kept in self.pictures.items()
         }
-        return ClassResult(self.name, tuple(self.scores), image, pixel, tuple(reasons), pictures)
+        return ClassResult(
+            self.name,
+            tuple(self.scores),
+            image,
+            pixel,
+            tuple(reasons),
+            pictures,
+            self.subject.threshold,
+            self.references.paths if self.references else (),
+            self.subject.description.get("memory"),
+            tuple(self.left_out),
+        )
 
 
 def _kinds(labels: list[int]) -> str:

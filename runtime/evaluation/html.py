@@ -12,7 +12,7 @@ import numpy as np
 from fbclip.errors import UsageError
 from fbclip.metrics import PRO_LIMITS, Curve
 from fbclip.runtime.evaluation.evaluate import VALUES, DataResult, Evaluation
-from fbclip.runtime.evaluation.tables import HEADINGS, reasons, rows
+from fbclip.runtime.evaluation.tables import HEADINGS, percent, reasons, rows
 from fbclip.runtime.html import INK, chart, missing_packages, write_page
 
 if TYPE_CHECKING:
@@ -44,21 +44,26 @@ def write_report(evaluation: Evaluation, stamped: Mapping[str, Any], path: Path)
         headings=HEADINGS,
         values=VALUES,
         kinds=KINDS,
+        percent=percent,
         skipped=evaluation.skipped,
-        sections=[_section(result, evaluation.subject.threshold) for result in evaluation.results],
+        sections=[_section(result) for result in evaluation.results],
     )
 
 
-def _section(result: DataResult, threshold: float) -> dict[str, Any]:
+def _section(result: DataResult) -> dict[str, Any]:
+    """Figures and counts are of all draws, charts and pictures of the first."""
+    threshold = result.classes[0].threshold
     scored = [s for c in result.classes for s in c.scores]
-    good = [s.score for s in scored if not s.item.label]
-    defective = [s.score for s in scored if s.item.label]
+    good, defective = ([s.score for s in scored if s.item.label == label] for label in (0, 1))
+    every = [s for draw in result.draws for c in draw.classes for s in c.scores]
+    found, alarms = ([s.score >= threshold for s in every if s.item.label == label] for label in (1, 0))
     return {
         "name": result.data.name,
         "rows": rows(result),
         "reasons": reasons(result),
-        "found": (sum(s >= threshold for s in defective), len(defective)),
-        "alarms": (sum(s >= threshold for s in good), len(good)),
+        "found": (sum(found), len(found)),
+        "alarms": (sum(alarms), len(alarms)),
+        "seeds": [draw.seed for draw in result.draws if draw.seed is not None],
         "charts": [*_curves(result), chart(lambda axes: _histogram(axes, good, defective, threshold))],
         "pictures": {
             kind: [
