@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import BundleOption, RunGroup, frame_hw
+from fbclip.commands.groups import BundleOption, MemoryOption, RunGroup, frame_hw
 from fbclip.commands.mount import mounted, option
 from fbclip.parsing import parse_names, parse_numbers
 
@@ -67,6 +67,7 @@ def bench(
     torch: TorchGroup,
     run: RunGroup,
     bundle: BundleOption = None,
+    memory: MemoryOption = "auto",
     compare: Annotated[
         tuple[Path, Path] | None,
         option("Two bench.json, before and after: say what changed beyond noise.", metavar="PATH PATH"),
@@ -98,7 +99,7 @@ def bench(
         raise typer.Exit(compare_files(*compare, fail_over, console))
     if fail_over:
         raise UsageError("--fail-over goes with --compare; got none")
-    options = _options(timing, torch)
+    options = _options(timing, torch, memory)
     loaded = Bundle.load(bundle)
     require_file(json)
     folder = run.folder("bench")
@@ -111,7 +112,7 @@ def bench(
     say(console, f"results are in {folder}")
 
 
-def _options(timing: TimingGroup, torch: TorchGroup) -> Options:
+def _options(timing: TimingGroup, torch: TorchGroup, memory: str) -> Options:
     from fbclip.runtime.bench.run import Options
 
     return Options(
@@ -121,6 +122,7 @@ def _options(timing: TimingGroup, torch: TorchGroup) -> Options:
         frame_hw(timing.resolution, timing.frame_size),
         timing.runs,
         timing.profile,
+        memory,
         torch.checkpoint,
         torch.clip,
         torch.clip_weights,

@@ -36,12 +36,13 @@ class Environment:
 
 @dataclass(frozen=True)
 class Model:
-    """The bundle: sides in pixels, hashes of the graphs by precision."""
+    """The bundle: sides in pixels, hashes of the graphs by precision, the name of the memory of good parts that ran, or None."""
 
     name: str
     image_size: int
     frame_size: tuple[int, int] | None
     graphs: Mapping[str, str]
+    memory: str | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from fbclip.runtime.bench.profile import STAGES, count_operations, read_profile
 from fbclip.runtime.bench.results import BenchReport
 from fbclip.runtime.bench.roofline import MATMUL, least_seconds
 from fbclip.runtime.bench.run import Options, runs_of_round, turn_order
-from fbclip.runtime.bench.runner import clocked_device_times, is_stable
+from fbclip.runtime.bench.runner import beside_images, clocked_device_times, is_stable
 from fbclip.runtime.host import Machine, ProcessFailed
 from fbclip.runtime.workers import Worker
 
@@ -190,13 +190,14 @@ def test_operations_counted_by_hand(tmp_path: Path) -> None:
     )
     path = tmp_path / "g.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
-    counts = count_operations(path, np.ones((3, 4), np.float32), np.zeros((1, 8, 8, 3), np.uint8))
+    counts = count_operations(path, {"image": np.zeros((1, 8, 8, 3), np.uint8), "text": np.ones((3, 4), np.float32)})
     assert counts == {
         "pre and post": 0,
         "backbone": 2 * (6 * 4 * 4) * (1 * 2 * 2),
         "views": 0,
         "attention": 2 * (6 * 5) * 16,
         "suppression and scoring": 2 * (6 * 7) * 5 + 2 * (2 * 4) * 3,
+        "memory": 0,
     }
 
 
@@ -234,7 +235,7 @@ def test_device_times_by_the_clock() -> None:
     session = ort.InferenceSession(bundle.graph("fp32"), providers=["CPUExecutionProvider"])
     side = bundle.manifest.image_size
     image = np.zeros((1, side, side, 3), np.uint8)
-    times = [clocked_device_times(session, bundle.text, "cpu", image) for _ in range(20)]
+    times = [clocked_device_times(session, beside_images(bundle, None), "cpu", image) for _ in range(20)]
     compute, download = (min(one[name] for one in times) for name in ("compute", "download"))  # undisturbed ones
     assert compute > 10 * download > 0
 
