@@ -118,8 +118,6 @@ def adapt(
         raise UsageError(f"a number of good parts is 1 to {MOST_SHOTS}; got {shots!r:.50}", option="shots")
     choice = adapting.Choice(mode, orientation, positions, adapting.WEIGHT if weight is None else weight)
     empty = isinstance(good, (list, tuple)) and not good
-    if (forget and not empty) or (forget and add):
-        raise UsageError("to forget takes no good parts and adds none; got both", option="forget")
     places, frames = ([], []) if empty else _parts(good)
     target = Target.choose(
         "adapt",
@@ -128,6 +126,8 @@ def adapt(
         None if out is None else Path(out),
         needs_good=not forget,
     )
+    if forget and (target.good or add):
+        raise UsageError("to forget takes no good parts and adds none; got both", option="forget")
     if forget:
         target.write(partial(adapting.forget, say=tell), tell)
         return Adapted(Bundle.load(target.path), None)

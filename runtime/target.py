@@ -58,7 +58,8 @@ class Target:
             bundle, good = Path(good[0]), good[1:]
         usage = f"fbclip {command} GOOD... --bundle"
         if needs_good and not good:
-            raise UsageError(f"beside the bundle there are no images of good parts: {usage} {bundle}")
+            where = f"beside the bundle there are no images of good parts: {usage} {bundle}"
+            raise UsageError(where if bundle else f"there are no images of good parts: fbclip {command} GOOD...")
         for place in good:
             if _is_bundle(place):  # its pictures are no good parts
                 raise UsageError(f"{place} is a bundle, not good parts: to {command} it, {usage} {place}")

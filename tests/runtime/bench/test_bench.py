@@ -291,6 +291,7 @@ def test_recorded_benchmarks_are_read_whole() -> None:
     for path in sorted(RECORDED.glob("bench_*.json")):
         for values in json.loads(path.read_text())["reports"].values():
             report = BenchReport.from_dict({**values, "of a later version": 1})
+            values["bundle"].setdefault("memory", None)  # older reports are of bundles without one
             assert json.loads(json.dumps(report.to_dict())) == values
     del values["frames"]["size"]
     with pytest.raises(ValueError, match="frames lacks size"):
