@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, Bundle
+from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
+from fbclip.memory import Memory, Tensors
 from fbclip.resample import resize
 from fbclip.runtime.bench.results import OperatorTime, Profile, StageTime
-from fbclip.runtime.bench.runner import beside_images
 
 Shape = tuple[int, ...]
 
@@ -87,6 +87,13 @@ class Counting:
 
     def ready(self) -> dict[str, int]:
         return self.operations
+
+
+def beside_images(bundle: Bundle, memory: Memory | None) -> dict[str, NDArray[np.float32]]:
+    """What a bundle's graphs take beside images, by name: text, and a memory where they have inputs for one."""
+    shape = bundle.manifest.memory_shape
+    tensors = memory.tensors if memory else Tensors.neutral(shape) if shape else None
+    return {TEXT: bundle.text, **(tensors.named() if tensors else {})}
 
 
 def count_operations(graph: Path, inputs: dict[str, NDArray[Any]]) -> dict[str, int]:

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
-from fbclip.memory import Memory, Tensors
+from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, Bundle
 from fbclip.resample import in_order, resize
 from fbclip.runtime.backends import Backend, make_backend, require_probabilities
 from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
@@ -169,6 +168,8 @@ class Runner:
         measure: Callable[[NDArray[np.uint8]], dict[str, float]] | None
         measure = getattr(self.backend, "device_times", None)
         if isinstance(self.backend, OnnxRuntimeBackend):
+            from fbclip.runtime.bench.profile import beside_images
+
             beside = beside_images(self.bundle, self.memory)
             measure = partial(clocked_device_times, self.backend.session, beside, "cuda")
         if measure is None:
@@ -180,7 +181,11 @@ class Runner:
         """Where ONNX Runtime spends its time; None for other backends."""
         if not isinstance(self.backend, OnnxRuntimeBackend):
             return None
-        from fbclip.runtime.bench.profile import profile, summarise  # not before: a cold start is measured
+        from fbclip.runtime.bench.profile import (  # not before: a cold start is measured
+            beside_images,
+            profile,
+            summarise,
+        )
 
         session = self.backend.session
         inputs: dict[str, NDArray[Any]] = {
@@ -191,13 +196,6 @@ class Runner:
         options = session.get_session_options()
         nodes = profile(self.backend.graph, options, providers, inputs, PROFILED_RUNS, self.backend.unwanted)
         return asdict(summarise(nodes, PROFILED_RUNS, operations, self.spec.batch))
-
-
-def beside_images(bundle: Bundle, memory: Memory | None) -> dict[str, NDArray[np.float32]]:
-    """What a bundle's graphs take beside images, by name: text, and a memory where they have inputs for one."""
-    shape = bundle.manifest.memory_shape
-    tensors = memory.tensors if memory else Tensors.neutral(shape) if shape else None
-    return {TEXT: bundle.text, **(tensors.named() if tensors else {})}
 
 
 def clocked_device_times(

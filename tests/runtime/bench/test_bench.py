@@ -27,11 +27,11 @@ from fbclip.files import sha256
 from fbclip.model.backend import bundle_backend
 from fbclip.runtime.bench.compare import compare, parse_share, ratio_interval, read_report
 from fbclip.runtime.bench.meters import Meters, Tegrastats, board_watts, processor
-from fbclip.runtime.bench.profile import STAGES, count_operations, read_profile
+from fbclip.runtime.bench.profile import STAGES, beside_images, count_operations, read_profile
 from fbclip.runtime.bench.results import BenchReport
 from fbclip.runtime.bench.roofline import MATMUL, least_seconds
 from fbclip.runtime.bench.run import Options, runs_of_round, turn_order
-from fbclip.runtime.bench.runner import beside_images, clocked_device_times, is_stable
+from fbclip.runtime.bench.runner import clocked_device_times, is_stable
 from fbclip.runtime.host import Machine, ProcessFailed
 from fbclip.runtime.workers import Worker
 
