@@ -40,6 +40,7 @@ class TimingGroup:
         option("Width and height of the frames in memory: resizing them is timed, too.", metavar="WxH"),
     ] = None
     frame_size: Annotated[str | None, option("", metavar="HxW", hidden=True)] = None
+    memory: MemoryOption = "auto"
     runs: Annotated[int, option("Timed runs of each, at least.", metavar="N", min=3)] = 50
     profile: Annotated[bool, option("Also list the costliest operators by stage.", "--profile")] = False
 
@@ -67,7 +68,6 @@ def bench(
     torch: TorchGroup,
     run: RunGroup,
     bundle: BundleOption = None,
-    memory: MemoryOption = "auto",
     compare: Annotated[
         tuple[Path, Path] | None,
         option("Two bench.json, before and after: say what changed beyond noise.", metavar="PATH PATH"),
@@ -99,7 +99,7 @@ def bench(
         raise typer.Exit(compare_files(*compare, fail_over, console))
     if fail_over:
         raise UsageError("--fail-over goes with --compare; got none")
-    options = _options(timing, torch, memory)
+    options = _options(timing, torch)
     loaded = Bundle.load(bundle)
     require_file(json)
     folder = run.folder("bench")
@@ -112,7 +112,7 @@ def bench(
     say(console, f"results are in {folder}")
 
 
-def _options(timing: TimingGroup, torch: TorchGroup, memory: str) -> Options:
+def _options(timing: TimingGroup, torch: TorchGroup) -> Options:
     from fbclip.runtime.bench.run import Options
 
     return Options(
@@ -122,7 +122,7 @@ def _options(timing: TimingGroup, torch: TorchGroup, memory: str) -> Options:
         frame_hw(timing.resolution, timing.frame_size),
         timing.runs,
         timing.profile,
-        memory,
+        timing.memory,
         torch.checkpoint,
         torch.clip,
         torch.clip_weights,
