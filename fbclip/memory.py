@@ -259,7 +259,8 @@ class Memory:
         """
         try:
             return cls._read(path, shape)
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        # zipfile's own: RuntimeError for a member that is encrypted, EOFError for one that ends early
+        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, UsageError) as error:
             raise BundleError(
                 f"{path} is no memory of this model: {one_line(error)}; run fbclip adapt again"
             ) from error
@@ -269,13 +270,15 @@ class Memory:
         if not path.is_file():
             raise ValueError("it is no file")
         shapes = sum_shapes(shape)
+        if (size := path.stat().st_size) > (most := MOST_ABOUT + sum(map(_most, shapes.values()))):
+            raise ValueError(f"it has at most {most:,} bytes; got {size:,}")  # zipfile lists whatever is in it
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
             names = {name.removesuffix(".npy") for name in members.keys() - {ABOUT}}
             if ABOUT not in members or len(members) != len(archive.infolist()) or not names <= shapes.keys():
                 raise ValueError(f"it holds {one_line(', '.join(sorted(members)), 80)}")
             for name, info in members.items():
-                most = MOST_ABOUT if name == ABOUT else 8 * int(np.prod(shapes[name.removesuffix(".npy")])) + 10_000
+                most = MOST_ABOUT if name == ABOUT else _most(shapes[name.removesuffix(".npy")])
                 if info.compress_type != zipfile.ZIP_STORED or info.file_size > most:
                     raise ValueError(f"{name} is compressed, or has more than {most:,} bytes")
             about = build(About, parse_json(archive.read(ABOUT)))
@@ -296,7 +299,11 @@ class Memory:
             )
             if not fits or values.dtype not in (np.float32, np.float64) or not np.isfinite(values).all():
                 raise ValueError(f"{name} is finite and {shapes[name]}; got {values.dtype} {values.shape}")
-        return cls(about, sums, shape)
+        memory = cls(about, sums, shape)
+        with np.errstate(all="ignore"):
+            if not all(np.isfinite(value).all() for value in memory.tensors.named().values()):
+                raise ValueError("what was added up gives no finite numbers")
+        return memory
 
     def save(self, path: Path) -> None:
         """Write the file whole, or leave the older one.
@@ -368,6 +375,11 @@ def sum_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
         "pairs": (1,),
         "tokens": (shape.width, shape.features),
     }
+
+
+def _most(shape: tuple[int, ...]) -> int:
+    """Bytes of an array's file in the archive, with headers."""
+    return 8 * math.prod(shape) + 10_000
 
 
 def hashes(sums: Sums) -> dict[str, str]:

@@ -417,10 +417,12 @@ def write(taught: Taught, picture: bytes, say: Say, bundle: Bundle) -> None:
     Raises:
         FBClipError, UsageError: it can't be written; see `fbclip.files.write_error`.
     """
-    _drop(bundle, CALIBRATED, "the calibration was of other scores and is gone: run fbclip calibrate", say)
+    taught.memory.save(
+        bundle.memory_file
+    )  # first, for a disk may be full; a calibration of another memory is set aside
     with replacing(bundle.inside("memory.jpg")) as file:
         file.write(picture)
-    taught.memory.save(bundle.memory_file)
+    _drop(bundle, CALIBRATED, "the calibration was of other scores and is gone: run fbclip calibrate", say)
 
 
 def forget(say: Say, bundle: Bundle) -> None:

@@ -57,9 +57,8 @@ class Target:
         if bundle is None and good and _is_bundle(good[0]):
             bundle, good = Path(good[0]), good[1:]
         if needs_good and not good:
-            raise UsageError(
-                f"beside the bundle there are no images of good parts: fbclip {command} GOOD... --bundle {bundle}"
-            )
+            where = f"beside the bundle there are no images of good parts: fbclip {command} GOOD... --bundle {bundle}"
+            raise UsageError(where if bundle else f"there are no images of good parts: fbclip {command} GOOD...")
         for place in good:
             if _is_bundle(place):  # its pictures are no good parts
                 raise UsageError(

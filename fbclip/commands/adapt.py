@@ -18,6 +18,9 @@ class LearningGroup:
     """How the good parts are learned."""
 
     PANEL: ClassVar[str] = "Learning"
+    shots: Annotated[
+        int | None, option("Take N of the images, spread over them. Default: all, 64 at most.", metavar="N", min=1)
+    ] = None
     mode: Annotated[
         str,
         option(
@@ -48,7 +51,7 @@ class LearningGroup:
     ] = None
 
 
-@mounted(first=("bundle", "shots", "positions", "add", "forget", "out", "roi"))
+@mounted(first=("bundle", "positions", "add", "forget", "out"))
 def adapt(
     target: TargetGroup,
     learning: LearningGroup,
@@ -59,13 +62,10 @@ def adapt(
             help="The bundle, then images, folders or globs of good parts: two or more, better four to sixteen.",
         ),
     ] = None,
-    shots: Annotated[
-        int | None, option("Take N of the images, spread over them. Default: all, 64 at most.", metavar="N", min=1)
-    ] = None,
     add: Annotated[bool, option("Go on from what was learned; the old images aren't needed.", "--add")] = False,
     forget: Annotated[bool, option("Forget what was learned: zero-shot again.", "--forget")] = False,
     out: Annotated[Path | None, option("Write into a copy of the bundle, NAME.fbclip.", metavar="PATH")] = None,
-    roi: Annotated[str | None, option(ROI, metavar="AREA")] = None,
+    roi: Annotated[str | None, option(ROI, metavar="AREA", panel=TargetGroup.PANEL)] = None,
 ) -> None:
     """Teach a bundle from a handful of good parts what this line makes."""
     from fbclip.parsing import parse_positions
@@ -76,7 +76,7 @@ def adapt(
     done = adapt(
         target.bundle,
         good or [],
-        shots=shots,
+        shots=learning.shots,
         mode=learning.mode,
         orientation=learning.orientation,
         positions=parse_positions(learning.positions),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import BundleOption, RunGroup, frame_hw
+from fbclip.commands.groups import BundleOption, MemoryOption, RunGroup, frame_hw
 from fbclip.commands.mount import mounted, option
 from fbclip.parsing import parse_names, parse_numbers
 
@@ -40,6 +40,7 @@ class TimingGroup:
         option("Width and height of the frames in memory: resizing them is timed, too.", metavar="WxH"),
     ] = None
     frame_size: Annotated[str | None, option("", metavar="HxW", hidden=True)] = None
+    memory: MemoryOption = "auto"
     runs: Annotated[int, option("Timed runs of each, at least.", metavar="N", min=3)] = 50
     profile: Annotated[bool, option("Also list the costliest operators by stage.", "--profile")] = False
 
@@ -121,6 +122,7 @@ def _options(timing: TimingGroup, torch: TorchGroup) -> Options:
         frame_hw(timing.resolution, timing.frame_size),
         timing.runs,
         timing.profile,
+        timing.memory,
         torch.checkpoint,
         torch.clip,
         torch.clip_weights,

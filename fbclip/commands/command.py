@@ -119,7 +119,8 @@ def write_rows(formatter: Any, title: str, rows: Iterable[tuple[str, str]]) -> N
 
 def _name(parameter: Any) -> str:
     if isinstance(parameter, TyperArgument):
-        return str(parameter.metavar).strip("[]")
+        name = str(parameter.metavar)
+        return name[1:-1] if name.startswith("[") and name.endswith("]") else name
     flag = flag_of(parameter)
     if parameter.secondary_opts:  # where it does by default, what can be asked for is that it doesn't
         without = parameter.secondary_opts[0]

@@ -66,7 +66,7 @@ def _names(parameter: Any) -> list[str]:
 def flag_of(parameter: Any) -> str:
     """What users call a parameter: --min-area, or SOURCE."""
     if parameter.param_type_name == "argument":
-        return str(parameter.metavar).strip("[].")
+        return str(parameter.metavar).split()[-1].strip("[].")  # of "[BUNDLE] GOOD...", GOOD
     return next((name for name in parameter.opts if name.startswith("--")), str(parameter.opts[0]))
 
 

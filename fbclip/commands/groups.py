@@ -23,9 +23,14 @@ THRESHOLD = (
     "Scores from here on are defects: 0 to 1. auto: the calibrated threshold, or the model's own without calibration."
 )
 ROI = "Inspect only this part of the frame: x0,y0,x1,y1 in pixels, or a mask picture."
+MEMORY = (
+    "What good parts taught: auto, the bundle's own where it has one; off, the zero-shot model; or a memory.npz of the same "
+    "model."
+)
 BATCH_NAMES = ("--batch", "--batch-size")
 
 BundleOption = Annotated[Path | None, option(BUNDLE, metavar="PATH", envvar="FBCLIP_BUNDLE")]
+MemoryOption = Annotated[str, option(MEMORY, metavar="auto|off|PATH")]
 JsonReport = Annotated[str | None, option("Write the report to this file, or - for standard output.", metavar="PATH")]
 
 
@@ -37,6 +42,7 @@ class BundleGroup:
     bundle: BundleOption = None
     device: Annotated[str, option(DEVICE, metavar="NAME")] = "auto"
     precision: Annotated[str, option(PRECISION, metavar="NAME")] = "auto"
+    memory: MemoryOption = "auto"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class VerdictGroup:
             device=model.device,
             precision=model.precision,
             threshold=threshold,
+            memory=model.memory,
             roi=self.region,
             min_area=self.min_area,
             batch=batch,

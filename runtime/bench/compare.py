@@ -129,6 +129,8 @@ def _notes(before: BenchReport, after: BenchReport) -> list[str]:
             notes.append(f"{key}: {_differing(old, new)}")
     if before.bundle.graphs != after.bundle.graphs:
         notes.append("the graphs are not the same")
+    if before.bundle.memory != after.bundle.memory:
+        notes.append(f"memory of good parts: {before.bundle.memory or 'none'}, then {after.bundle.memory or 'none'}")
     rates = [max(r for n, r in report.rates.items() if n.startswith("cpu fp32")) for report in (before, after)]
     change = rates[1] / rates[0]
     if abs(change - 1) > MACHINE_CHANGED:

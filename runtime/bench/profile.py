@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.bundle import IMAGE, TEXT, Bundle
+from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
+from fbclip.memory import Memory, Tensors
 from fbclip.resample import resize
 from fbclip.runtime.bench.results import OperatorTime, Profile, StageTime
 
 Shape = tuple[int, ...]
 
-STAGES = ("pre and post", "backbone", "views", "attention", "suppression and scoring")
+STAGES = ("pre and post", "backbone", "views", "attention", "suppression and scoring", "memory")
 # Nodes are named "block 3/MatMul 2" (export/graph.py); the part before the slash without its number, to a stage.
 STAGE_OF = {
     "input": "pre and post",
@@ -37,6 +38,7 @@ STAGE_OF = {
     "views": "views",
     "separation": "attention",
     "scores": "suppression and scoring",
+    "memory": "memory",
 }
 
 
@@ -80,21 +82,29 @@ class Counting:
         loaded = Bundle.load(bundle)
         manifest = loaded.manifest
         image = resize(np.load(frames, allow_pickle=False)[0], manifest.input_size)[None]
-        self.operations = count_operations(loaded.graph(manifest.precisions[0]), loaded.text, image)
+        graph = loaded.graph(manifest.precisions[0])
+        self.operations = count_operations(graph, {IMAGE: image, **beside_images(loaded, None)})
 
     def ready(self) -> dict[str, int]:
         return self.operations
 
 
-def count_operations(graph: Path, text: NDArray[np.float32], image: NDArray[np.uint8]) -> dict[str, int]:
-    """Operations by stage for one image uint8 (1, H, W, 3): the graph as exported, run once on the CPU."""
+def beside_images(bundle: Bundle, memory: Memory | None) -> dict[str, NDArray[np.float32]]:
+    """What a bundle's graphs take beside images, by name: text, and a memory where they have inputs for one."""
+    shape = bundle.manifest.memory_shape
+    tensors = memory.tensors if memory else Tensors.neutral(shape) if shape else None
+    return {TEXT: bundle.text, **(tensors.named() if tensors else {})}
+
+
+def count_operations(graph: Path, inputs: dict[str, NDArray[Any]]) -> dict[str, int]:
+    """Operations by stage for the image uint8 (1, H, W, 3) of its inputs: the graph as exported, run once on the CPU."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # nothing fused or folded
     counts = dict.fromkeys(STAGES, 0)
-    for node in profile(graph, options, ["CPUExecutionProvider"], {IMAGE: image, TEXT: text}, runs=1):
+    for node in profile(graph, options, ["CPUExecutionProvider"], inputs, runs=1):
         counts[node.stage] += node.operations
     return counts
 
@@ -115,7 +125,7 @@ def profile(
         options.profile_file_prefix = str(Path(folder, "profile"))
         session = ort.InferenceSession(graph, options, providers=providers, disabled_optimizers=unwanted)
         for _ in range(runs + (runs > 1)):
-            session.run(None, inputs)
+            session.run([SCORE, ANOMALY_MAP], inputs)
         events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
     nodes = read_profile(events)
     return nodes[len(nodes) // (runs + 1) :] if runs > 1 else nodes

@@ -140,6 +140,8 @@ def remarks(report: BenchReport) -> list[str]:
         f"image; at least {report.runs} runs each, in {len(report.order)} rounds; {place}, "
         f"{environment.cores} core{'s' * (environment.cores > 1)}"
     ]
+    if report.bundle.memory:
+        lines.append(f"with memory {report.bundle.memory} of good parts; torch, which has none, is left out")
     products = ", ".join(f"{n} {r / 1e9:.0f}" for n, r in rates.items() if not n.endswith("copy"))
     lines.append(f"matrix products in the same run, GFLOP/s: {products}; copy {rates['cpu copy'] / 1e9:.1f} GB/s")
     if reference := report.deviation_from:

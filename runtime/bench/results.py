@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -36,12 +36,13 @@ class Environment:
 
 @dataclass(frozen=True)
 class Model:
-    """The bundle: sides in pixels, hashes of the graphs by precision."""
+    """The bundle: sides in pixels, hashes of the graphs by precision, the name of the memory of good parts that ran, or None."""
 
     name: str
     image_size: int
     frame_size: tuple[int, int] | None
     graphs: Mapping[str, str]
+    memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,8 @@ class BenchReport:
 
 
 def _known(rule: Any, values: Any) -> Any:
-    """The fields of dataclasses in JSON's values, by their names here; what else is there is left out."""
+    """The fields of dataclasses in JSON's values, by their names here; what else is there is left out, and what an
+    earlier version did not know is its default."""
     parts = get_args(rule)
     if get_origin(rule) in (Union, UnionType):
         return None if values is None else _known(parts[0], values)
@@ -256,5 +258,6 @@ def _known(rule: Any, values: Any) -> Any:
     if isinstance(values, dict) and is_dataclass(rule):
         hints = get_type_hints(rule)
         names = {field.name: RECORDED_AS.get(field.name, field.name) for field in fields(rule)}
-        return {here: _known(hints[here], values[there]) for here, there in names.items() if there in values}
+        later = {field.name: field.default for field in fields(rule) if field.default is not MISSING}
+        return later | {here: _known(hints[here], values[there]) for here, there in names.items() if there in values}
     return values

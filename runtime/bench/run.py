@@ -71,6 +71,7 @@ class Options:
         frame_hw: height and width of the frames in memory; None for what the graph takes.
         runs: timed runs of each subject, at least.
         profile: also measure ONNX Runtime's operators.
+        memory: of good parts: "auto" for the bundle's own, "off", or a file.
         checkpoint, clip, clip_weights: that torch runs; the embedded model's if None.
         torch: the module that makes torch backends (`bundle_backend`) and products to time (`matrix_products`), such as
             "fbclip.model.backend": the runtime itself knows no torch. None leaves them out.
@@ -82,6 +83,7 @@ class Options:
     frame_hw: tuple[int, int] | None = None
     runs: int = 50
     profile: bool = False
+    memory: str = "auto"
     checkpoint: Path | None = None
     clip: str | None = None
     clip_weights: str | None = None
@@ -131,6 +133,9 @@ class Bench:
         stack: ExitStack,
     ) -> None:
         self.bundle, self.options, self.folder, self.meters = bundle, options, folder, meters
+        chosen = None if options.memory == "auto" else Path(options.memory)
+        self.memory = None if options.memory == "off" else bundle.memory(chosen)
+        self.memory_file = (chosen or bundle.memory_file) if self.memory else None
         self.progress, self.task, self.stack = progress, task, stack
         self.frames = sample_frames(bundle, options.frame_hw)
         np.save(folder / "frames.npy", self.frames)
@@ -194,6 +199,8 @@ class Bench:
     def _no_torch(self) -> str | None:
         if self.options.torch is None:
             return "no module was given that makes torch backends"
+        if self.memory:
+            return f"torch has no memory of good parts, and this bundle's is {self.memory.name}: measure without it to compare"
         if find_spec("torch") is None or find_spec("open_clip") is None:
             return "torch is not installed: pip install 'fbclip[train]'"
         embedded = np.array_equal(self.bundle.text, Bundle.load().text)
@@ -210,6 +217,7 @@ class Bench:
             str(self.bundle.path),
             str(self.folder / "frames.npy"),
             str(self.folder / f"{number}.npz"),
+            None if self.memory_file is None else str(self.memory_file),
             None if options.checkpoint is None else str(options.checkpoint),
             options.clip,
             options.clip_weights,
@@ -295,7 +303,13 @@ class Bench:
             schema=SCHEMA,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             environment=self.meters.environment(),
-            bundle=Model(manifest.name, manifest.image_size, manifest.frame_size, graphs),
+            bundle=Model(
+                manifest.name,
+                manifest.image_size,
+                manifest.frame_size,
+                graphs,
+                self.memory.name if self.memory else None,
+            ),
             frames=Frames((self.frames.shape[1], self.frames.shape[2]), count, "sample images"),
             runs=self.options.runs,
             order=tuple(map(tuple, self.order)),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
+from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, Bundle
 from fbclip.resample import in_order, resize
 from fbclip.runtime.backends import Backend, make_backend, require_probabilities
 from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
@@ -48,6 +48,7 @@ class Spec:
         bundle: folder.
         frames: .npy file of uint8 (F, H, W, 3) RGB, which every subject gets.
         outputs: .npz file to write for the comparison.
+        memory: file of what good parts taught; None for the zero-shot model.
         checkpoint, clip, clip_weights: of the torch backends; the embedded model's if None.
         torch: the module whose `bundle_backend` makes those.
     """
@@ -58,6 +59,7 @@ class Spec:
     bundle: str
     frames: str
     outputs: str
+    memory: str | None = None
     checkpoint: str | None = None
     clip: str | None = None
     clip_weights: str | None = None
@@ -73,6 +75,7 @@ class Runner:
         self.bundle = bundle = Bundle.load(spec.bundle)
         manifest = bundle.manifest
         order, self.taken_hw = manifest.channel_order, manifest.input_size
+        self.memory = bundle.memory(Path(spec.memory)) if spec.memory else None
         self.backend: Backend
         if spec.backend.startswith("torch"):
             path = Path(spec.checkpoint) if spec.checkpoint else None
@@ -81,6 +84,7 @@ class Runner:
             order, self.taken_hw = "rgb", (manifest.image_size,) * 2
         else:
             self.backend, _ = make_backend(bundle, spec.backend, spec.precision, spec.batch)
+            self.backend.set_memory(self.memory.tensors if self.memory else None)
         frames = in_order(np.load(spec.frames, allow_pickle=False), order)
         self.frame_hw = frames.shape[1:3]
         indices = np.arange(len(frames) * spec.batch).reshape(-1, spec.batch) % len(frames)
@@ -95,12 +99,14 @@ class Runner:
         return {"device": self.backend.device, "reads": self._bytes()}
 
     def _bytes(self) -> int:
-        """What a run has to read and write at least: weights, frames, maps."""
+        """What a run has to read and write at least: weights, the memory of good parts, frames, maps."""
         files = self.bundle.manifest.files
         graph = self.bundle.graph(self.spec.precision)
         weights = sum((self.bundle.path / f).stat().st_size for f in files if f.startswith(graph.name))
+        shape = self.bundle.manifest.memory_shape
+        memory = shape.numbers * 4 if shape else 0
         frame_and_map = math.prod(self.frame_hw) * (3 + 4)
-        return weights + self.spec.batch * frame_and_map
+        return weights + memory + self.spec.batch * frame_and_map
 
     def work(self, images: NDArray[np.uint8]) -> Results:
         scores, maps = self.backend.run(self._taken(images))
@@ -162,7 +168,10 @@ class Runner:
         measure: Callable[[NDArray[np.uint8]], dict[str, float]] | None
         measure = getattr(self.backend, "device_times", None)
         if isinstance(self.backend, OnnxRuntimeBackend):
-            measure = partial(clocked_device_times, self.backend.session, self.bundle.text, "cuda")
+            from fbclip.runtime.bench.profile import beside_images
+
+            beside = beside_images(self.bundle, self.memory)
+            measure = partial(clocked_device_times, self.backend.session, beside, "cuda")
         if measure is None:
             return None
         times = [measure(images) for _ in range(DEVICE_RUNS)]
@@ -172,10 +181,17 @@ class Runner:
         """Where ONNX Runtime spends its time; None for other backends."""
         if not isinstance(self.backend, OnnxRuntimeBackend):
             return None
-        from fbclip.runtime.bench.profile import profile, summarise  # not before: a cold start is measured
+        from fbclip.runtime.bench.profile import (  # not before: a cold start is measured
+            beside_images,
+            profile,
+            summarise,
+        )
 
         session = self.backend.session
-        inputs: dict[str, NDArray[Any]] = {IMAGE: self._taken(self.inputs[0]), TEXT: self.bundle.text}
+        inputs: dict[str, NDArray[Any]] = {
+            IMAGE: self._taken(self.inputs[0]),
+            **beside_images(self.bundle, self.memory),
+        }
         providers = [(name, values) for name, values in session.get_provider_options().items()]
         options = session.get_session_options()
         nodes = profile(self.backend.graph, options, providers, inputs, PROFILED_RUNS, self.backend.unwanted)
@@ -183,13 +199,18 @@ class Runner:
 
 
 def clocked_device_times(
-    session: Any, text: NDArray[np.float32], place: str, images: NDArray[np.uint8]
+    session: Any, beside: dict[str, NDArray[np.float32]], place: str, images: NDArray[np.uint8]
 ) -> dict[str, float]:
-    """Milliseconds of one run of an ONNX Runtime session, its tensors on the device: upload, compute, download."""
+    """Milliseconds of one run of an ONNX Runtime session, its tensors on the device: upload, compute, download.
+
+    Args:
+        beside: what its graph takes beside images, by name.
+    """
     import onnxruntime as ort
 
     binding = session.io_binding()
-    binding.bind_ortvalue_input(TEXT, ort.OrtValue.ortvalue_from_numpy(text, place, 0))
+    for name, value in beside.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), place, 0))
     moments = [time.perf_counter()]
     binding.bind_ortvalue_input(IMAGE, ort.OrtValue.ortvalue_from_numpy(images, place, 0))
     for name in (SCORE, ANOMALY_MAP):

@@ -134,6 +134,7 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
         words = f"{found['name']}, {found['image_size']} px, opset {found['opset']}; every hash holds"
         yield Check(topic, "bundle", "ok", words)
         yield Check(topic, "precisions", "ok", ", ".join(f"{p} ({size} MB)" for p, size in sizes.items()))
+        yield _learned(machine, path, shown)
         yield from _plans(machine, Path(found["path"]))
     try:
         run = probe(machine, INFERENCE, path)
@@ -146,6 +147,23 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
     measured = run.get("peak_mb")
     if found or measured:
         yield from _memory_need(machine, measured, largest)
+
+
+def _learned(machine: Machine, path: str, shown: str) -> Check:
+    """What good parts taught the bundle, or whether they can."""
+    try:
+        found = probe(machine, "memory", path)
+    except ProcessFailed as error:
+        cure = f"fbclip adapt GOOD...{shown}  # or, for the zero-shot model, fbclip adapt --forget{shown}"
+        return Check("Bundle", "good parts", "broken", str(error), cure)
+    if found["memory"]:
+        return Check("Bundle", "good parts", "ok", found["memory"])
+    if found["adaptable"]:
+        return Check("Bundle", "good parts", "ok", "adaptable; no memory of good parts yet")
+    cure = "fbclip export  # its checkpoint again, so that good parts can teach it"
+    return Check(
+        "Bundle", "good parts", "info", "not adaptable: an older release exported it, without these inputs", cure
+    )
 
 
 def _said(run: dict[str, Any]) -> str:

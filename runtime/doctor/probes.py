@@ -94,6 +94,22 @@ def bundle(path: str) -> Values:
     }
 
 
+def memory(path: str) -> Values:
+    """Whether a bundle takes a memory of good parts, and what it has: None, or a line on it."""
+    from fbclip.bundle import Bundle
+
+    loaded = Bundle.load(path or None)
+    learned = loaded.memory()
+    if learned is None:
+        return {"adaptable": loaded.manifest.memory is not None, "memory": None}
+    about = learned.about
+    where = f", for the region {about.roi}" if about.roi else ""
+    return {
+        "adaptable": True,
+        "memory": f"{learned.explain()}, learned in {about.precision} on {about.device}{where}",
+    }
+
+
 def plans(path: str) -> Values:
     """TensorRT plans of a bundle by name: what each was built for, and why it does not run here, if so.
 
@@ -146,7 +162,7 @@ def inference(path: str, device: str = "auto", precision: str = "auto") -> Value
 
 PROBES: dict[str, Callable[..., Values]] = {
     probe.__name__: probe
-    for probe in (package, onnxruntime, provider, tensorrt, pycuda, opencv, bundle, plans, inference)
+    for probe in (package, onnxruntime, provider, tensorrt, pycuda, opencv, bundle, memory, plans, inference)
 }
 
 

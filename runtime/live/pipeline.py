@@ -199,6 +199,7 @@ class Pipeline:
             stages_ms={stage: values.summary() for stage, values in self._stages.items()},
             score=self._score,
             threshold=self.predictor.threshold,
+            memory=self.predictor.memory.name if self.predictor.memory else None,
             alarm=self.alarm.on,
             drift=None if drift is None else drift.state,
             sinks={delivery.sink.name: delivery.status() for delivery in self._deliveries},

@@ -69,6 +69,7 @@ class Status:
         stages_ms: by stage.
         score: of the last result; None before the first.
         threshold: scores from here on are anomalous.
+        memory: the name of the memory of good parts that scores; None of the zero-shot model.
         alarm: whether it is on.
         drift: "steady" or "drifting"; None without a calibration.
         sinks: by name.
@@ -88,6 +89,7 @@ class Status:
     stages_ms: dict[str, Percents | None]
     score: float | None
     threshold: float
+    memory: str | None
     alarm: bool
     drift: str | None
     sinks: dict[str, SinkStatus]

@@ -62,6 +62,7 @@ class Site:
         self.viewers = 0
 
     def status(self) -> dict[str, Any]:
+        memory = self.predictor.memory
         return {
             "version": fbclip.__version__,
             "time": time.time(),
@@ -70,6 +71,13 @@ class Site:
                 "device": self.predictor.backend.device,
                 "precision": self.predictor.precision,
                 "image_size": self.predictor.bundle.manifest.image_size,
+                "memory": {
+                    "name": memory.name,
+                    "good_parts": len(memory.about.references),
+                    "mode": memory.about.mode,
+                }
+                if memory
+                else None,
             },
             "threshold": self.predictor.threshold,
             "login": self.access.needs_token,

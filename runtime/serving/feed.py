@@ -31,7 +31,7 @@ RECORD = (
     "alarm",
     "timings_ms",
 )  # of a Record
-LATER = ("verdict", "overruled", "unusable")  # of a Record too, which older events don't have
+LATER = ("verdict", "overruled", "unusable", "memory")  # of a Record too, which older events don't have
 T = TypeVar("T")
 
 

@@ -37,6 +37,7 @@ class ScoredBody(BaseModel):
     verdict: str = Field(description="good, defect or unusable.")
     overruled: str | None = Field(description="Why it is good against its score: min_area or roi.")
     unusable: str | None = Field(description="Why there is nothing to see: black, uniform or frozen.")
+    memory: str | None = Field(description="Name of the memory of good parts that scored; null of the zero-shot model.")
     regions: list[RegionBody] = Field(
         description=f"Of the map at or above its threshold, the highest peak first, {MAX_REGIONS} at most."
     )
@@ -58,9 +59,16 @@ class EventBody(BaseModel):
     verdict: str = Field("defect", description="good, defect or unusable.")
     overruled: str | None = None
     unusable: str | None = None
+    memory: str | None = None
     regions: list[RegionBody]
     alarm: bool
     timings_ms: dict[str, float]
+
+
+class MemoryBody(BaseModel):
+    name: str = Field(description="The first twelve digits of its hash.")
+    good_parts: int = Field(description="How many taught it.")
+    mode: str = Field(description="whiten, nearest or positions.")
 
 
 class ModelBody(BaseModel):
@@ -68,6 +76,7 @@ class ModelBody(BaseModel):
     device: str
     precision: str
     image_size: int
+    memory: MemoryBody | None = Field(description="What good parts taught; null of the zero-shot model.")
 
 
 class StatusBody(BaseModel):

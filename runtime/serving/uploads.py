@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from fbclip.errors import FBClipError, ImageError
 from fbclip.images import decode_image, encode_image
+from fbclip.memory import Tensors
 from fbclip.runtime.backends import Backend, Results
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
@@ -148,6 +149,10 @@ class InTurn(Backend):
     def run(self, images: NDArray[np.uint8]) -> Results:
         """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H', W'), both 0..1."""
         return self._thread.submit(self._backend.run, images).result()
+
+    def set_memory(self, tensors: Tensors | None) -> None:
+        """Exchange the memory, in turn with what is asked."""
+        self._thread.submit(self._backend.set_memory, tensors).result()
 
     def close(self) -> None:
         """Close the backend, once a call under way is done; safe to call again."""

@@ -23,7 +23,7 @@ from fbclip.commands.command import Command, Commands
 from fbclip.commands.mount import IMAGES, STREAMS, mounted, option, refuse
 from fbclip.data.layouts import NAMES
 from fbclip.errors import UsageError
-from fbclip.runtime.calibrate import choose_bundle
+from fbclip.runtime.target import Target
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 ENTRY = Path(sys.executable).with_name("fbclip")
@@ -278,8 +278,8 @@ def test_one_form_for_sizes() -> None:
 def test_the_bundle_to_calibrate_may_come_either_way(tmp_path: Path) -> None:
     part = Path(shutil.copytree(EMBEDDED, tmp_path / "part.fbclip"))
     for sources, bundle in (([str(part), "good"], None), (["good"], part)):
-        loaded, path, good = choose_bundle(sources, bundle=bundle)
-        assert (loaded.path, path, good) == (part, part, ["good"])
+        target = Target.choose("calibrate", sources, bundle, None)
+        assert (target.bundle.path, target.path, target.good) == (part, part, ["good"])
 
 
 def test_completion() -> None:

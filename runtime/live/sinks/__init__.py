@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fbclip.errors import UsageError
 from fbclip.runtime.live.records import Sink, Source
-from fbclip.runtime.live.sinks.lines import COLUMNS, Csv, JsonLines, LineFile, StandardOutput
+from fbclip.runtime.live.sinks.lines import Csv, JsonLines, LineFile, StandardOutput, columns_of
 from fbclip.runtime.live.sinks.pictures import Pictures, Saving
 from fbclip.runtime.live.sources import FileSource
 
@@ -92,7 +92,8 @@ def _makers(options: SinkOptions, source: Source) -> list[Callable[[], Sink]]:
         lines = StandardOutput if target == "-" else lambda: _log(Path(target), options, source)
         makers.append(lambda: JsonLines(lines(), notices=not source.still))
     if table := options.csv:
-        makers.append(lambda: Csv(_log(table, options, source, ",".join(COLUMNS))))
+        columns = columns_of(table)
+        makers.append(lambda: Csv(_log(table, options, source, ",".join(columns)), len(columns)))
     if saving := options.saving:
         makers.append(
             lambda: Pictures(saving, source.paths if isinstance(source, FileSource) and source.still else None)

@@ -186,7 +186,9 @@ COLUMNS = (
     "largest_peak",
     "model_ms",
     "alarm",
+    "memory",
 )
+OLDER = COLUMNS[:-1]  # of tables that releases before the memory of good parts began
 
 
 def csv_line(values: Sequence[Any]) -> str:
@@ -214,7 +216,18 @@ def csv_row(record: Record) -> list[Any]:
         max((region.peak for region in regions), default=""),
         round(record.timings_ms["model"], 3),
         record.alarm,
+        prediction.memory or "",
     ]
+
+
+def columns_of(path: Path) -> tuple[str, ...]:
+    """The columns of a table that is to be added to: those that it begins with, where they are an earlier release's."""
+    older = f"{','.join(OLDER)}\n".encode()
+    try:
+        with path.open("rb") as file:
+            return OLDER if file.read(len(older)) == older else COLUMNS
+    except OSError:  # it isn't there, or can't be read: whoever opens it to write says so
+        return COLUMNS
 
 
 def to_json(item: Record | Notice) -> str:
@@ -247,15 +260,19 @@ class JsonLines:
 
 
 class Csv:
-    """A row for each record; a table has no place for notices."""
+    """A row for each record; a table has no place for notices.
+
+    Args:
+        columns: how many of COLUMNS the table has.
+    """
 
     name = "csv"
 
-    def __init__(self, lines: LineFile) -> None:
-        self._lines = lines
+    def __init__(self, lines: LineFile, columns: int = len(COLUMNS)) -> None:
+        self._lines, self._columns = lines, columns
 
     def write(self, record: Record) -> None:
-        self._lines.append(csv_line(csv_row(record)))
+        self._lines.append(csv_line(csv_row(record)[: self._columns]))
 
     def notify(self, notice: Notice) -> None:
         pass

@@ -138,7 +138,9 @@ function sourceWord() {
 }
 
 function showStatus(status) {
-  setText($("model"), `${status.model.name} · ${status.model.device} · ${status.model.precision}`);
+  const memory = status.model.memory;
+  const taught = memory ? ` · taught by ${memory.good_parts} good part${memory.good_parts === 1 ? "" : "s"} (memory ${memory.name.slice(0, 6)})` : "";
+  setText($("model"), `${status.model.name} · ${status.model.device} · ${status.model.precision}${taught}`);
   $("logout").hidden = !status.login;
   const pipeline = status.pipeline;
   for (const id of ["live", "history", "verdict", "events", "log", "camera"]) $(id).hidden = !pipeline;

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from random import Random
@@ -30,7 +31,7 @@ from fbclip.runtime import prediction
 from fbclip.runtime.live.records import Record
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks, window
 from fbclip.runtime.live.sinks.events import EventRecorder, event_folders
-from fbclip.runtime.live.sinks.lines import LineFile
+from fbclip.runtime.live.sinks.lines import OLDER, LineFile
 from fbclip.runtime.live.sinks.metrics import Prometheus
 from fbclip.runtime.live.sinks.video import Video
 from fbclip.runtime.live.sinks.webhook import Webhook
@@ -255,6 +256,20 @@ def test_csv_rows_under_one_header(tmp_path: Path) -> None:
     first = rows[0]
     assert (first["source"], first["score"], first["regions"]) == ('a "strange", name', "0.75", "1")
     assert (first["largest_peak"], first["model_ms"], first["is_anomalous"]) == ("0.75", "30.0", "True")
+
+
+def test_a_table_of_an_earlier_release_keeps_its_columns(tmp_path: Path) -> None:
+    older, newer = tmp_path / "older.csv", tmp_path / "newer.csv"
+    older.write_text(f"{','.join(OLDER)}\n")
+    taught = result()
+    taught = replace(taught, prediction=replace(taught.prediction, memory="0123456789ab"))
+    for path in (older, newer):
+        (sink,) = make_sinks(SinkOptions(csv=path), CAMERA)
+        sink.write(taught)
+        sink.close()
+    rows = {path: list(csv.reader(path.read_text().splitlines())) for path in (older, newer)}
+    assert [len(row) for row in rows[older]] == [len(OLDER)] * 2
+    assert rows[newer][0] == [*OLDER, "memory"] and rows[newer][1][-1] == "0123456789ab"
 
 
 def test_csv_of_other_columns_is_not_touched(tmp_path: Path) -> None:
