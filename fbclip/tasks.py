@@ -221,6 +221,7 @@ def evaluate(
     layout: str | None = None,
     classes: Sequence[str] | None = None,
     batch: int = 1,
+    memory: Memory | str | Path | None = "auto",
     shots: int | None = None,
     seeds: Sequence[int] = (0,),
     mode: str = "whiten",
@@ -238,6 +239,7 @@ def evaluate(
         layout: of the data sets, like "visa"; recognised if None.
         classes: only these.
         batch: images that the model is given at once.
+        memory: what good parts taught, as a `Predictor` takes it.
         shots: few-shot: so many good training images of each class, drawn at random, teach a memory before the class is
             judged; nothing is written into the bundle. None for the bundle as it is, with its own memory if it has one.
         seeds: of the draws; the figures are the mean over them.
@@ -261,7 +263,9 @@ def evaluate(
     tests = [
         evaluating.to_evaluate(open_dataset(Path(place), layout), wanted, few_shot) for place in _texts(data, "data")
     ]
-    subject = evaluating.bundle_subject(Path(bundle) if bundle else None, device, precision, threshold, batch, few_shot)
+    subject = evaluating.bundle_subject(
+        Path(bundle) if bundle else None, device, precision, threshold, batch, few_shot, memory
+    )
     with subject.backend:
         return evaluating.evaluate(subject, tests, batch, console or Console(quiet=True), few_shot)
 

@@ -20,7 +20,7 @@ class TargetGroup:
     bundle: Annotated[
         Path | None,
         option(
-            "Bundle to calibrate. Default: a copy of the embedded one in this folder.",
+            "Bundle to write into. Default: a copy of the embedded one in this folder.",
             metavar="PATH",
             envvar="FBCLIP_BUNDLE",
         ),

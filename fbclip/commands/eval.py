@@ -122,6 +122,8 @@ def _checkpoint(checkpoint: Path | None, deployed: BundleGroup, model: ModelGrou
         if model != ModelGroup():
             raise UsageError("--clip, --clip-weights, --image-size and --feature-layers go with --checkpoint; got none")
         return None
+    if deployed.memory not in ("auto", "off"):
+        raise UsageError("a checkpoint has no memory of good parts; got --memory: export it, pass --bundle")
     if deployed.precision not in ("auto", "fp32"):
         raise UsageError(
             f"a checkpoint runs in fp32; got --precision {deployed.precision}: export it with --fp16, pass --bundle"
@@ -160,7 +162,15 @@ def _subject(
 
     threshold = parse_threshold(test.threshold)
     if checkpoint is None:
-        return bundle_subject(deployed.bundle, deployed.device, deployed.precision, threshold, test.batch, few_shot)
+        return bundle_subject(
+            deployed.bundle,
+            deployed.device,
+            deployed.precision,
+            threshold,
+            test.batch,
+            few_shot,
+            deployed.memory,
+        )
     require_training_packages()
     from fbclip.training.evaluation import checkpoint_subject
 

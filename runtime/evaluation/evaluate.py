@@ -21,7 +21,7 @@ from fbclip.data.holdout import Seen
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.files import sha256
 from fbclip.images import encode_image, pixels_sha256
-from fbclip.memory import MEMORY_LINE
+from fbclip.memory import MEMORY_LINE, Memory
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
 from fbclip.resample import in_order
 from fbclip.runtime.backends import Backend, require_probabilities
@@ -98,6 +98,7 @@ def bundle_subject(
     threshold: float | None = None,
     batch_size: int = 1,
     few_shot: FewShot | None = None,
+    memory: Memory | str | Path | None = "auto",
 ) -> Subject:
     """A deployed bundle, the embedded one without a path, for that many images at once.
 
@@ -108,6 +109,8 @@ def bundle_subject(
         BundleError, DeviceError, UsageError: as `Predictor`; a bundle of whole frames, since data sets have images of
             any size; one that can't learn, for a few-shot evaluation.
     """
+    if few_shot and memory != "auto":
+        raise UsageError(f"shots teach a memory of their own; got {memory} as well", option="memory")
     bundle = Bundle.load(path)
     manifest = bundle.manifest
     if manifest.frame_size is not None:
@@ -129,9 +132,9 @@ def bundle_subject(
         threshold=threshold,
         batch=batch_size,
         calibrated=not few_shot,
-        memory=None if few_shot else "auto",
+        memory=None if few_shot else memory,
     )
-    memory, threshold_from = predictor.memory, predictor.explain_threshold()
+    taught, threshold_from = predictor.memory, predictor.explain_threshold()
     if few_shot:
         line = f"threshold {MEMORY_LINE:g} is where they end" if threshold is None else threshold_from
         threshold_from = f"{few_shot.explain()}; {line}"
@@ -143,7 +146,7 @@ def bundle_subject(
         "precision": predictor.precision,
         "feature_layers": list(manifest.feature_layers),
         "prompts": list(manifest.prompts),
-        "memory": memory.explain(predictor.precision) if memory else None,
+        "memory": taught.explain(predictor.precision) if taught else None,
         "few_shot": few_shot and few_shot.description,
     }
     return Subject(
