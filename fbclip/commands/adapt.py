@@ -18,9 +18,6 @@ class LearningGroup:
     """How the good parts are learned."""
 
     PANEL: ClassVar[str] = "Learning"
-    shots: Annotated[
-        int | None, option("Take N of the images, spread over them. Default: all, 64 at most.", metavar="N", min=1)
-    ] = None
     mode: Annotated[
         str,
         option(
@@ -62,6 +59,15 @@ def adapt(
             help="The bundle, then images, folders or globs of good parts: two or more, better four to sixteen.",
         ),
     ] = None,
+    shots: Annotated[
+        int | None,
+        option(
+            "Take N of the images, spread over them. Default: all, 64 at most.",
+            metavar="N",
+            min=1,
+            panel=LearningGroup.PANEL,
+        ),
+    ] = None,
     add: Annotated[bool, option("Go on from what was learned; the old images aren't needed.", "--add")] = False,
     forget: Annotated[bool, option("Forget what was learned: zero-shot again.", "--forget")] = False,
     out: Annotated[Path | None, option("Write into a copy of the bundle, NAME.fbclip.", metavar="PATH")] = None,
@@ -76,7 +82,7 @@ def adapt(
     done = adapt(
         target.bundle,
         good or [],
-        shots=learning.shots,
+        shots=shots,
         mode=learning.mode,
         orientation=learning.orientation,
         positions=parse_positions(learning.positions),
