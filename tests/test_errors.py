@@ -10,7 +10,7 @@ from pathlib import Path
 HOUSE = Path(__file__).parents[1]
 NAMES_OPTIONS = ("cli.py", "fbclip/main.py", "fbclip/commands/*")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-COMMAND = re.compile(r"\b(fbclip [a-z]+|pip install)\b[^,;:]*")  # a whole command may be the cure
+COMMAND = re.compile(r"(?:\bfbclip (?:[a-z]+|\{\})|\bpip install\b)[^,;:]*")  # a whole command may be the cure
 
 
 def raised_texts(program: str) -> Iterator[tuple[int, str]]:

@@ -60,7 +60,7 @@ class TestGroup:
     ] = "0"
 
 
-@mounted(first=("bundle", "checkpoint", "threshold", "classes", "batch", "shots", "seed"))
+@mounted(first=("bundle", "checkpoint", "threshold", "classes", "shots"))
 def eval_(
     context: typer.Context,
     path: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Data sets: folders, or an index file.")],
