@@ -10,6 +10,8 @@ over the seeds. References, and good images with the same pixels, are in no test
   Misses: defective tiles of all five kinds below the threshold that 5 % of test/good reach, and below the one that is
   calibrated on all of train/good but the references. Held-out rates: good tiles but eight references are dealt into
   halves at random, one calibrates, the other is counted.
+- jackknife: the same good tiles; the threshold is of the memory's own references, as `fbclip calibrate` takes it where it is
+  given no other images.
 - elpv: the package `elpv-dataset`, solar cells, by their kind. References are drawn from all cells of defect probability
   0; 200 of these, and 200 cells of 0.5 or more, are judged: the same in every run, without the references.
 - textile: the package `conformal-clip-data`. References of all of nominal; the 250 of each kind that nano_real.py draws
@@ -65,6 +67,8 @@ SIDE = 96  # pixels of the compared maps
 PART = 192  # pixels of a rendered part
 GOOD, DEFECTIVE = 26, 14  # of each rendered line; its first four good ones are the references
 FIRST_LINE = 100  # seeds of lines below chose the constants
+DRAWS, COUNTED_EVERY = 20, 4  # of thresholds from a memory's own references; each fourth good test tile is counted
+OWN_RATES = ((8, 0.2), (16, 0.1), (16, 0.2))  # references and the rate that is asked for
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Figures = dict[str, float | None]
@@ -268,6 +272,24 @@ def held_out(scores: Sequence[Floats], seeds: Sequence[int]) -> list[dict[str, A
             }
         )
     return rows
+
+
+def jackknife(bench: Bench) -> dict[str, Any]:
+    """What thresholds from a memory's own references do to good tiles that it hasn't seen, over many draws."""
+    root = DATA / "magnetic_tile"
+    pool = sorted((root / "train/good").iterdir())
+    test = bench.look("test/good", sorted((root / "test/good").iterdir())[::COUNTED_EVERY])
+    found = {}
+    for shots, rate in OWN_RATES:
+        shares = []
+        for seed in range(DRAWS):
+            memory = bench.learn(drawn(pool, shots, seed))
+            own = np.array([each.score for each in memory.about.references]) - memory.about.score_line
+            threshold = conformal_threshold(probability(own).tolist(), rate)
+            shares.append({"share": share(bench.judge(memory, test).scores >= threshold)})
+        found[f"K = {shots}, asked for {rate}"] = spread(shares)
+    show(bench, f"false alarms by thresholds from {DRAWS} memories' own references", found, ["share"])
+    return found
 
 
 def elpv(bench: Bench) -> dict[str, Any]:
@@ -501,7 +523,7 @@ def show_rates(bench: Bench, rates: Mapping[str, Sequence[Mapping[str, Any]]]) -
     bench.console.print(table)
 
 
-SETS = {"tiles": tiles, "elpv": elpv, "textile": textile, "boards": boards}
+SETS = {"tiles": tiles, "jackknife": jackknife, "elpv": elpv, "textile": textile, "boards": boards}
 
 
 def main() -> None:
