@@ -197,13 +197,17 @@ class Bundle:
         if (shape := self.manifest.memory_shape) is None:
             raise BundleError(f"{self.path} has no inputs for a memory, so {path} is none of its: export it again")
         memory = Memory.load(path, shape)
+        self.require_own(memory, str(path))
+        return memory
+
+    def require_own(self, memory: Memory, name: str) -> None:
+        """Raise BundleError unless this model was taught a memory, which is called `name` in the message."""
         if memory.about.precision not in self.manifest.precisions or (
             memory.about.model_sha256 != self.model_sha256(memory.about.precision)
         ):
             raise BundleError(
-                f"{path} is of another model than {self.path} holds now: run fbclip adapt again, or delete it"
+                f"{name} is of another model than {self.path} holds now: run fbclip adapt again, or delete it"
             )
-        return memory
 
     @property
     def engines(self) -> Path:

@@ -14,6 +14,7 @@ import numpy as np
 from fbclip.errors import UsageError
 from fbclip.memory import (
     FAR,
+    MOST_LOGIT,
     NEAREST,
     NEAREST_ZERO,
     SLOPE,
@@ -101,7 +102,7 @@ def learn(recipe: Recipe, shape: Shape, image_size: int, seen: Sequence[Seen], o
         old: to go on from; it has the same recipe.
 
     Raises:
-        UsageError: one reference that nothing can be compared with.
+        UsageError: one reference that nothing can be compared with, or logits beyond what a memory may hold.
     """
     own = [one.sums for one in seen]
     before = [old.sums] if old else []
@@ -122,7 +123,14 @@ def learn(recipe: Recipe, shape: Shape, image_size: int, seen: Sequence[Seen], o
         references = (Reference(seen[0].name, seen[0].sha256, max(scores), max(peaks), False),)
     else:
         raise UsageError("a memory is learned from two good parts or more; got one", option="good")
-    return Learned(whole, references, line(peaks, MAP_DEVIATIONS), line(scores, SCORE_DEVIATIONS), tuple(judged))
+    map_line, score_line = line(peaks, MAP_DEVIATIONS), line(scores, SCORE_DEVIATIONS)
+    logits = [map_line, score_line, *(logit for each in references for logit in (each.score, each.peak))]
+    if not all(abs(logit) <= MOST_LOGIT for logit in logits):  # nor what is no number
+        raise UsageError(
+            f"the references' logits are within {MOST_LOGIT:g}; these aren't with a weight of {recipe.weight:g}: lower it",
+            option="weight",
+        )
+    return Learned(whole, references, map_line, score_line, tuple(judged))
 
 
 def line(logits: Sequence[float], deviations: float) -> float:

@@ -44,6 +44,7 @@ SHRINKAGE = 0.1  # of a covariance towards a multiple of the identity (docs/meth
 SLOPE = 4.0  # of the logit over the logarithm of the squared distance
 MEMORY_LINE = 0.5  # scores and map values of a bundle with a memory are anomalous from here on
 MOST_REFERENCES = 10_000
+MOST_LOGIT = 1000.0  # of a reference, and of a line
 MOST_ABOUT = 4 * MIB  # bytes of the description; a reference takes 200 of them
 ABOUT = "about.json"
 
@@ -166,8 +167,8 @@ class Reference:
 
     name: Line
     sha256: Sha256
-    score: Annotated[float, Range(-1000, 1000)]
-    peak: Annotated[float, Range(-1000, 1000)]
+    score: Annotated[float, Range(-MOST_LOGIT, MOST_LOGIT)]
+    peak: Annotated[float, Range(-MOST_LOGIT, MOST_LOGIT)]
     odd: bool
 
 
@@ -193,8 +194,8 @@ class About:
     orientation: Annotated[str, one_of(*ORIENTATIONS)]
     reach: Annotated[int, Range(0, REACH)]
     weight: Annotated[float, Range(0, 1000)]
-    map_line: Annotated[float, Range(-1000, 1000)]
-    score_line: Annotated[float, Range(-1000, 1000)]
+    map_line: Annotated[float, Range(-MOST_LOGIT, MOST_LOGIT)]
+    score_line: Annotated[float, Range(-MOST_LOGIT, MOST_LOGIT)]
     references: Annotated[tuple[Reference, ...], Range(1, MOST_REFERENCES)]
     model_sha256: Sha256
     precision: Precision

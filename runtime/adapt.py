@@ -90,10 +90,12 @@ class Choice:
             raise UsageError(
                 f"an orientation is {', '.join(ORIENTATIONS)}; got {self.orientation!r}", option="orientation"
             )
-        if not 0 <= self.weight <= 1000:
-            raise UsageError(f"a weight is 0 to 1000; got {self.weight!r}", option="weight")
+        number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
+        if not number or not 0 <= self.weight <= 1000:
+            raise UsageError(f"a weight is 0 to 1000; got {self.weight!r:.50}", option="weight")
         reach = self.positions
-        if reach is not None and not (isinstance(reach, int) and 0 <= reach <= REACH):
+        whole = isinstance(reach, int) and not isinstance(reach, bool)
+        if reach is not None and not (whole and 0 <= reach <= REACH):
             raise UsageError(f"positions are off, or 0 to {REACH} patches; got {reach!r}", option="positions")
         if reach is not None and (self.orientation not in (None, FIXED) or self.mode not in (WHITEN, POSITIONS)):
             raise UsageError(
@@ -162,7 +164,8 @@ def teach(
         old: to go on from.
 
     Raises:
-        UsageError: too few images, the bundle has no inputs for a memory, or the old memory is of another region.
+        BundleError, UsageError: too few images, the bundle has no inputs for a memory, or the old memory is of another
+            model, region or precision.
     """
     start = time.perf_counter()
     shape, size = predictor.bundle.manifest.memory_shape, predictor.bundle.manifest.image_size
@@ -170,6 +173,8 @@ def teach(
         raise UsageError(
             f"{predictor.bundle.path} has no inputs for a memory: export its checkpoint again with this release"
         )
+    if old:
+        predictor.require_fit(old)
     recipes = [old.about.recipe] if old else choice.candidates
     pictures, skipped, copies = _pictures(predictor, good, old, console)
     least = 1 if old or recipes[0].mode == POSITIONS else 2

@@ -106,8 +106,18 @@ class Predictor:
         if chosen:
             self._require_same_eyes(chosen)
         tensors = chosen.tensors if chosen else None  # what fails, fails before anything has changed
+        before = vars(self).copy()
         self._judge_by(chosen)
-        self.backend.set_memory(tensors)
+        try:
+            self.backend.set_memory(tensors)
+        except BaseException:  # scores of the one memory are not judged by the other's line
+            vars(self).update(before)
+            raise
+
+    def require_fit(self, memory: Memory) -> None:
+        """Raise BundleError or UsageError unless a memory is of this model, region and precision."""
+        self._chosen(memory)
+        self._require_same_eyes(memory)
 
     def _chosen(self, memory: Memory | str | Path | None) -> Memory | None:
         if isinstance(memory, Memory):
@@ -115,7 +125,10 @@ class Predictor:
                 raise UsageError(
                     f"a memory is of the model that it inspects with; this one has {memory.shape}", option="memory"
                 )
+            self.bundle.require_own(memory, f"memory {memory.name}")
             chosen: Memory | None = memory
+        elif memory is not None and not isinstance(memory, (str, Path)):
+            raise UsageError(f"a memory is a Memory, a file, auto or off; got {memory!r:.50}", option="memory")
         elif memory in (None, "off"):
             chosen = None
         else:

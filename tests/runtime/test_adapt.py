@@ -422,3 +422,43 @@ def test_what_takes_turns_passes_a_memory_on(predictor: Predictor, good: list[Pa
     predictor.set_memory()
     assert with_memory != without
     assert turns.run(batch)[0] == with_memory
+
+
+def test_a_memory_kept_in_python_is_of_this_model_or_refused(predictor: Predictor) -> None:
+    memory = predictor.memory
+    assert memory
+    other = replace(memory, about=replace(memory.about, model_sha256="1" * 64))
+    with pytest.raises(BundleError, match="of another model"):
+        predictor.set_memory(other)
+    with pytest.raises(UsageError, match="a memory is a Memory, a file"):
+        predictor.set_memory(np.zeros(3))  # type: ignore[arg-type]
+    assert predictor.memory is memory
+
+
+def test_what_is_added_was_seen_as_the_memory_was(copy: Path, good: list[Path]) -> None:
+    before = (copy / "memory.npz").read_bytes()
+    with pytest.raises(UsageError, match="learned for whole frames"):
+        fbclip.adapt(copy, good[LEARNED : LEARNED + 1], add=True, roi=(0, 0, 60, 60))
+    assert (copy / "memory.npz").read_bytes() == before
+
+
+def test_a_swap_that_fails_keeps_the_line_of_what_scores(copy: Path, good: list[Path]) -> None:
+    predictor = Predictor(copy, memory=None)
+    predictor.set_threshold(0.6)
+    predictor.close()
+    with pytest.raises(FBClipError, match="closed"):
+        predictor.set_memory("auto")
+    assert (predictor.memory, predictor.threshold, predictor.map_threshold) == (None, 0.6, None)
+
+
+def test_what_could_not_be_read_again_is_not_written(copy: Path, good: list[Path]) -> None:
+    before = (copy / "memory.npz").read_bytes()
+    with pytest.raises(UsageError, match="within 1000"):
+        fbclip.adapt(copy, good[:2], weight=1000)
+    assert (copy / "memory.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("wrong", [{"weight": "x"}, {"weight": True}, {"positions": True}])
+def test_a_number_of_another_type_is_refused(good: list[Path], wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="got"):
+        fbclip.adapt(None, good[:2], **wrong)  # type: ignore[arg-type]
