@@ -28,6 +28,7 @@ from fbclip.memory import (
     Tensors,
     Weight,
     prepare,
+    probability,
 )
 from fbclip.resample import upsampling_matrix
 
@@ -166,8 +167,8 @@ def judge(
         # the map's pixels are of probabilities: near its highest patch they are what they will be at the line
         middle = float(patches.max())
         for _ in range(2):
-            probability = 1 / (1 + np.exp(-(patches - middle)))
-            peak = float((rise @ probability.reshape(shape.grid, shape.grid) @ rise.T).max())
+            grid = probability(patches - middle).reshape(shape.grid, shape.grid)
+            peak = float((rise @ grid @ rise.T).max())
             middle += float(np.log(peak / (1 - peak)))
         found.append(Judged(patches.astype(np.float32), recipe.weight * float(zero_shot[0]) + top, middle))
     return found

@@ -366,6 +366,11 @@ def whitening(covariance: NDArray[np.floating]) -> NDArray[np.floating]:
     return matrix
 
 
+def probability(logits: Any) -> Any:
+    """The sigmoid of one logit or an array of them, however large."""
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(logits, np.float64)))
+
+
 def sum_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """The largest shape of each array that a memory may hold."""
     return {

@@ -39,6 +39,7 @@ from fbclip.memory import (
     Recipe,
     hashes,
     prepare,
+    probability,
 )
 from fbclip.metrics import image_metrics
 from fbclip.resample import resize, upsampling_matrix
@@ -343,7 +344,7 @@ def report(taught: Taught, console: Console) -> None:
     )
     say(console, f"scores of each where the others alone taught it (from {MEMORY_LINE:g} on it would be a defect):")
     for reference in about.references:
-        score = 1 / (1 + np.exp(about.score_line - reference.score))
+        score = probability(reference.score - about.score_line)
         line = f"  {score:.3f}  {reference.name}"
         if reference.odd:
             warn(console, f"{line}  stands out: look at it; if it has a defect, adapt again without it")
@@ -386,10 +387,10 @@ def _cell(
 ) -> NDArray[np.uint8]:
     """One reference beside its heat map, its name below."""
     side = predictor.bundle.manifest.grid
-    patches = 1 / (1 + np.exp(about.map_line - judged.patches.reshape(side, side)))
+    patches = probability(judged.patches.reshape(side, side) - about.map_line)
     heat = (rise @ patches @ rise.T).astype(np.float32)
     overlay = Prediction(
-        score=float(1 / (1 + np.exp(about.score_line - judged.score))),
+        score=float(probability(judged.score - about.score_line)),
         threshold=MEMORY_LINE,
         anomaly_map=heat,
         model_map=heat,

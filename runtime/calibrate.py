@@ -20,7 +20,7 @@ from fbclip.bundle import Bundle
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.folders import list_images
 from fbclip.images import SUFFIXES, pixels_sha256
-from fbclip.memory import Memory
+from fbclip.memory import Memory, probability
 from fbclip.runtime.calibration import (
     JACKKNIFE,
     MOST_IMAGES,
@@ -216,8 +216,8 @@ def _leave_one_out(found: Scores, memory: Memory) -> None:
         )
     for reference in about.references:
         found.digests[reference.sha256] = None
-        found.scores.append(float(np.float32(1 / (1 + math.exp(about.score_line - reference.score)))))
-        found.peaks.append(float(np.float32(1 / (1 + math.exp(about.map_line - reference.peak)))))
+        found.scores.append(float(np.float32(probability(reference.score - about.score_line))))
+        found.peaks.append(float(np.float32(probability(reference.peak - about.map_line))))
 
 
 def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], what: str, console: Console) -> Scores:
