@@ -348,6 +348,8 @@ def report(taught: Taught, console: Console) -> None:
         line = f"  {score:.3f}  {reference.name}"
         if reference.odd:
             warn(console, f"{line}  stands out: look at it; if it has a defect, adapt again without it")
+        elif score >= MEMORY_LINE:
+            warn(console, f"{line}  beyond the line: look at it; if it has a defect, adapt again without it")
         else:
             say(console, line)
     if len(about.references) < ADVISED and about.mode != POSITIONS:

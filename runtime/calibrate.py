@@ -20,7 +20,7 @@ from fbclip.bundle import Bundle
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.folders import list_images
 from fbclip.images import SUFFIXES, pixels_sha256
-from fbclip.memory import Memory, probability
+from fbclip.memory import MEMORY_LINE, Memory, probability
 from fbclip.runtime.calibration import (
     JACKKNIFE,
     MOST_IMAGES,
@@ -155,6 +155,12 @@ def calibrate(
     if found.learned and not found.scores and predictor.memory:
         method = JACKKNIFE
         _leave_one_out(found, predictor.memory)
+        highest = max(predictor.memory.about.references, key=lambda each: each.score)
+        if max(found.scores) >= MEMORY_LINE:
+            warn(
+                console,
+                f"{highest.name} scores {max(found.scores):.3f} and sets the threshold: look whether it is good",
+            )
     rate = _affordable(rate, len(found.scores), console)
     threshold = conformal_threshold(found.scores, rate)
     if threshold > 1:
