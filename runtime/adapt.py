@@ -180,7 +180,11 @@ def teach(
     pictures, skipped, copies = _pictures(predictor, good, old, console)
     least = 1 if old or recipes[0].mode == POSITIONS else 2
     if len(pictures) < least:
-        raise UsageError(f"a memory is learned from {least} good images or more; got {len(pictures)}", option="good")
+        known = f" and {copies} known already, by their pixels" if copies else ""
+        raise UsageError(
+            f"a memory is learned from {least} good images or more; got {len(pictures)} new{known}: give others",
+            option="good",
+        )
     with progress(console) as bars:
         task = bars.add_task("good parts", total=len(pictures))
         alone = len(pictures) == 1 and old is None
