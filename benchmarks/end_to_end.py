@@ -46,7 +46,7 @@ def main(bundle: str | None = None, rounds: str = "300") -> None:
     p50, p90, p99 = np.percentile(milliseconds, (50, 90, 99))
     result = {
         "model": predictor.bundle.manifest.name,
-        "graph_for_the_cpu": predictor.bundle.cpu_graph().name,
+        "graph_for_the_cpu": predictor.bundle.graph_for("cpu", "fp32").name,
         "frame_hw": prediction.image.shape[:2],
         "cpus": len(os.sched_getaffinity(0)),
         "images_a_second": round(1e3 * timed / sum(milliseconds), 1),

@@ -101,7 +101,7 @@ def run_torch(which: str) -> Run:
 
 
 def graph_of(bundle: Bundle, which: str) -> Path:
-    return bundle.graph("fp32") if which == "portable" else bundle.cpu_graph()
+    return bundle.graph("fp32") if which == "portable" else bundle.graph_for("cpu", "fp32")
 
 
 def feed_of(bundle: Bundle) -> dict[str, NDArray[Any]]:
@@ -195,7 +195,7 @@ def compare_times(rounds: int) -> dict[str, Any]:
 
 def compare_int8() -> dict[str, Any]:
     bundle = Bundle.load(BUNDLE)
-    graphs = {"float32": bundle.cpu_graph(), **QUANTIZED}  # what a CPU runs of either
+    graphs = {"float32": bundle.graph_for("cpu", "fp32"), **QUANTIZED}  # what a CPU runs of either
     backends = {
         name: OnnxRuntimeBackend(graph, bundle.text, memory=bundle.manifest.memory_shape)
         for name, graph in graphs.items()

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 import fbclip
-from fbclip.bundle import CPU_GRAPH, DYNAMIC, GRAPHS, IMAGE, TEXT, Bundle, Manifest, require_place, save
+from fbclip.bundle import DYNAMIC, GRAPHS, IMAGE, TEXT, VARIANTS, Bundle, Manifest, require_place, save
 from fbclip.errors import ParityError
 from fbclip.export.graph import OPSET, DeployedModel, write_onnx
 from fbclip.export.parity import (
@@ -178,7 +178,7 @@ class GraphWriter:
 
     def write_cpu(self, folder: Path) -> None:
         """Write the float32 graph once more as a CPU runs it best, under the same budget."""
-        path = folder / CPU_GRAPH
+        path = folder / VARIANTS["cpu", "fp32"]
         self.say(f"writing {path.name}")
         write_cpu_graph(self.deployed, torch.from_numpy(self.text), path, folder / GRAPHS["fp32"])
         self.say(f"running {path.name} in ONNX Runtime")

@@ -25,7 +25,6 @@ from fbclip.files import new_folder, recover, require_writable, sha256, take_pla
 from fbclip.manifest import (
     ANOMALY_MAP,
     BATCH_AXIS,
-    CPU_GRAPH,
     DYNAMIC,
     FORMAT,
     GRAPHS,
@@ -34,6 +33,7 @@ from fbclip.manifest import (
     SCORE,
     STATIC,
     TEXT,
+    VARIANTS,
     Manifest,
 )
 from fbclip.memory import Memory
@@ -48,7 +48,6 @@ from fbclip.untrusted import (
 __all__ = [
     "ANOMALY_MAP",
     "BATCH_AXIS",
-    "CPU_GRAPH",
     "DYNAMIC",
     "FORMAT",
     "GRAPHS",
@@ -57,6 +56,7 @@ __all__ = [
     "STATIC",
     "SUFFIX",
     "TEXT",
+    "VARIANTS",
     "Bundle",
     "Manifest",
     "checked_name",
@@ -126,16 +126,17 @@ class Bundle:
         """
         return self._verified(self.graph_files(precision))
 
-    def cpu_graph(self) -> Path:
-        """The float32 graph for ONNX Runtime's CPU provider; the portable one in a bundle that was exported without it.
+    def graph_for(self, device: str, precision: str) -> Path:
+        """The graph that ONNX Runtime runs best on a device: its variant, and the portable one where there is none.
 
         Raises:
-            BundleError: damaged.
+            BundleError: not in this bundle, or damaged.
         """
-        portable = self.graph_files("fp32")
-        if CPU_GRAPH not in self.manifest.files:
+        portable = self.graph_files(precision)
+        variant = VARIANTS.get((device, precision))
+        if variant is None or variant not in self.manifest.files:
             return self._verified(portable)
-        return self._verified([CPU_GRAPH, *self._named_in(CPU_GRAPH), *portable])
+        return self._verified([variant, *self._named_in(variant), *portable])
 
     def graph_files(self, precision: str) -> list[str]:
         """Names of the graph's file and, after it, of those beside it with its weights.

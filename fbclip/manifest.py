@@ -21,8 +21,12 @@ ADDED = {
 }  # fields that an older format lacks, and what its bundles mean
 GRAPHS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 DYNAMIC, STATIC = "dynamic", "static"  # forms of the 8-bit graph
-# the float32 graph as ONNX Runtime runs it best on a CPU; its weights are in the file of "fp32"
-CPU_GRAPH = "model.cpu.onnx"
+# Graphs as ONNX Runtime runs them best on a device; their weights are in the file of the portable graph.
+VARIANTS = {
+    ("cpu", "fp32"): "model.cpu.onnx",
+    ("cuda", "fp32"): "model.cuda.onnx",
+    ("cuda", "fp16"): "model.cuda.fp16.onnx",
+}
 
 # Names of the graph's tensors and axes, for the exporter and for every runtime.
 IMAGE, TEXT, SCORE, ANOMALY_MAP = "image", "text", "score", "anomaly_map"

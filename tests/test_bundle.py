@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fbclip.assets import EMBEDDED
-from fbclip.bundle import CPU_GRAPH, Bundle, Manifest, save
+from fbclip.bundle import VARIANTS, Bundle, Manifest, save
 from fbclip.errors import BundleError
 from fbclip.files import sha256
 from fbclip.runtime.backends import make_backend
@@ -325,8 +325,8 @@ def other_size(model: onnx.ModelProto) -> None:
     ],
 )
 def test_graphs_that_are_none(folder: Path, content: bytes, message: str) -> None:
-    (folder / CPU_GRAPH).unlink()
-    rewrite(folder, lambda values: values["files"].pop(CPU_GRAPH), model__onnx=content)
+    (folder / VARIANTS["cpu", "fp32"]).unlink()
+    rewrite(folder, lambda values: values["files"].pop(VARIANTS["cpu", "fp32"]), model__onnx=content)
     with pytest.raises(BundleError, match=message) as error:
         make_backend(Bundle.load(folder), "cpu")
     assert "\n" not in str(error.value)
@@ -337,8 +337,8 @@ def test_nothing_but_the_line_is_said(folder: Path, capfd: pytest.CaptureFixture
     content = bytearray(graph_with(lambda model: None))
     at = content.rindex(b"Softmax")
     content[at] = 0xCE  # no UTF-8
-    (folder / CPU_GRAPH).unlink()
-    rewrite(folder, lambda values: values["files"].pop(CPU_GRAPH), model__onnx=bytes(content))
+    (folder / VARIANTS["cpu", "fp32"]).unlink()
+    rewrite(folder, lambda values: values["files"].pop(VARIANTS["cpu", "fp32"]), model__onnx=bytes(content))
     assert "can't load" in refusal(folder)
     assert capfd.readouterr() == ("", "")
 
@@ -357,11 +357,11 @@ def with_weights_in(folder: Path, location: str) -> Path:
         for entry in weight.external_data:
             if entry.key == "location":
                 entry.value = location
-    (folder / CPU_GRAPH).unlink()
+    (folder / VARIANTS["cpu", "fp32"]).unlink()
     weights = (folder / "weights.bin").read_bytes()
     rewrite(
         folder,
-        lambda values: values["files"].pop(CPU_GRAPH),
+        lambda values: values["files"].pop(VARIANTS["cpu", "fp32"]),
         model__onnx=model.SerializeToString(),
         weights__bin=weights,
     )

@@ -80,7 +80,7 @@ def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", 
 
         return TensorRTBackend(bundle, precision, batch), precision
     cache = bundle.inside(f"engines/ort-{bundle.graph_sha256(precision)[:16]}") if device == "ort-tensorrt" else None
-    graph = bundle.cpu_graph() if (device, precision) == ("cpu", "fp32") else bundle.graph(precision)
+    graph = bundle.graph_for(device, precision)
     backend = OnnxRuntimeBackend(graph, bundle.text, device, bundle.manifest.memory_shape, cache)
     if backend.input_size != (wanted := bundle.manifest.input_size):
         raise BundleError(f"{graph} takes images of {backend.input_size}, the manifest says {wanted}: export it again")

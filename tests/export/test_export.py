@@ -13,7 +13,7 @@ from PIL import Image
 
 from fbclip import Predictor, load_checkpoint
 from fbclip.assets import EMBEDDED
-from fbclip.bundle import ANOMALY_MAP, CPU_GRAPH, IMAGE, SCORE, TEXT, Bundle
+from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, VARIANTS, Bundle
 from fbclip.errors import BundleError, ImageError, ParityError
 from fbclip.export import graph as graphs
 from fbclip.export import parity
@@ -73,7 +73,7 @@ def check_graphs(bundle: Bundle) -> None:
 
 def check_cpu_graph(bundle: Bundle) -> None:
     """Every attention is fused, every weight of some size is the portable graph's, and the numbers are the same."""
-    graph = onnx.load(bundle.cpu_graph(), load_external_data=False).graph
+    graph = onnx.load(bundle.graph_for("cpu", "fp32"), load_external_data=False).graph
     kinds = Counter(node.op_type for node in graph.node)
     assert kinds["MultiHeadAttention"] == 6 + 2 * 3 * len(golden.FEATURE_LAYERS)  # blocks; branches by views
     assert all(w.data_location == onnx.TensorProto.EXTERNAL for w in graph.initializer if np.prod(w.dims) > 10_000)
@@ -86,7 +86,7 @@ def check_same_numbers(bundle: Bundle) -> None:
     images = resize(EXPECTED["raw_image"], bundle.manifest.image_size)[None].repeat(2, axis=0)
     portable, ours = (
         OnnxRuntimeBackend(p, bundle.text, "cpu", bundle.manifest.memory_shape).run(images)
-        for p in (bundle.graph("fp32"), bundle.cpu_graph())
+        for p in (bundle.graph("fp32"), bundle.graph_for("cpu", "fp32"))
     )
     assert all(np.abs(a - b).max() <= 1e-6 for a, b in zip(portable, ours, strict=True))
 
@@ -225,11 +225,11 @@ def test_a_bundle_without_a_graph_for_the_cpu(tmp_path: Path) -> None:
     folder = tmp_path / "old.fbclip"
     shutil.copytree(EMBEDDED, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"].pop(CPU_GRAPH, None)
+    manifest["files"].pop(VARIANTS["cpu", "fp32"], None)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert Bundle.load(folder).cpu_graph() == folder / "model.onnx"
-    (folder / CPU_GRAPH).write_bytes(b"x")
-    manifest["files"][CPU_GRAPH] = "0" * 64
+    assert Bundle.load(folder).graph_for("cpu", "fp32") == folder / "model.onnx"
+    (folder / VARIANTS["cpu", "fp32"]).write_bytes(b"x")
+    manifest["files"][VARIANTS["cpu", "fp32"]] = "0" * 64
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="is damaged"):
-        Bundle.load(folder).cpu_graph()
+        Bundle.load(folder).graph_for("cpu", "fp32")
