@@ -40,7 +40,7 @@ from fbclip.export.precision.int8 import Feed, Quantization, Quantizer
 from fbclip.export.report import draw_parity
 from fbclip.export.stages import compare_stages
 from fbclip.export.tensorrt_rules import check_graph
-from fbclip.export.variants import write_cpu_graph
+from fbclip.export.variants import write_variant
 from fbclip.manifest import MemoryLayout
 from fbclip.memory import Tensors
 from fbclip.model.backend import TorchBackend
@@ -180,7 +180,7 @@ class GraphWriter:
         """Write the float32 graph once more as a CPU runs it best, under the same budget."""
         path = folder / VARIANTS["cpu", "fp32"]
         self.say(f"writing {path.name}")
-        write_cpu_graph(self.deployed, torch.from_numpy(self.text), path, folder / GRAPHS["fp32"])
+        write_variant("cpu", folder / GRAPHS["fp32"], path)
         self.say(f"running {path.name} in ONNX Runtime")
         require_within(self.compare("fp32", path, range(len(self.inputs))), path.name)
 

@@ -7,16 +7,20 @@ import re
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from copy import copy
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir
 import torch
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedNodesPass,
+)
 from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 from torch.onnx import ONNXProgram
 
@@ -27,6 +31,23 @@ from fbclip.model.network import FBCLIP, Visual
 from fbclip.resample import bicubic_matrices, upsampling_matrix, width_first
 
 OPSET = 18
+RULES = (  # of the exporter's optimisation, those that a graph of this model has a use for
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.reshape_reshape_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.mul_by_1_rule,
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.div_by_1_rule,
+    rules.no_op_cast_rule,
+    rules.cast_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+)
 # stages behind the blocks
 MASK, VIEWS, SEPARATION, SCORES, MEMORY = "foreground mask", "views", "separation", "scores", "memory"
 BLOCK = re.compile(r"adaptable\.visual\.tower\.blocks\.(\d+)\.")  # of the tower's parameters
@@ -51,7 +72,6 @@ class DeployedModel(nn.Module):
     def __init__(self, model: FBCLIP, frame_size: tuple[int, int] | None = None, channel_order: str = "rgb") -> None:
         super().__init__()
         config = model.config
-        self.batched = False
         self.adaptable = AdaptableVisual(config, model.visual)
         self.visual.tower.fold_normalisation(config.clip.mean, config.clip.std, channel_order)
         self.frame_size = frame_size or (config.image_size, config.image_size)
@@ -71,14 +91,8 @@ class DeployedModel(nn.Module):
         features (B, L, F) and zero-shot logits (B, 1 + L), float32."""
         pixels = image.float().permute(0, 3, 1, 2)  # the cast first: uint8 is no type to compute with in TensorRT
         memory = MemoryTensors(matrix, places, bank, weights)
-        score, patch_map, features, logits = self.adaptable(self.resize(pixels), text, memory, self.batched)
+        score, patch_map, features, logits = self.adaptable(self.resize(pixels), text, memory, batched=True)
         return score, self.map_rows @ patch_map @ self.map_cols.mT, features, logits
-
-    def arranged(self, batched: bool) -> DeployedModel:
-        """The same model with the same weights, where the inputs of the separation attention go together or one by one."""
-        other = copy(self)
-        other.batched = batched
-        return other
 
 
 class FrameResize(nn.Module):
@@ -119,7 +133,7 @@ def to_grey_levels(coarse: Tensor, fine: Tensor) -> Tensor:
 
 def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> None:
     """Write the portable graph: a dynamic batch, standard operators, nodes named by stage ("block 3/MatMul 2")."""
-    program = trace(model.arranged(batched=True), text)
+    program = trace(model, text)
     size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if size_bytes > EXTERNAL_DATA_FROM:
         program.save(path, external_data=True)
@@ -130,14 +144,8 @@ def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> None:
         save_in_pieces(onnx.load(apart), path)
 
 
-def trace(
-    model: DeployedModel, text: Tensor, translations: Mapping[Any, Callable[..., Any]] | None = None
-) -> ONNXProgram:
-    """The model as a graph, its nodes named by stage.
-
-    Args:
-        translations: of torch operators, where they are not to become the exporter's own.
-    """
+def trace(model: DeployedModel, text: Tensor) -> ONNXProgram:
+    """The model as a graph, its nodes named by stage."""
     image = torch.zeros(2, *model.frame_size, 3, dtype=torch.uint8)  # two, or the batch is taken for a constant
     memory = [torch.from_numpy(value) for value in Tensors.neutral(model.adaptable.head.shape).named().values()]
     batch = torch.export.Dim(BATCH_AXIS, min=1)
@@ -153,13 +161,26 @@ def trace(
             input_names=[IMAGE, TEXT, *MEMORY_INPUTS],
             output_names=[SCORE, ANOMALY_MAP, FEATURES, LOGITS],
             dynamic_shapes=({0: batch}, *({} for _ in (text, *memory))),
-            custom_translation_table=dict(translations or {}),
+            optimize=False,
         )
     assert program is not None
+    simplify(program.model)
     name_nodes(program.model.graph)
     size_after_cast(program.model.graph)
     fold_weights(program.model)
     return program
+
+
+def simplify(model: onnx_ir.Model) -> None:
+    """What the exporter's own optimisation does, but for its search for slices that make a Split: that takes longer than
+    everything else together, and the model has none."""
+    for _ in range(2):  # what the first round removes lets the second fold
+        fold_constants(model, onnx_shape_inference=True)
+        rewrite(model, RULES)
+        RemoveUnusedNodesPass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    DeduplicateInitializersPass()(model)
+    CommonSubexpressionEliminationPass()(model)
 
 
 def fold_weights(model: onnx_ir.Model) -> None:
