@@ -36,7 +36,7 @@ from fbclip.assets import NANO
 from fbclip.bundle import DYNAMIC, Bundle
 from fbclip.export.graph import DeployedModel, write_onnx
 from fbclip.export.precision.int8 import Quantizer
-from fbclip.export.variants import write_cpu_graph
+from fbclip.export.variants import write_variant
 from fbclip.files import sha256, write_text
 from fbclip.images import read_image
 from fbclip.model import checkpoint
@@ -188,7 +188,7 @@ def deployed(path: Path, variant: Variant, folder: Path) -> OnnxRuntimeBackend:
     if variant.int8:
         Quantizer(portable, DYNAMIC, [], folder).write(graph)
     else:
-        write_cpu_graph(model, text, graph, portable)
+        write_variant("cpu", portable, graph)
     return OnnxRuntimeBackend(graph, text.numpy(), memory=shape)
 
 

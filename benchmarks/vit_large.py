@@ -37,6 +37,7 @@ from fbclip.export.bundle import Deployment, export_bundle
 from fbclip.export.graph import OPSET
 from fbclip.export.parity import Proof
 from fbclip.export.precision.int8 import Quantizer
+from fbclip.export.report import Steps
 from fbclip.export.stages import compare_stages
 from fbclip.export.tensorrt_rules import check_graph
 from fbclip.memory import Tensors
@@ -304,7 +305,7 @@ def measure_export(half: bool) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     proof, deployment = Proof([frame()[0]], ("noise",)), Deployment("vit-large", half=half)
-    _, parities = export_bundle(model, BUNDLE, proof, deployment, lambda line: print(line, file=sys.stderr))
+    _, parities = export_bundle(model, BUNDLE, proof, deployment, Steps(lambda line: print(line, file=sys.stderr)))
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "peak_mb": memory_mb("VmHWM"),

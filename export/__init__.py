@@ -87,8 +87,8 @@ def export(
     path = find_checkpoint(checkpoint)
     require_training_packages()
     from fbclip.export.bundle import Deployment, export_bundle
-    from fbclip.export.parity import find_calibration, find_proof, read_proof
-    from fbclip.export.report import print_parity
+    from fbclip.export.parity import affordable_samples, find_calibration, find_proof, read_proof
+    from fbclip.export.report import Steps, print_parity
     from fbclip.manifest import DEFAULT_THRESHOLD
     from fbclip.model.checkpoint import about, load
 
@@ -99,9 +99,13 @@ def export(
     known = about(path)
     own_name = known.name if name is None else checked_name(name)
     target = require_place(Path(out or f"{own_name}{SUFFIX}"))  # before the work, not after it
-    tell(f"loading {path.name}")
-    model = load(path, clip, clip_weights, image_size, feature_layers)
+    steps = Steps(tell)
+    with steps(f"loading {path.name}"):
+        model = load(path, clip, clip_weights, image_size, feature_layers)
     model.set_noun(object)
+    if not parity_images and len(paths) > (most := affordable_samples(model.config)):
+        tell(f"this model is large: the proof is of {most} of the {len(paths)} samples (name images for more)")
+        paths = paths[:most]
     size_hw = frame_size or (model.config.image_size, model.config.image_size)
     deployment = Deployment(
         own_name,
@@ -113,7 +117,7 @@ def export(
         {"checkpoint": path.name} | ({"seen": known.seen.to_dict()} if known.seen else {}),
     )
     lost = [each for each in LEARNED if (target / each[0]).exists()]
-    bundle, parities = export_bundle(model, target, read_proof(paths, labels, size_hw, tell), deployment, tell)
+    bundle, parities = export_bundle(model, target, read_proof(paths, labels, size_hw, tell), deployment, steps)
     print_parity(parities, console)
     for _, what, command in lost:
         again = f"fbclip {command} GOOD... --bundle {bundle.path}"

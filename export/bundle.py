@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,21 @@ from fbclip.bundle import DYNAMIC, GRAPHS, IMAGE, TEXT, VARIANTS, Bundle, Manife
 from fbclip.errors import ParityError
 from fbclip.export.graph import OPSET, DeployedModel, write_onnx
 from fbclip.export.parity import (
+    BUDGETS,
     Differences,
     Parity,
     Proof,
     Reference,
-    Say,
     Taught,
     compare,
     compare_taught,
     overrun,
     run_reference,
-    run_taught,
 )
 from fbclip.export.precision.float32_islands import widen
-from fbclip.export.precision.half import HalfWeights
+from fbclip.export.precision.half import HalfWeights, write_half
 from fbclip.export.precision.int8 import Feed, Quantization, Quantizer
-from fbclip.export.report import draw_parity
+from fbclip.export.report import Steps, draw_parity
 from fbclip.export.stages import compare_stages
 from fbclip.export.tensorrt_rules import check_graph
 from fbclip.export.variants import write_variant
@@ -47,7 +45,7 @@ from fbclip.model.backend import TorchBackend
 from fbclip.model.config import Config
 from fbclip.model.network import FBCLIP
 from fbclip.resample import BLUR_SIGMA, in_order, resize
-from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend, available
 
 SEARCH_IMAGES = 4  # that deviate most; what must stay float32 is looked for on them
 
@@ -76,7 +74,7 @@ class Deployment:
 
 
 def export_bundle(
-    model: FBCLIP, out: Path, proof: Proof, deployment: Deployment, say: Say = lambda line: None
+    model: FBCLIP, out: Path, proof: Proof, deployment: Deployment, steps: Steps | None = None
 ) -> tuple[Bundle, list[Parity]]:
     """Write a bundle and prove it: every graph is run in ONNX Runtime against the torch model.
 
@@ -84,7 +82,7 @@ def export_bundle(
         model: taken apart on the way, not to be used afterwards.
         out: the folder to write.
         proof: images; brought to `frame_size` beforehand where there is one.
-        say: told each step.
+        steps: told each; None for silence.
 
     Raises:
         GraphError: a graph that TensorRT would not take.
@@ -97,19 +95,20 @@ def export_bundle(
     proof = replace(proof, frames=[resize(frame, size_hw) for frame in proof.frames])
     trained = TorchBackend(model)
     text = trained.text.numpy()
-    say(f"running the torch model on {len(proof.frames)} images")
-    reference = run_reference(trained, proof, config.image_size)
-    taught = run_taught(trained, proof, config.image_size)
-    writer = GraphWriter(model, text, proof, reference, taught, deployment, say)
+    steps = steps or Steps()
+    with steps(f"running the torch model on {len(proof.frames)} image{'s' * (len(proof.frames) > 1)}"):
+        reference, taught = run_reference(trained, proof, config.image_size)
+    writer = GraphWriter(model, text, proof, reference, taught, deployment, steps)
 
     def write_files(folder: Path) -> Manifest:
         writer.write_float(folder)
-        writer.write_cpu(folder)
         if deployment.half:
             writer.write_half(folder)
         if deployment.quantization:
             writer.write_quantized(folder, deployment.quantization)
-        report = {p.precision: p.to_dict() for p in writer.parities}
+        writer.write_variants(folder)
+        seconds = {step: round(took, 1) for step, took in steps.seconds.items()}
+        report = {p.precision: p.to_dict() for p in writer.parities} | {"variants": writer.variants, "seconds": seconds}
         (folder / "parity.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         draw_parity(folder / "parity.jpg", proof, reference, writer.parities)
         return _manifest(config, deployment, writer.parities)
@@ -152,7 +151,8 @@ class GraphWriter:
     """Writes graphs and lets none pass that TensorRT would not take or that deviates past its budget.
 
     Attributes:
-        parities: of the graphs that passed.
+        parities: of the portable graphs that passed.
+        variants: of those for one provider, by their file: the provider's device, and how far they are from the model.
     """
 
     def __init__(
@@ -163,35 +163,33 @@ class GraphWriter:
         reference: Reference,
         taught: Taught,
         deployment: Deployment,
-        say: Say,
+        steps: Steps,
     ) -> None:
-        self.text, self.proof, self.reference, self.say = text, proof, reference, say
+        self.text, self.proof, self.reference, self.steps = text, proof, reference, steps
         self.taught, self.neutral = taught, Tensors.neutral(model.config.memory_shape)
         self.threshold, self.channel_order = deployment.threshold, deployment.channel_order
         self.deployed = DeployedModel(model, deployment.frame_size, deployment.channel_order)
         self.inputs = [in_order(frame, self.channel_order) for frame in proof.frames]
         self.parities: list[Parity] = []
+        self.variants: dict[str, dict[str, Any]] = {}
 
     def write_float(self, folder: Path) -> None:
         """Write the model as it is trained; pass it or raise ParityError, as the others do."""
-        self.judge(self.measure("fp32", folder, self.write_typed))
 
-    def write_cpu(self, folder: Path) -> None:
-        """Write the float32 graph once more as a CPU runs it best, under the same budget."""
-        path = folder / VARIANTS["cpu", "fp32"]
-        self.say(f"writing {path.name}")
-        write_variant("cpu", folder / GRAPHS["fp32"], path)
-        self.say(f"running {path.name} in ONNX Runtime")
-        require_within(self.compare("fp32", path, range(len(self.inputs))), path.name)
+        def write(path: Path, islands: Collection[str]) -> None:
+            write_onnx(self.deployed, torch.from_numpy(self.text), path)
+
+        self.judge(self.measure("fp32", folder, write))
 
     def write_half(self, folder: Path) -> None:
-        """Type the products float16; where that deviates too far, widen the float32 islands by measurement.
-
-        Leaves the model so typed: the last to be written from it.
-        """
+        """Type the products float16; where that deviates too far, widen the float32 islands by measurement."""
         weights = HalfWeights(self.deployed.visual)
-        weights.apply()
-        parity = self.measure("fp16", folder, self.write_typed)
+
+        def write(path: Path, islands: Collection[str]) -> None:
+            typed = [stage for stage, part in weights.parts.stages.items() if part not in islands]
+            write_half(folder / GRAPHS["fp32"], path, typed)
+
+        parity = self.measure("fp16", folder, write)
         if parity.overrun > 1:
             first, worst = parity.diverges_first, parity.by_deviation[:SEARCH_IMAGES]
             self.say_overrun(parity)
@@ -200,8 +198,8 @@ class GraphWriter:
                 weights.apply(islands)
                 return self.overrun_in_torch(worst)
 
-            islands = widen("fp16", weights.parts, overrun_in_torch, first, self.say)
-            parity = self.measure("fp16", folder, self.write_typed, islands)
+            islands = widen("fp16", weights.parts, overrun_in_torch, first, self.steps.say)
+            parity = self.measure("fp16", folder, write, islands)
         self.judge(parity)
 
     def write_quantized(self, folder: Path, quantization: Quantization) -> None:
@@ -222,13 +220,31 @@ class GraphWriter:
                     quantizer.write(trial, islands)
                     return self.compare("int8", trial, tried).overrun
 
-                islands = widen("int8", quantizer.parts, overrun_in_runtime, None, self.say)
+                islands = widen("int8", quantizer.parts, overrun_in_runtime, None, self.steps.say)
                 parity = self.measure("int8", folder, quantizer.write, islands, for_tensorrt)
         self.judge(parity)
 
-    def write_typed(self, path: Path, islands: Collection[str]) -> None:
-        """Write the model as it is typed, whatever its islands."""
-        write_onnx(self.deployed, torch.from_numpy(self.text), path)
+    def write_variants(self, folder: Path) -> None:
+        """Write the graphs once more for one provider each, under the same budgets: as a batch of two, with a memory."""
+        for (device, precision), name in VARIANTS.items():
+            if precision not in {parity.precision for parity in self.parities}:
+                continue
+            path = folder / name
+            with self.steps(f"writing {name}"):
+                nodes = write_variant(device, folder / GRAPHS[precision], path)
+            where = device if device in available() else "cpu"
+            with (
+                self.steps(f"running {name} in ONNX Runtime on {where}"),
+                OnnxRuntimeBackend(path, self.text, where, self.deployed.adaptable.head.shape) as backend,
+            ):
+                found = compare_taught(backend, self.inputs[0], self.taught, copies=2)
+            if found.overrun(precision) > 1:
+                raise ParityError(
+                    f"{name} must stay within the budget of {precision}, {BUDGETS[precision]}, of the torch model; it "
+                    f"deviates by {found.score_max:.2g} and {found.map_max:.2g} (99.9 %: {found.map_p999:.2g}), so no "
+                    f"bundle was written"
+                )
+            self.variants[name] = {"device": where, "nodes": nodes, **asdict(found)}
 
     def measure(
         self,
@@ -240,22 +256,21 @@ class GraphWriter:
     ) -> Parity:
         """Write a graph and measure it; prove that TensorRT takes it where it is meant to."""
         path = folder / GRAPHS[precision]
-        self.say(f"writing {path.name}")
-        start = time.perf_counter()
-        write(path, islands)
-        seconds = time.perf_counter() - start
-        nodes = check_graph(path, for_tensorrt)
-        self.say(f"running {path.name} in ONNX Runtime")
-        parity = self.compare(precision, path, range(len(self.inputs)))
+        with self.steps(f"writing {path.name}"):
+            write(path, islands)
+        with self.steps(f"checking {path.name}"):
+            nodes = check_graph(path, for_tensorrt)
+        with self.steps(f"running {path.name} in ONNX Runtime"):
+            parity = self.compare(precision, path, range(len(self.inputs)))
         stages = []
         if precision != "fp32":
             worst = self.inputs[parity.by_deviation[0]][None]
             feed: Feed = {IMAGE: worst, TEXT: self.text, **self.neutral.named()}
-            stages = compare_stages(precision, folder / GRAPHS["fp32"], path, feed)
+            with self.steps(f"comparing {path.name} with {GRAPHS['fp32']} stage by stage"):
+                stages = compare_stages(precision, folder / GRAPHS["fp32"], path, feed)
         size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
-        return replace(
-            parity, stages=tuple(stages), islands=islands, nodes=nodes, size_bytes=size, seconds=round(seconds, 1)
-        )
+        seconds = round(self.steps.seconds[f"writing {path.name}"], 1)
+        return replace(parity, stages=tuple(stages), islands=islands, nodes=nodes, size_bytes=size, seconds=seconds)
 
     def compare(self, precision: str, path: Path, indices: Sequence[int]) -> Parity:
         """A graph on some images of the proof, in ONNX Runtime, against the torch model."""
@@ -263,12 +278,12 @@ class GraphWriter:
         with OnnxRuntimeBackend(path, self.text, "cpu", shape) as backend:  # a session holds gigabytes
             images, reference = [self.inputs[i] for i in indices], self.reference.part(indices)
             parity = compare(precision, backend, self.proof.part(indices), images, reference, self.threshold)
-            with_memory = compare_taught(backend, self.inputs[: len(self.taught.features)], self.taught)
+            with_memory = compare_taught(backend, self.inputs[0], self.taught)
         return replace(parity, memory=with_memory)
 
     def say_overrun(self, parity: Parity) -> None:
         where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
-        self.say(
+        self.steps.say(
             f"{parity.precision} deviates by {parity.overrun:.2f} of its budget{where}; "
             f"looking for what must stay float32"
         )
@@ -284,7 +299,7 @@ class GraphWriter:
         overruns = []
         for memory, expected, images in (
             (self.neutral, self.reference, indices),
-            (self.taught.memory, self.taught.results, range(len(self.taught.features))),
+            (self.taught.memory, self.taught.results, [0]),
         ):
             tensors = [torch.from_numpy(value) for value in memory.named().values()]
             scores, maps = Differences(), Differences()

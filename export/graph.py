@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -22,7 +21,6 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
-from torch.onnx import ONNXProgram
 
 from fbclip.bundle import ANOMALY_MAP, BATCH_AXIS, IMAGE, SCORE, TEXT
 from fbclip.memory import FEATURES, LOGITS, MEMORY_INPUTS, Tensors
@@ -133,18 +131,10 @@ def to_grey_levels(coarse: Tensor, fine: Tensor) -> Tensor:
 
 def write_onnx(model: DeployedModel, text: Tensor, path: Path) -> None:
     """Write the portable graph: a dynamic batch, standard operators, nodes named by stage ("block 3/MatMul 2")."""
-    program = trace(model, text)
-    size_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if size_bytes > EXTERNAL_DATA_FROM:
-        program.save(path, external_data=True)
-        return
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        apart = Path(folder, path.name)
-        program.save(apart, external_data=True)
-        save_in_pieces(onnx.load(apart), path)
+    save_graph(trace(model, text), path)
 
 
-def trace(model: DeployedModel, text: Tensor) -> ONNXProgram:
+def trace(model: DeployedModel, text: Tensor) -> onnx_ir.Model:
     """The model as a graph, its nodes named by stage."""
     image = torch.zeros(2, *model.frame_size, 3, dtype=torch.uint8)  # two, or the batch is taken for a constant
     memory = [torch.from_numpy(value) for value in Tensors.neutral(model.adaptable.head.shape).named().values()]
@@ -168,7 +158,7 @@ def trace(model: DeployedModel, text: Tensor) -> ONNXProgram:
     name_nodes(program.model.graph)
     size_after_cast(program.model.graph)
     fold_weights(program.model)
-    return program
+    return program.model
 
 
 def simplify(model: onnx_ir.Model) -> None:
@@ -190,18 +180,24 @@ def fold_weights(model: onnx_ir.Model) -> None:
     RemoveUnusedNodesPass()(model)  # and the weights that were taken apart
 
 
-def save_in_pieces(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model to one file; takes its weights from it.
+def save_graph(model: onnx_ir.Model, path: Path) -> None:
+    """Write a graph with its weights to one file, or to one beside it where protobuf can't hold them.
 
     Serialising it whole takes five times its size in memory. A protobuf message may as well be the concatenation of its
     pieces (protobuf.dev, encoding, "last one wins"): the model without weights, then one weight at a time.
     """
-    weights = list(model.graph.initializer)
-    del model.graph.initializer[:]
+    weights = dict(model.graph.initializers)
+    if sum(value.const_value.nbytes for value in weights.values() if value.const_value) > EXTERNAL_DATA_FROM:
+        onnx_ir.save(model, path, external_data=f"{path.name}.data")
+        return
+    model.graph.initializers.clear()
     with path.open("wb") as file:
-        file.write(model.SerializeToString())
-        for weight in weights:
+        file.write(onnx_ir.to_proto(model).SerializeToString())
+        for name, value in weights.items():
+            assert value.const_value is not None
+            weight = onnx_ir.to_proto(onnx_ir.tensor(value.const_value.numpy(), name=name))
             file.write(onnx.ModelProto(graph=onnx.GraphProto(initializer=[weight])).SerializeToString())
+    model.graph.initializers.update(weights)
 
 
 def name_nodes(graph: onnx_ir.Graph) -> None:
@@ -229,7 +225,8 @@ def name_nodes(graph: onnx_ir.Graph) -> None:
 
 def _scopes(node: onnx_ir.Node) -> str:
     """The modules that a node was traced in, as the exporter notes them."""
-    return node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    scopes: str = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    return scopes
 
 
 def _stage(node: onnx_ir.Node, before: str, separated: bool) -> str:

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from fbclip.backend import Described, Results
 from fbclip.data.dataset import Dataset
 from fbclip.data.layouts import open_dataset
 from fbclip.errors import ImageError, ParityError, UsageError
@@ -20,8 +21,11 @@ from fbclip.images import read_image
 from fbclip.learning import add_up, squared_distance, together
 from fbclip.memory import FIXED, NEAREST_ZERO, SLOPE, WHITEN, Recipe, Shape, Tensors, Weight, prepare
 from fbclip.metrics import image_metrics
+from fbclip.model.backend import TorchBackend
+from fbclip.model.config import Config
 from fbclip.resample import bilinear_matrix, resize
 from fbclip.runtime.backends import Backend, require_probabilities
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 
 Array = NDArray[np.float32]
 Say = Callable[[str], None]
@@ -30,7 +34,8 @@ Say = Callable[[str], None]
 BUDGETS = {"fp32": (1e-4, 1e-4), "fp16": (2e-3, 5e-3), "int8": (2e-2, 5e-2)}
 AUROC_BUDGET = 5e-3  # of 8 bit, where the images have labels
 MOST_IMAGES = 64  # of a folder; spread over it
-MEMORY_IMAGES = 2  # of the proof, that a memory is made of and that are run with it
+MEMORY_IMAGES = 2  # of the proof, that a memory is made of; the first is run with it
+SAMPLE_OPERATIONS = 10**12  # of one forward pass of the torch model on each sample; ViT-L/14 at 518 px takes 0.8
 MEMORY_WEIGHT = 0.1  # of the zero-shot logits beside it
 PANEL = 256  # pixels, width of the maps kept for the picture
 
@@ -124,6 +129,16 @@ def read_frames(paths: list[Path], size_hw: tuple[int, int], say: Say) -> dict[i
     return frames
 
 
+def affordable_samples(config: Config) -> int:
+    """How many images a proof takes where nobody named any: a large model's is of few, so that an export stays short.
+
+    Counts the products of the blocks and of their attention, two operations each (docs/method.md, section 2).
+    """
+    tokens, width = config.grid**2 + 1, config.clip.width
+    operations = max(config.feature_layers) * tokens * (24 * width**2 + 4 * tokens * width)
+    return max(1, SAMPLE_OPERATIONS // operations)
+
+
 @dataclass(frozen=True)
 class Reference:
     """What the torch model says of the proof: scores (n,) and maps (n, S, S)."""
@@ -147,30 +162,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class Taught:
-    """What the torch model says of the first images of the proof with a memory that was made of them.
+    """What the torch model says of the first image of the proof with a memory that was made of the first few.
 
     Attributes:
         memory: the tensors.
-        features: float32 (n, L, F).
-        results: scores and maps with the memory.
+        features: of the image, float32 (1, L, F).
+        results: its score and map with the memory.
     """
 
     memory: Tensors
     features: Array
     results: Reference
-
-
-def run_taught(trained: Backend, proof: Proof, image_size: int) -> Taught:
-    """Make a memory of the first images of the proof, and run the torch model with it; afterwards it has none."""
-    assert trained.memory_shape
-    some = proof.part(range(min(MEMORY_IMAGES, len(proof.frames))))
-    square = (image_size, image_size)
-    features = np.concatenate([trained.describe(resize(frame, square)[None]).features for frame in some.frames])
-    memory = proof_memory(trained.memory_shape, features)
-    trained.set_memory(memory)
-    results = run_reference(trained, some, image_size)
-    trained.set_memory(None)
-    return Taught(memory, features, results)
 
 
 def proof_memory(shape: Shape, features: Array) -> Tensors:
@@ -185,17 +187,25 @@ def proof_memory(shape: Shape, features: Array) -> Tensors:
     return made
 
 
-def run_reference(trained: Backend, proof: Proof, image_size: int) -> Reference:
-    """Run the torch model on the proof, resized by Pillow, one image at a time.
+def run_reference(trained: TorchBackend, proof: Proof, image_size: int) -> tuple[Reference, Taught]:
+    """Run the torch model on the proof, resized by Pillow, one image at a time, and with a memory of its first images.
 
     Raises:
         FBClipError: it gives what is no probability, which no graph can be compared with.
     """
+    assert trained.memory_shape
     square = (image_size, image_size)
-    found = [trained.run(resize(frame, square)[None]) for frame in proof.frames]
-    scores, maps = (np.concatenate(part) for part in zip(*found, strict=True))
+    results: list[Results] = []
+    described: list[Described] = []
+    for frame in proof.frames:
+        found = trained.describe(resize(frame, square)[None])
+        results.append(trained.recall(found, None))
+        described = [*described, found][:MEMORY_IMAGES]
+    scores, maps = (np.concatenate(part) for part in zip(*results, strict=True))
     require_probabilities(scores, maps, proof.names)
-    return Reference(scores, maps)
+    memory = proof_memory(trained.memory_shape, np.concatenate([each.features for each in described]))
+    taught = Taught(memory, described[0].features, Reference(*trained.recall(described[0], memory)))
+    return Reference(scores, maps), taught
 
 
 @dataclass(frozen=True)
@@ -269,24 +279,25 @@ class MemoryParity:
         return overrun(precision, self.score_max, self.map_max if precision == "fp32" else self.map_p999)
 
 
-def compare_taught(backend: Backend, inputs: Sequence[NDArray[np.uint8]], taught: Taught) -> MemoryParity:
-    """Run a graph with the memory of the proof, one image at a time; afterwards it has none.
+def compare_taught(
+    backend: OnnxRuntimeBackend, image: NDArray[np.uint8], taught: Taught, copies: int = 1
+) -> MemoryParity:
+    """Run a graph with the memory of the proof; afterwards it has none.
 
     Args:
-        inputs: the images that the memory is of, as the graph takes them.
+        image: the proof's first, as the graph takes it.
+        copies: of it, as one batch.
     """
-    scores, maps, squares = Differences(), Differences(), 0.0
+    scores, maps = Differences(), Differences()
     backend.set_memory(taught.memory)
-    for index, image in enumerate(inputs):
-        score, anomaly_map = backend.run(image[None])
-        scores.add(score, taught.results.scores[index : index + 1])
-        maps.add(anomaly_map[0], taught.results.map(index, image.shape[:2]))
-        off = backend.describe(image[None]).features[0] - taught.features[index]
-        squares += float(np.square(off, dtype=np.float64).sum())
+    (found, anomaly_maps), described = backend.run_described(np.stack([image] * copies))
     backend.set_memory(None)
-    error = np.sqrt(squares / np.square(taught.features, dtype=np.float64).sum())
+    scores.add(found, taught.results.scores)
+    maps.add(anomaly_maps, taught.results.map(0, image.shape[:2]))
+    off = np.square(described.features - taught.features, dtype=np.float64).mean(axis=0).sum()
+    error = np.sqrt(off / np.square(taught.features, dtype=np.float64).sum())
     error = float(error) if np.isfinite(error) else 1.0
-    return MemoryParity(len(inputs), scores.max, maps.max, maps.quantile(0.999), error)
+    return MemoryParity(copies, scores.max, maps.max, maps.quantile(0.999), error)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,30 @@ from fbclip.terminal import print_table, say
 
 SHOWN = 4  # images of the picture
 FULL_SCALE = 1e-6  # least difference that the picture's colours are stretched to
+
+
+class Steps:
+    """What an export does: each step is told as it begins, and its seconds once it has ended.
+
+    Args:
+        say: told each line.
+
+    Attributes:
+        seconds: of each step, in order; of those that were taken more than once, together.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
+        self.say = say
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        self.say(step)
+        start = time.perf_counter()
+        yield
+        took = time.perf_counter() - start
+        self.seconds[step] = self.seconds.get(step, 0.0) + took
+        self.say(f"  {took:.1f} s")
 
 
 def print_parity(parities: list[Parity], console: Console) -> None:

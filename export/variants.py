@@ -168,7 +168,8 @@ class _Nodes:
         name = name or f"{self._before.name.split('/')[0]}/{operator} {self._counts[operator]} of views"
         node = ir.node(operator, inputs, attributes, domain=domain, name=name, num_outputs=outputs)
         self._graph.insert_before(self._before, node)
-        return node.outputs
+        made: Sequence[ir.Value] = node.outputs
+        return made
 
     def constant(self, name: str, values: list[int]) -> ir.Value:
         """64-bit integers, for shapes and axes."""

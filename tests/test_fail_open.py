@@ -122,15 +122,12 @@ def test_a_client_is_told(nan_bundle: Path) -> None:
 
 
 def test_no_graph_is_compared_with_a_torch_model_that_gives_nan() -> None:
-    class Torch:
-        device = "cpu"
-
-        def run(self, images: Any) -> Any:
-            return np.full(len(images), 0.5, np.float32), np.full(images.shape[:3], np.nan, np.float32)
-
+    model = load_checkpoint()
+    with torch.no_grad():
+        model.visual.scale_weights.fill_(np.nan)
     proof = Proof([np.zeros((8, 8, 3), np.uint8)], ("part.png",))
     with pytest.raises(FBClipError, match=r"nan for part.png"):
-        run_reference(Torch(), proof, 16)
+        run_reference(TorchBackend(model), proof, model.config.image_size)
 
 
 # Frames that show nothing

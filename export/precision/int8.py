@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 from numpy.typing import NDArray
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -22,7 +23,7 @@ from onnxruntime.quantization import (
 )
 
 from fbclip.bundle import DYNAMIC
-from fbclip.export.graph import SCORES, SEPARATION, save_in_pieces
+from fbclip.export.graph import SCORES, SEPARATION, save_graph
 from fbclip.export.precision.float32_islands import Parts, parts_by_stage
 
 Feed = dict[str, NDArray[Any]]  # values of a graph's inputs
@@ -118,7 +119,7 @@ class Quantizer:
         del quantized.metadata_props[:]
         round_for_products_only(quantized.graph, set(products))
         name_by_stage(quantized.graph)
-        save_in_pieces(quantized, path)
+        save_graph(onnx_ir.from_proto(quantized), path)
 
     @cached_property
     def _ranges(self) -> Any:

@@ -112,6 +112,18 @@ class TorchBackend(Backend):
             return Described(found.features.cpu().numpy(), found.logits.cpu().numpy())
 
     @torch.no_grad()
+    def recall(self, described: Described, tensors: Tensors | None) -> Results:
+        """What `run` gives with a memory, or without one, for images that are described already: the same bits."""
+        assert self._adaptable and self.memory_shape
+        memory = self._on_device(tensors or Tensors.neutral(self.memory_shape))
+        features, logits = (torch.from_numpy(value).to(self.device) for value in described)
+        head = self._adaptable.head
+        fused = head.fused(logits, head.squared_distance(features, memory), memory.weights)
+        score, patch_map = self._adaptable.visual.probabilities(fused)
+        maps = self._upsampling @ patch_map @ self._upsampling.mT
+        return score.cpu().numpy(), maps.cpu().numpy()
+
+    @torch.no_grad()
     def device_times(self, images: NDArray[np.uint8]) -> dict[str, float] | None:
         """Milliseconds of one run by the GPU's events: upload, compute, download. None on a CPU."""
         if self.device == "cpu":

@@ -126,6 +126,12 @@ class OnnxRuntimeBackend(Backend):
         with self._turn:
             return Described(*self._run(images, (FEATURES, LOGITS)))
 
+    def run_described(self, images: NDArray[np.uint8]) -> tuple[Results, Described]:
+        """What `run` and `describe` give, of one run."""
+        with self._turn:
+            scores, maps, *described = self._run(images, (SCORE, ANOMALY_MAP, FEATURES, LOGITS))
+        return (scores, maps), Described(*described)
+
     def _run(self, images: NDArray[np.uint8], names: Sequence[str]) -> list[NDArray[np.float32]]:
         self._require_open()
         self._binding.bind_cpu_input(IMAGE, np.ascontiguousarray(images))

@@ -54,6 +54,7 @@ def test_from_an_official_checkpoint_to_the_recorded_map(
     bundle = Bundle.load(golden_bundle)
     check_graphs(bundle)
     check_cpu_graph(bundle)
+    check_cuda_graphs(bundle)
     check_report(bundle)
     check_taps(bundle, tmp_path)
 
@@ -91,6 +92,18 @@ def check_same_numbers(bundle: Bundle) -> None:
     assert all(np.abs(a - b).max() <= 1e-6 for a, b in zip(portable, ours, strict=True))
 
 
+def check_cuda_graphs(bundle: Bundle) -> None:
+    """The same on a GPU, where all inputs of the separation attention stay one batch."""
+    for precision in ("fp32", "fp16"):
+        graph = onnx.load(bundle.graph_for("cuda", precision), load_external_data=False).graph
+        kinds = Counter(node.op_type for node in graph.node)
+        assert (kinds["MultiHeadAttention"], kinds["Softmax"]) == (6 + 2, 2)  # the spatial view's are over windows
+        assert len(graph.node) < 0.9 * len(onnx.load(bundle.graph(precision)).graph.node)
+        places = {e.value for w in graph.initializer for e in w.external_data if e.key == "location"}
+        assert places == {bundle.graph(precision).name}
+        assert bundle.path.joinpath(VARIANTS["cuda", precision]).stat().st_size < 300_000
+
+
 def check_report(bundle: Bundle) -> None:
     report = json.loads((bundle.path / "parity.json").read_text())
     assert report["fp32"]["map"]["max"] < report["fp16"]["map"]["p999"] < 1e-3
@@ -117,6 +130,14 @@ def check_report(bundle: Bundle) -> None:
         assert found["features"] <= (1e-5 if precision == "fp32" else 5e-3)
     assert 0 < report["int8"]["memory"]["features"] < 1
     assert 0 < stages["block 1"] < stages["block 6"] < 1e-2
+    for (device, precision), name in VARIANTS.items():
+        found, (score_budget, map_budget) = report["variants"][name], parity.BUDGETS[precision]
+        assert (found["device"], found["images"]) == ("cpu", 2)  # there is no GPU to prove `device` on
+        assert device in name
+        assert found["score_max"] <= score_budget
+        assert 0 < found["map_p999"] <= map_budget
+    assert all(took >= 0 for took in report["seconds"].values())
+    assert "writing model.cuda.fp16.onnx" in report["seconds"]
     assert bundle.manifest.parity["fp16"]["map_p999"] == report["fp16"]["map"]["p999"]
     assert Image.open(bundle.path / "parity.jpg").size[0] > 800
 
@@ -124,7 +145,7 @@ def check_report(bundle: Bundle) -> None:
 def check_taps(bundle: Bundle, folder: Path) -> None:
     """A fault in one block is found there."""
     graph = onnx.load(bundle.graph("fp16"))
-    bias = next(i for i in graph.graph.initializer if i.name == "adaptable.visual.tower.blocks.2.mlp.c_proj.bias")
+    bias = next(i for i in graph.graph.initializer if i.name == "adaptable.visual.tower.blocks.2.mlp.c_proj.bias_fp16")
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float16(1), bias.name))
     faulty = folder / "faulty.onnx"
     onnx.save(graph, faulty)

@@ -24,7 +24,7 @@ from fbclip.errors import DeviceError, GraphError, ParityError, UsageError
 from fbclip.export import parity
 from fbclip.export.bundle import Deployment, GraphWriter
 from fbclip.export.engine import build_engine
-from fbclip.export.parity import Proof, find_calibration, run_reference, run_taught
+from fbclip.export.parity import Proof, find_calibration, run_reference
 from fbclip.export.precision.float32_islands import LARGEST_ISLANDS
 from fbclip.export.precision.int8 import Quantization, Quantizer
 from fbclip.export.tensorrt_rules import check_graph
@@ -198,10 +198,9 @@ def gate(golden_files: Path, golden_bundle: Path, tmp_path: Path) -> GraphWriter
     rng = np.random.default_rng(0)
     frames = [resize(rng.integers(0, 256, (9, 9, 3), np.uint8), golden.IMAGE_SIZE) for _ in range(2)]
     proof = Proof(frames, ("a", "b"))
-    reference = run_reference(trained, proof, golden.IMAGE_SIZE)
-    taught = run_taught(trained, proof, golden.IMAGE_SIZE)
+    reference, taught = run_reference(trained, proof, golden.IMAGE_SIZE)
     said: list[str] = []
-    gate = GraphWriter(model, trained.text.numpy(), proof, reference, taught, Deployment("b"), said.append)
+    gate = GraphWriter(model, trained.text.numpy(), proof, reference, taught, Deployment("b"), Steps(said.append))
     gate.said = said  # type: ignore[attr-defined]
     return gate
 
