@@ -13,18 +13,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Run
 from numpy.typing import NDArray
 from PIL import Image
 
 import fbclip
-from fbclip import Predictor
+from fbclip import Predictor, load_checkpoint
 from fbclip.errors import FBClipError, ImageError
 from fbclip.export.parity import Proof, run_reference
+from fbclip.model.backend import TorchBackend
 from fbclip.resample import resize
 from fbclip.runtime.backends import require_probabilities
 from fbclip.runtime.live.alarm import Alarm, Vote

@@ -27,6 +27,7 @@ from fbclip.export.engine import build_engine
 from fbclip.export.parity import Proof, find_calibration, run_reference
 from fbclip.export.precision.float32_islands import LARGEST_ISLANDS
 from fbclip.export.precision.int8 import Quantization, Quantizer
+from fbclip.export.report import Steps
 from fbclip.export.tensorrt_rules import check_graph
 from fbclip.folders import list_images
 from fbclip.images import read_image
