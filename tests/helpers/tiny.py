@@ -18,7 +18,8 @@ from fbclip.files import sha256
 def tiny_bundle(folder: Path, gain: float = 1.0) -> Path:
     """The embedded bundle with another graph, in `folder/tiny.fbclip`; brightness is multiplied by `gain`."""
     path = Path(shutil.copytree(EMBEDDED, folder / "tiny.fbclip"))
-    (path / "model.cpu.onnx").unlink()
+    for variant in ("model.cpu.onnx", "model.cuda.onnx"):
+        (path / variant).unlink()
     embedded = Bundle.load()
     side, width = embedded.manifest.image_size, embedded.text.shape[1]
     inputs = [
@@ -47,7 +48,8 @@ def tiny_bundle(folder: Path, gain: float = 1.0) -> Path:
     graph = make_graph(nodes, "tiny", inputs, outputs, constants)
     onnx.save(make_model(graph, opset_imports=[make_opsetid("", 18)], ir_version=8), path / "model.onnx")
     manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["files"]["model.cpu.onnx"]
+    for variant in ("model.cpu.onnx", "model.cuda.onnx"):
+        del manifest["files"][variant]
     manifest["memory"] = None
     manifest["files"]["model.onnx"] = sha256(path / "model.onnx")
     (path / "manifest.json").write_text(json.dumps(manifest))
