@@ -182,6 +182,8 @@ class _Steps:
             row, images, stopping = trainer.step(number, parts, self.stop.signal is not None)
             took.add(images, waiting=loaded - start, computing=time.perf_counter() - loaded)
             self._leave_out(message for part in parts for message in part.unreadable)
+            while trainer.notices:
+                say(self.bar.console, trainer.notices.pop(0))
             speed = images / (time.perf_counter() - start)
             self.bar.update(task, completed=number, note=f"loss {trainer.usual_loss:.4f}")
             verdict = self._judge(number, row)
