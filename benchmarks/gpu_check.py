@@ -1,0 +1,515 @@
+"""Everything that a GPU can be asked, in one run on a bare machine: correctness, times, training, memory.
+
+python benchmarks/gpu_check.py                          # runs/gpu_check/gpu_check.json and a table, in under 7 minutes
+python benchmarks/gpu_check.py --quick --device cpu     # tiny models: whether the script itself works
+python benchmarks/gpu_check.py --parts times,train --bundle large.fbclip    # parts whose names begin so; an exported ViT-L/14
+
+Nothing is fetched: the repository is imported from where this file is, packages that are missing come from a folder of wheels
+(--wheels). Each part is a process of its own with its own time limit; one that fails is reported and left out. The JSON is
+written after each part, so that an interrupted run leaves what it had. A bundle that --out has already isn't written again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "numpy", "open_clip_torch")
+CARD = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")  # of nvidia-smi
+MARK, SKIPPED = "figures: ", 77  # before a line of figures; the exit code of a part that lacks something
+BATCHES, LARGEST = (1, 8), 8
+WARM_UP, RUNS, SECONDS = 3, 50, 1.5  # of one measurement: runs that don't count, at most, and seconds in all
+PRODUCT_SIDE, QUICK_SIDE = 8192, 512  # of the matrices whose product is timed
+RECORDED_SIDE, PUBLISHED_SIDE = 154, 518  # pixels, of the recorded configuration and of ViT-L/14
+ENGINES = {"tensorrt": "--engine", "tensorrt-rtx": "--rtx"}  # built by this option of fbclip export
+TRAINED = {"default": 64, "large": 8}  # images a step
+STEPS, QUICK_STEPS = 60, 6
+QUICK_PATIENCE = 4  # times the limits: two busy cores are no GPU machine
+Figures = dict[str, Any]
+
+
+class Skipped(Exception):
+    """What a part needs is not there."""
+
+
+class Part(NamedTuple):
+    """`run(asked, *arguments)` yields figures, each of which is kept even if a later one fails."""
+
+    name: str
+    seconds: float
+    run: Callable[..., Iterator[Figures]]
+    arguments: tuple[str, ...] = ()
+
+
+def all_parts(asked: Namespace) -> list[Part]:
+    """In the order of their worth, should time run out."""
+    from fbclip.runtime.backends import DEVICES
+
+    gpu = asked.device == "cuda"
+    captured = ("torch-captured fp32", "torch-captured fp16") if gpu else ()
+    torch_kinds = ("torch-reference fp32", "torch fp32", "torch fp16", *captured)
+    deployed = [f"{device} {precision}" for device in DEVICES for precision in ("fp32", "fp16")]
+    timed = [kind for kind in deployed if kind.startswith("cpu") != gpu]
+    return [
+        Part("card", 20, card),
+        Part("rates", 40, rates),
+        Part("export recorded", 60, export, ("recorded",)),
+        Part("correct torch", 40, correct, (*torch_kinds[:2], *captured[:1])),
+        *(Part(f"correct {kind}", 60, correct, (kind,)) for kind in deployed),
+        *([] if asked.quick else [Part("export default", 60, export, ("default",))]),
+        Part("times default torch", 45, times, ("default", *torch_kinds)),
+        *(Part(f"times default {kind}", 45, times, ("default", kind)) for kind in timed),
+        *(
+            Part(f"train default {side}", 60, train, ("default", side))
+            for side in (("96",) if asked.quick else ("96", "192"))
+        ),
+        Part("export large", 120, export, ("large",)),
+        Part("times large torch", 90, times, ("large", *torch_kinds)),
+        *(Part(f"times large {kind}", 60, times, ("large", kind)) for kind in timed),
+        Part("train large", 90, train, ("large", "154" if asked.quick else "518")),
+    ]
+
+
+# The work of the parts
+
+
+def card(asked: Namespace) -> Iterator[Figures]:
+    """What the figures are of."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    cores = len(os.sched_getaffinity(0))
+    yield {**{field: smi(field) for field in CARD}, "cores": cores, "python": platform.python_version(), **versions}
+
+
+def rates(asked: Namespace) -> Iterator[Figures]:
+    """What bounds the models: the card's TFLOP/s of a square product, GB/s read and written in a copy on it, and to and
+    from pinned memory; and the 10^9 operations of one image that the method can't do without."""
+    import torch
+    from vit_large import operations
+
+    from fbclip.model import checkpoint
+    from fbclip.model.clip import clip_config
+    from fbclip.model.config import default_config
+
+    side, gpu = QUICK_SIDE if asked.quick else PRODUCT_SIDE, asked.device == "cuda"
+    precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    matrix = torch.randn(side, side, device=asked.device)
+    target, pinned = torch.empty_like(matrix), torch.empty(matrix.shape, pin_memory=gpu)
+    found: Figures = {}
+    for name in precisions if gpu else ("fp32",):
+        typed = matrix.to(precisions[name])
+        found[f"product_{name}_tflops"] = 2 * side**3 / seconds_of(lambda a=typed: a @ a, gpu) / 1e12
+    found["copy_gb_s"] = 2 * matrix.nbytes / seconds_of(lambda: target.copy_(matrix), gpu) / 1e9
+    if gpu:
+        found["upload_gb_s"] = matrix.nbytes / seconds_of(lambda: target.copy_(pinned, non_blocking=True), gpu) / 1e9
+        found["download_gb_s"] = matrix.nbytes / seconds_of(lambda: pinned.copy_(target, non_blocking=True), gpu) / 1e9
+    large = torch_model(asked, "large").config if asked.quick else default_config(clip_config("ViT-L-14-336"))
+    models = {"default": checkpoint.load(checkpoint.NANO).config, "large": large}
+    yield {**found, **{f"gflop_{name}": operations(config) / 1e9 for name, config in models.items()}}
+
+
+def export(asked: Namespace, which: str) -> Iterator[Figures]:
+    """Write the bundle that the deployed backends run, float32 and float16."""
+    if (path := bundle_path(asked, which)).exists():
+        raise Skipped(f"{path} is there already")
+    from fbclip.export.bundle import Deployment, export_bundle
+    from fbclip.export.parity import Proof
+
+    start, steps = time.perf_counter(), []
+    _, parities = export_bundle(
+        torch_model(asked, which),
+        path,
+        Proof([picture(asked, which)], (which,)),
+        Deployment(which, half=True),
+        lambda line: steps.append(f"{time.perf_counter() - start:.1f} s: {line}"),
+    )
+    parity = {p.precision: p.to_dict() for p in parities}
+    yield {"seconds": time.perf_counter() - start, "steps": steps, "parity": parity, "peak_host_mb": peak_host_mb()}
+
+
+def correct(asked: Namespace, *kinds: str) -> Iterator[Figures]:
+    """How far backends are from the recorded numbers of the reference program, from uint8 image to map."""
+    import numpy as np
+
+    with np.load(Path(asked.recorded) / "mini.npz", allow_pickle=False) as recorded:
+        expected = [recorded[name] for name in ("raw_image_score", "raw_anomaly_map")]
+    for kind in kinds:
+        runs = backend_of(asked, "recorded", kind)
+        for _ in range(3):  # plainly, captured, replayed
+            found = runs.run(picture(asked, "recorded")[None])
+        score, map_ = (float(np.abs(f[0] - e).max()) for f, e in zip(found, expected, strict=True))
+        yield {"kind": kind, "score_off": score, "map_off": map_, "launches": runs.launches}
+        from fbclip.export.parity import BUDGETS  # not before: no torch beside ONNX Runtime
+
+        if not (score <= BUDGETS[kind[-4:]][0] and map_ <= BUDGETS[kind[-4:]][1]):
+            raise ValueError(f"{kind} is {score:.1e} (score) and {map_:.1e} (map) from the recorded numbers")
+
+
+def times(asked: Namespace, which: str, *kinds: str) -> Iterator[Figures]:
+    """Milliseconds from frames in host memory to maps in host memory, of backends written as "NAME PRECISION"."""
+    import numpy as np
+
+    for kind in kinds:
+        runs = backend_of(asked, which, kind)
+        for batch in BATCHES[:1] if asked.quick else BATCHES:
+            images = np.repeat(picture(asked, which)[None], batch, axis=0)
+            first, first_s = runs.run(images), time.time() - asked.began
+            yield {
+                "model": which,
+                "kind": kind,
+                "batch": batch,
+                # it waits for the device itself
+                "ms_an_image": 1e3 / batch * seconds_of(lambda images=images, runs=runs: runs.run(images), False),
+                "off_reference": off_reference(asked, which, kind, first),
+                "launches": runs.launches,
+                "device_ms": runs.device_times(images),
+                "first_result_s": first_s if kind == kinds[0] and batch == 1 else None,
+                "peak_host_mb": peak_host_mb(),
+                "device_mb": smi("memory.used"),
+            }
+        runs.close()
+
+
+def train(asked: Namespace, which: str, side: str) -> Iterator[Figures]:
+    """Images a second of whole steps: the default tower at some sides in pixels, or the head of ViT-L/14 on cached tokens."""
+    import torch
+
+    from fbclip.training.loop import Execution, accelerator_for, train
+    from fbclip.training.step import Recipe
+
+    model, steps = torch_model(asked, which, int(side)), QUICK_STEPS if asked.quick else STEPS
+    batch = 4 if asked.quick else TRAINED[which]
+    model.visual.tower.requires_grad_(which == "default")
+    out, accelerator = Path(asked.out, f"train-{which}-{side}"), accelerator_for("auto")
+    workers = 0 if asked.quick else min(8, len(os.sched_getaffinity(0)) - 1)
+    cache = None if which == "default" else Path(asked.out, "tokens")
+    execution = Execution(workers=workers, save_every=10**6, cache_tokens=cache, progress=False)
+    recipe, data = Recipe(epochs=2, batch_size=batch), Drawn(model.config.image_size, batch * steps // 2)
+    took = train(model, data, recipe, out, execution, accelerator=accelerator)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    yield {
+        "model": which,
+        "side": int(side),
+        "batch": batch,
+        "precision": accelerator.mixed_precision,
+        "images_a_second": statistics.median(row["images_per_s"] for row in rows[steps // 2 :]),
+        "waiting_for_data": took.waiting / took.seconds,
+        "peak_device_mb": torch.cuda.max_memory_allocated() / 1e6 if asked.device == "cuda" else None,
+        "peak_host_mb": peak_host_mb(),
+    }
+
+
+# What they share
+
+
+class Drawn:
+    """Generated pictures with defects, 32 of them over and over: it is not drawing that is measured."""
+
+    def __init__(self, side: int, length: int) -> None:
+        from fbclip.data.procedural import ProceduralDefects
+
+        self.length, self.samples = length, [ProceduralDefects(side, 32)[i] for i in range(min(length, 32))]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index % len(self.samples)]
+
+
+def torch_model(asked: Namespace, which: str, side: int | None = None) -> Any:
+    """The embedded model ("default", at the side it is deployed at or another), ViT-L/14 at 518 px ("large") or the recorded
+    configuration, which is also the large one of a quick run."""
+    from vit_large import large_model
+
+    from fbclip.model import checkpoint
+    from helpers import golden
+
+    if which == "default":
+        return checkpoint.load(checkpoint.NANO, image_size=side)
+    if which == "large" and not asked.quick:
+        return large_model()
+    folder = Path(asked.out, f"golden-{os.getpid()}")
+    folder.mkdir(exist_ok=True)
+    return golden.model(folder)
+
+
+def picture(asked: Namespace, which: str) -> Any:
+    """uint8 (S, S, 3)."""
+    import numpy as np
+
+    from fbclip.bundle import Bundle
+    from fbclip.resample import resize
+
+    if which == "recorded" or (which == "large" and asked.quick):
+        with np.load(Path(asked.recorded) / "mini.npz", allow_pickle=False) as recorded:
+            return resize(recorded["raw_image"], RECORDED_SIDE)
+    side = PUBLISHED_SIDE if which == "large" else Bundle.load().manifest.image_size
+    return np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+
+
+def bundle_path(asked: Namespace, which: str) -> Path:
+    return asked.bundle if which == "large" and asked.bundle else Path(asked.out, f"{which}.fbclip")
+
+
+def backend_of(asked: Namespace, which: str, kind: str) -> Any:
+    """A deployed backend, or torch's: the model ("torch"), its literal transcription ("torch-reference"), or the model
+    replayed as a CUDA graph ("torch-captured"); "fp16" is autocast there."""
+    name, precision = kind.split()
+    if name.startswith("torch"):
+        return torch_backend(asked, which, name, precision)
+    from fbclip.bundle import Bundle
+    from fbclip.errors import DeviceError
+    from fbclip.runtime.backends import make_backend
+
+    path = bundle_path(asked, which)
+    bundle = Bundle.load(None if which == "default" and not path.exists() else path)
+    if precision not in bundle.manifest.precisions:
+        raise Skipped(f"{bundle.path.name} has {', '.join(bundle.manifest.precisions)}")
+    try:
+        if name in ENGINES:
+            build_engine(bundle.path, ENGINES[name], precision)
+            bundle = Bundle.load(bundle.path)
+        return make_backend(bundle, name, precision, LARGEST)[0]
+    except DeviceError as error:
+        raise Skipped(str(error)) from error
+
+
+def build_engine(bundle: Path, option: str, precision: str) -> None:
+    command = [sys.executable, "-m", "fbclip.cli", "export", "--bundle", str(bundle), option, "--precision", precision]
+    built = subprocess.run([*command, "--batch", f"1,1,{LARGEST}"], capture_output=True, text=True, cwd=ROOT)
+    if built.returncode:
+        last = (built.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise Skipped(last) if built.returncode == 2 else RuntimeError(last)
+
+
+def torch_backend(asked: Namespace, which: str, name: str, precision: str) -> Any:
+    import torch
+
+    from fbclip.model import reference
+    from fbclip.model.backend import TorchBackend
+    from fbclip.model.capture import Captured
+
+    model, half = torch_model(asked, which), torch.float16 if asked.device == "cuda" else torch.bfloat16
+
+    def forward(image: Any, text: Any) -> Sequence[Any]:
+        with torch.autocast(asked.device, half, enabled=precision == "fp16"):
+            if name == "torch-reference":
+                return reference.forward(model.visual, image, text)
+            return [result.float() for result in model.visual(image, text)]
+
+    return TorchBackend(model, asked.device, Captured(forward) if name == "torch-captured" else forward)
+
+
+def off_reference(asked: Namespace, which: str, kind: str, found: Any) -> float | None:
+    """Largest difference of score and map from the literal reference, which comes first; None where it did not."""
+    import numpy as np
+
+    kept = Path(asked.out, f"reference-{which}.npz")
+    if kind == "torch-reference fp32":
+        np.savez(kept, scores=found[0][:1], maps=found[1][:1])
+    if not kept.is_file():
+        return None
+    with np.load(kept) as reference:
+        return max(float(np.abs(found[n][:1] - reference[name]).max()) for n, name in enumerate(("scores", "maps")))
+
+
+def seconds_of(work: Callable[[], object], gpu: bool) -> float:
+    """Median seconds of one run."""
+    wait: Callable[[], object] = bool
+    if gpu:
+        import torch
+
+        wait = torch.cuda.synchronize
+    seconds: list[float] = []
+    while len(seconds) < WARM_UP + 1 or (len(seconds) < WARM_UP + RUNS and sum(seconds) < SECONDS):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[WARM_UP:])
+
+
+def peak_host_mb() -> float:
+    from fbclip.runtime.bench.runner import peak_host_mb
+
+    return peak_host_mb()
+
+
+def smi(field: str) -> str | None:
+    """What nvidia-smi says of the first GPU; None where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
+
+
+# Running them
+
+
+def run_part(part: Part, seconds: float) -> Figures:
+    """Status, reason, seconds and figures of a part, in a process that is killed when its time is up."""
+    start = time.time()
+    command = [sys.executable, *sys.argv, "--part", part.name, "--began", str(start)]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            late, code = False, process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            late, code = True, 1
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # those that it started, too
+            process.wait()
+        said.seek(0)
+        lines = [line.strip() for line in said if line.strip()]
+    figures = [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
+    last = next((line for line in reversed(lines) if not line.startswith(MARK)), "it said nothing")
+    status = {0: "ok", SKIPPED: "skipped"}.get(code, "failed")
+    reason = None if status == "ok" else f"stopped after its {seconds:.0f} s; {last}" if late else last
+    return {"status": status, "reason": reason, "seconds": round(time.time() - start, 1), "figures": figures}
+
+
+def be_part(asked: Namespace) -> int:
+    """In a part's process: its figures as marked lines, and the reason as the last line where it ends early."""
+    part = next(part for part in all_parts(asked) if part.name == asked.part)
+    try:
+        for figures in part.run(asked, *part.arguments):
+            print(MARK + json.dumps(figures), flush=True)
+    except (Skipped, ModuleNotFoundError) as missing:
+        print(" ".join(str(missing).split()))
+        return SKIPPED
+    return 0
+
+
+def figures_of(report: Figures, *having: str) -> list[Figures]:
+    """All that have these fields."""
+    found = [figures for part in report["parts"].values() for figures in part["figures"]]
+    return [figures for figures in found if all(name in figures for name in having)]
+
+
+def add_shares(report: Figures) -> None:
+    """Of each time, the share of the card's product rate in that precision, measured in the same run."""
+    for bounds in figures_of(report, "copy_gb_s"):
+        for f in figures_of(report, "ms_an_image"):
+            if rate := bounds.get(f"product_{f['kind'].split()[1]}_tflops"):
+                f["share_of_product_rate"] = bounds[f"gflop_{f['model']}"] / f["ms_an_image"] / rate
+
+
+def goals(report: Figures) -> dict[str, float | None]:
+    """What was found of what is to be reached; None where it was not measured."""
+
+    def best(model: str, batch: int, wanted: Callable[[str], bool]) -> float | None:
+        found = figures_of(report, "ms_an_image")
+        alike = (f for f in found if (f["model"], f["batch"]) == (model, batch) and wanted(f["kind"]))
+        return min((f["ms_an_image"] for f in alike), default=None)
+
+    def deployed(kind: str) -> bool:
+        return kind.endswith("fp16") and not kind.startswith("torch")
+
+    literal, large = best("large", 1, "torch-reference fp32".__eq__), best("large", 1, deployed)
+    trained = [f["images_a_second"] for f in figures_of(report, "images_a_second") if f["model"] == "default"]
+    return {
+        "default model, fp16, batch 1: ms, at most 1.0": best("default", 1, deployed),
+        "ViT-L/14 at 518, fp16, batch 1: ms, at most 8": large,
+        "ViT-L/14 at 518, fp16, batch 8: ms an image, at most 4": best("large", 8, deployed),
+        "ViT-L/14 at 518: times as fast as the literal reference, at least 9": literal / large
+        if literal and large
+        else None,
+        "training the default tower: images/s, at least 4000": max(trained, default=None),
+    }
+
+
+def print_report(report: Figures) -> None:
+    def shown(value: float | None, digits: str) -> str:
+        return "-" if value is None else format(value, digits)
+
+    print(f"\n{'':36}{'batch':>6}{'ms an image':>13}{'of product rate':>17}{'off reference':>15}{'first s':>9}")
+    for f in figures_of(report, "ms_an_image"):
+        columns = (
+            (f.get("share_of_product_rate"), ".1%", 17),
+            (f["off_reference"], ".1e", 15),
+            (f["first_result_s"], ".1f", 9),
+        )
+        rest = "".join(shown(value, digits).rjust(width) for value, digits, width in columns)
+        print(f"{f['model'] + ', ' + f['kind']:36}{f['batch']:6}{f['ms_an_image']:13.3f}{rest}")
+    for f in figures_of(report, "images_a_second"):
+        how = f"images/s in {f['precision']}, {f['waiting_for_data']:.0%} waiting for data"
+        print(
+            f"{'training ' + f['model'] + ' at ' + str(f['side']):36}{f['batch']:6}{f['images_a_second']:13.1f} {how}"
+        )
+    for goal, found in goals(report).items():
+        print(f"{goal}: {shown(found, '.2f')}")
+    for name, part in report["parts"].items():
+        if part["status"] != "ok":
+            print(f"{part['status']}: {name}: {part['reason']}")
+
+
+def install(wheels: Path, target: Path) -> None:
+    """Unpack wheels to where every part finds them, behind what is installed."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target)]
+    subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(target))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny models and few runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu_check"), help="folder of the JSON and of what is made"
+    )
+    parser.add_argument(
+        "--recorded", type=Path, default=ROOT / "tests/recorded", help="folder of the recorded mini.npz"
+    )
+    parser.add_argument("--bundle", type=Path, help="of ViT-L/14, as this script exports it")
+    parser.add_argument("--wheels", type=Path, help="folder of packages that are missing")
+    parser.add_argument("--parts", default="", help="with commas: only those whose names begin so")
+    parser.add_argument("--minutes", type=float, default=6.8, help="for everything")
+    for name, kind in (("--part", str), ("--began", float)):  # of the process of a part
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.quick:  # threads that wait for each other take longer than tiny models
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if asked.part:
+        sys.exit(be_part(asked))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so through `finally`, which ends the part under way
+    end, written = time.monotonic() + 60 * asked.minutes, asked.out / "gpu_check.json"
+    asked.out.mkdir(parents=True, exist_ok=True)
+    if asked.wheels:
+        install(asked.wheels, asked.out.resolve() / "packages")
+    report: Figures = {"command": " ".join(sys.argv), "parts": {}}
+    for part in all_parts(asked):
+        if part.name.startswith(tuple(asked.parts.split(","))):
+            left = end - time.monotonic()
+            late = {"status": "skipped", "reason": "no time was left", "seconds": 0.0, "figures": []}
+            limit = min(part.seconds * (QUICK_PATIENCE if asked.quick else 1), left)
+            report["parts"][part.name] = done = run_part(part, limit) if left > 0 else late
+            add_shares(report)
+            written.with_suffix(".part").write_text(json.dumps(report, indent=1) + "\n")
+            written.with_suffix(".part").replace(written)
+            print(f"{done['seconds']:6.1f} s  {part.name}: {done['status']}", flush=True)
+    print_report(report)
+
+
+if __name__ == "__main__":
+    main()
