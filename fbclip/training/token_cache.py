@@ -74,9 +74,9 @@ class TokenCache(Dataset[Entry]):
     def __getitem__(self, index: int) -> Entry:
         if self.arrays["state"][index] == UNREADABLE:
             return f"sample {index} could not be read when the tokens were cached; delete {self.folder} to try again"
-        # copies: a row leaves the map here, so that a worker never sends a mapped page
-        tokens, mask = (np.array(self.arrays[name][index]) for name in ("tokens", "masks"))
-        return index, torch.from_numpy(tokens), torch.from_numpy(mask)
+        # rows of the map, which `collate` copies into the batch: no page of a map is ever sent
+        tokens, mask = (torch.from_numpy(self.arrays[name][index]) for name in ("tokens", "masks"))
+        return index, tokens, mask
 
     @property
     def missing(self) -> list[int]:

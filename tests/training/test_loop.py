@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
+from torch.overrides import TorchFunctionMode
 
 from fbclip.bundle import Bundle
 from fbclip.data import surfaces
@@ -39,6 +40,7 @@ from fbclip.model import checkpoint
 from fbclip.model.clip import load_clip
 from fbclip.runtime.evaluation.evaluate import evaluate
 from fbclip.training import loop as training
+from fbclip.training.batches import ReadableSamples, collate
 from fbclip.training.evaluation import checkpoint_subject
 from fbclip.training.report import samples_to_show
 from fbclip.training.step import Recipe, Trainer, batch_order
@@ -93,6 +95,51 @@ def test_resume_goes_on_as_if_never_stopped(
     assert [row["total"] for row in metrics(tmp_path / "cut")] == [row["total"] for row in metrics(tmp_path / "whole")]
     assert Image.open(tmp_path / "cut/epoch-001.png").size[0] > 800
     assert "12" in fbclip(*arguments(tmp_path, "cut", 14), "--resume", *options.split(), code=2).stderr
+
+
+def test_the_published_batch_is_kept_where_a_recipe_is_published() -> None:
+    """A larger default would take a sixteenth of the steps at the same rate: on few images it learns nothing."""
+    assert [training.default_batch(device, True) for device in ("cpu", "cuda")] == [4, 64]
+    assert [training.default_batch(device, False) for device in ("cpu", "cuda", "mps")] == [4, 4, 4]
+
+
+def test_workers_by_default() -> None:
+    assert training.default_workers("cpu", 1, False) == 1
+    assert training.default_workers("cuda", 1, True) == 2
+    assert 1 <= training.default_workers("cuda", 1000, False) <= training.default_workers("cuda", 1, False) <= 8
+
+
+def test_a_step_waits_for_the_device_once(tmp_path: Path) -> None:
+    """Each wait leaves a GPU without work; what a step brings to the host comes in one piece, whatever the parts."""
+    trainer = Trainer(tiny_model(), ProceduralDefects(32, 4), Recipe(), tmp_path, training.accelerator_for("no"))
+    readable = ReadableSamples(trainer.data)
+    parts = [collate([readable[i], readable[i + 1]]) for i in (0, 2)]
+    trainer.optimisers = []  # Adam on a CPU looks at its count of steps, which its fused form on a GPU does not
+    with ToHost() as watch:
+        trainer.step(1, parts, False)
+    assert watch.tensors == 1
+
+
+class ToHost(TorchFunctionMode):
+    """Counts the calls that hand a tensor's values to Python, for which a GPU has to be waited."""
+
+    WAITS: ClassVar[set[object]] = {
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.cpu,
+        torch.Tensor.numpy,
+        torch.Tensor.__bool__,
+        torch.Tensor.__float__,
+        torch.Tensor.__int__,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tensors += func in self.WAITS
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_second_run_does_not_overwrite_the_first(fbclip: Run, tmp_path: Path) -> None:

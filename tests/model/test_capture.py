@@ -1,0 +1,80 @@
+"""CUDA graphs: the same numbers as without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fbclip.bundle import Bundle
+from fbclip.data.procedural import ProceduralDefects
+from fbclip.errors import DeviceError
+from fbclip.model.backend import TorchBackend, bundle_backend
+from fbclip.model.capture import Captured
+from fbclip.training import loop as training
+from fbclip.training.step import Recipe, Trainer
+from helpers import golden
+from helpers.training import metrics, tiny_model
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_captured() -> None:
+    with pytest.raises(DeviceError, match="torch-captured needs a GPU"):
+        bundle_backend(Bundle.load(), "torch-captured", None, None, None)
+
+
+def test_what_a_gpu_does_not_take_is_computed_plainly_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here no device takes a graph, so that the refusal is a real one."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    data, recipe, execution = ProceduralDefects(32, 8), Recipe(1, 4, 1e-3), training.Execution(progress=False)
+    training.train(tiny_model(), data, recipe, tmp_path / "plain", execution)
+    assert "CUDA graph" not in capsys.readouterr().out
+    begin = Trainer.__init__
+
+    def captured(self: Trainer, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        self.passes = Captured(self._losses_and_gradient)
+
+    monkeypatch.setattr(Trainer, "__init__", captured)
+    training.train(tiny_model(), data, recipe, tmp_path / "refused", execution)
+    told = [line for line in capsys.readouterr().out.splitlines() if "CUDA graph" in line]
+    assert len(told) == 1 and told[0].startswith("training without a CUDA graph")
+    plain, refused = ([row["total"] for row in metrics(tmp_path / name)] for name in ("plain", "refused"))
+    assert plain == refused
+
+
+@gpu
+@torch.no_grad()
+def test_a_captured_forward_pass(golden_files: Path) -> None:
+    model = golden.model(golden_files)
+    frames = np.random.default_rng(0).integers(0, 256, (5, golden.IMAGE_SIZE, golden.IMAGE_SIZE, 3), np.uint8)
+    eager, captured = TorchBackend(model, "cuda"), TorchBackend(model, "cuda", Captured(model.visual))
+    assert captured.launches == "CUDA graph"
+    expected = eager.run(frames)
+    for batch in (1, 1, 1, 2, 2, 2, 1):  # plainly, captured, replayed, and back
+        kept = captured.run(frames[:batch])
+        captured.run(frames[4 : 4 + 1])
+        for found, right in zip(kept, expected, strict=True):
+            np.testing.assert_allclose(found, right[:batch], atol=1e-6)
+
+
+@gpu
+def test_captured_training_takes_the_same_steps(tmp_path: Path) -> None:
+    """Two parts a step, and a last step with fewer images."""
+    rows = []
+    for name in ("captured", "plain"):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "plain":
+                patch.setattr("fbclip.training.step.Captured", lambda work: work)
+            execution = training.Execution(accumulate=2)
+            training.train(tiny_model(), ProceduralDefects(32, 22), Recipe(2, 4, 1e-3), tmp_path / name, execution)
+        rows.append([(row["total"], row["gradient_norm"]) for row in metrics(tmp_path / name)])
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4)
