@@ -73,7 +73,7 @@ def test_captured_training_takes_the_same_steps(tmp_path: Path) -> None:
     for name in ("captured", "plain"):
         with pytest.MonkeyPatch.context() as patch:
             if name == "plain":
-                patch.setattr("fbclip.training.step.Captured", lambda work: work)
+                patch.setattr(Captured, "__call__", lambda self, *inputs: self.work(*inputs))
             execution = training.Execution(accumulate=2)
             training.train(tiny_model(), ProceduralDefects(32, 22), Recipe(2, 4, 1e-3), tmp_path / name, execution)
         rows.append([(row["total"], row["gradient_norm"]) for row in metrics(tmp_path / name)])
