@@ -143,7 +143,7 @@ class ToHost(TorchFunctionMode):
 
 
 def test_a_second_run_does_not_overwrite_the_first(fbclip: Run, tmp_path: Path) -> None:
-    fbclip(*arguments(tmp_path, "run", 2))
+    assert "2 images a step" in fbclip(*arguments(tmp_path, "run", 2)).stdout
     assert "--resume" in fbclip(*arguments(tmp_path, "run", 2), code=2).stderr
 
 
