@@ -254,8 +254,8 @@ class Trainer:
             if not captured:
                 raise
             self.notices.append(f"training without a CUDA graph, which this GPU did not take: {one_line(error)}")
-            self.passes = self._losses_and_gradient
-            return self._accumulated(parts)
+        self.passes = self._losses_and_gradient  # here, where the error holds on to no memory any more
+        return self._accumulated(parts)
 
     def _losses_and_gradient(self, inputs: Tensor, masks: Tensor) -> tuple[Tensor]:
         """A forward and a backward pass: the losses (T,) of a part, whose gradient is added to the parameters', weighted

@@ -120,6 +120,31 @@ def test_a_step_waits_for_the_device_once(tmp_path: Path) -> None:
     assert watch.tensors == 1
 
 
+def test_a_run_of_a_gpu_goes_on_on_a_cpu(tmp_path: Path) -> None:
+    """The optimiser's form is the device's: a GPU's would take other steps here."""
+
+    def trainer() -> Trainer:
+        accelerator = training.accelerator_for("no")
+        return Trainer(tiny_model(), ProceduralDefects(32, 12), Recipe(), tmp_path, accelerator)
+
+    whole = trainer()
+    readable = ReadableSamples(whole.data)
+    batches = [collate([readable[i] for i in indices]) for indices in whole.batches[:3]]
+    for number in (1, 2):
+        whole.step(number, [batches[number - 1]], False)
+    whole.save(2)
+    path = tmp_path / "optimiser-000002.pt"
+    state = torch.load(path, weights_only=True)
+    for group in state["optimisers"][0]["param_groups"]:
+        group["fused"] = True
+    torch.save(state, path)
+    resumed = trainer()
+    assert resumed.resume() == 2
+    assert resumed.step(3, [batches[2]], False) == whole.step(3, [batches[2]], False)
+    for one, other in zip(whole.parameters, resumed.parameters, strict=True):
+        assert torch.equal(one, other)
+
+
 class ToHost(TorchFunctionMode):
     """Counts the calls that hand a tensor's values to Python, for which a GPU has to be waited."""
 
