@@ -25,6 +25,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +130,7 @@ def rates(asked: Namespace) -> Iterator[Figures]:
         found["download_gb_s"] = (
             matrix.nbytes / seconds_of(asked, lambda: pinned.copy_(target, non_blocking=True), gpu) / 1e9
         )
-    large = torch_model(asked, "large").config if asked.quick else default_config(clip_config("ViT-L-14-336"))
+    large = torch_model(asked.quick, "large").config if asked.quick else default_config(clip_config("ViT-L-14-336"))
     models = {"default": checkpoint.load(checkpoint.NANO).config, "large": large}
     yield {**found, **{f"gflop_{name}": operations(config) / 1e9 for name, config in models.items()}}
 
@@ -143,7 +144,7 @@ def export(asked: Namespace, which: str) -> Iterator[Figures]:
 
     start, steps = time.perf_counter(), []
     _, parities = export_bundle(
-        torch_model(asked, which),
+        torch_model(asked.quick, which),
         path,
         Proof([picture(asked, which)], (which,)),
         Deployment(which, half=True),
@@ -206,7 +207,7 @@ def train(asked: Namespace, which: str, side: str, how: str = "as it is") -> Ite
     from fbclip.training.loop import Execution, accelerator_for, train
     from fbclip.training.step import Recipe
 
-    model, steps = torch_model(asked, which, int(side)), QUICK_STEPS if asked.quick else STEPS
+    model, steps = torch_model(asked.quick, which, int(side)), QUICK_STEPS if asked.quick else STEPS
     batch = 4 if asked.quick else TRAINED[which]
     model.visual.tower.requires_grad_(which == "default")
     if how == "plainly":
@@ -249,7 +250,8 @@ class Drawn:
         return self.samples[index % len(self.samples)]
 
 
-def torch_model(asked: Namespace, which: str, side: int | None = None) -> Any:
+@cache
+def torch_model(quick: bool, which: str, side: int | None = None) -> Any:
     """The embedded model ("default", at the side it is deployed at or another), ViT-L/14 at 518 px ("large") or the recorded
     configuration, which is also the large one of a quick run."""
     from vit_large import large_model
@@ -259,11 +261,10 @@ def torch_model(asked: Namespace, which: str, side: int | None = None) -> Any:
 
     if which == "default":
         return checkpoint.load(checkpoint.NANO, image_size=side)
-    if which == "large" and not asked.quick:
+    if which == "large" and not quick:
         return large_model()
-    folder = Path(asked.out, f"golden-{os.getpid()}")
-    folder.mkdir(exist_ok=True)
-    return golden.model(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        return golden.model(Path(folder))
 
 
 def picture(asked: Namespace, which: str) -> Any:
@@ -299,7 +300,7 @@ def backend_of(asked: Namespace, which: str, kind: str) -> Any:
     if precision not in bundle.manifest.precisions:
         raise Skipped(f"{bundle.path.name} has {', '.join(bundle.manifest.precisions)}")
     try:
-        if name in ENGINES:
+        if name in ENGINES and path.exists():  # never into the embedded one
             build_engine(bundle.path, ENGINES[name], precision)
             bundle = Bundle.load(bundle.path)
         return make_backend(bundle, name, precision, LARGEST)[0]
@@ -322,7 +323,7 @@ def torch_backend(asked: Namespace, which: str, name: str, precision: str) -> An
     from fbclip.model.backend import TorchBackend
     from fbclip.model.capture import Captured
 
-    model, half = torch_model(asked, which), torch.float16 if asked.device == "cuda" else torch.bfloat16
+    model, half = torch_model(asked.quick, which), torch.float16 if asked.device == "cuda" else torch.bfloat16
 
     def forward(image: Any, text: Any) -> Sequence[Any]:
         with torch.autocast(asked.device, half, enabled=precision == "fp16"):
