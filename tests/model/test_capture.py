@@ -15,6 +15,7 @@ from fbclip.errors import DeviceError
 from fbclip.model.backend import TorchBackend, bundle_backend
 from fbclip.model.capture import Captured
 from fbclip.training import loop as training
+from fbclip.training.batches import ReadableSamples, collate
 from fbclip.training.step import Recipe, Trainer
 from helpers import golden
 from helpers.training import metrics, tiny_model
@@ -49,6 +50,26 @@ def test_what_a_gpu_does_not_take_is_computed_plainly_and_told(
     assert len(told) == 1 and told[0].startswith("training without a CUDA graph")
     plain, refused = ([row["total"] for row in metrics(tmp_path / name)] for name in ("plain", "refused"))
     assert plain == refused
+
+
+def test_gradients_stay_where_a_graph_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph would do is done plainly here: over steps of two parts, the last with fewer images."""
+    monkeypatch.setattr(Captured, "__call__", lambda self, *inputs: self.work(*inputs))
+    rows = []
+    for captured in (False, True):
+        accelerator = training.accelerator_for("no")
+        trainer = Trainer(tiny_model(), ProceduralDefects(32, 10), Recipe(1, 4, 1e-3), tmp_path, accelerator)
+        if captured:
+            trainer.passes = Captured(trainer._losses_and_gradient)
+        readable = ReadableSamples(trainer.data)
+        parts = [collate([readable[i] for i in indices]) for indices in trainer.parts_of_batches(0, 2)]
+        addresses = []
+        for number in (1, 2, 3):
+            rows.append(trainer.step(number, parts[2 * number - 2 : 2 * number], False))
+            addresses.append([p.grad.data_ptr() for p in trainer.parameters if p.grad is not None])
+        if captured:
+            assert addresses[0] == addresses[1] == addresses[2]
+    assert rows[:3] == rows[3:]
 
 
 @gpu
