@@ -119,13 +119,13 @@ def make(which: str) -> Run:
     return lambda: backend.run(frame())
 
 
-def operations() -> float:
+def operations(config: Config | None = None) -> float:
     """Necessary for one image: two per multiplication and addition of every product that the method can't do without."""
-    config = default_config(clip_config("ViT-L-14-336"))
+    config = config or default_config(clip_config("ViT-L-14-336"))
     n, c, layers = config.grid**2 + 1, config.clip.vision["width"], config.clip.layers
     inner, outputs = HEADS * HEAD_WIDTH, 3 * len(config.feature_layers)
     joint, patch = config.clip.model["embed_dim"], 3 * config.clip.patch_size**2
-    block = 2 * n * c * 12 * c + 4 * n * n * c
+    block = 2 * n * c * (4 + 2 * config.clip.vision.get("mlp_ratio", 4)) * c + 4 * n * n * c
     branch = 2 * n * c * 4 * inner + 4 * n * n * inner
     separation = 2 * n * c * c / 2 + 2 * branch
     return layers * block + outputs * (separation + 2 * n * c * joint) + 2 * (n - 1) * patch * c

@@ -53,7 +53,14 @@ class DataGroup:
             max=2,
         ),
     ] = 1.0
-    workers: Annotated[int, option("Processes that load images.", metavar="N", min=0)] = 1
+    workers: Annotated[
+        int | None,
+        option(
+            "Processes that load images. Default: 1; with a GPU one a core, at most 8, and 2 for cached tokens.",
+            metavar="N",
+            min=0,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,16 @@ class ScheduleGroup:
 
     PANEL: ClassVar[str] = "Schedule"
     epochs: Annotated[int, option("Times that all images are seen.", metavar="N", min=1)] = 3
-    batch: Annotated[int, option("Images per forward pass and process.", *BATCH_NAMES, metavar="N", min=1)] = 4
+    batch: Annotated[
+        int | None,
+        option(
+            "Images per forward pass and process. Default: 4, as published; 64 where a GPU trains the image encoder on "
+            "generated images.",
+            *BATCH_NAMES,
+            metavar="N",
+            min=1,
+        ),
+    ] = None
     accumulate: Annotated[int, option("Batches that are added up before the weights change.", metavar="N", min=1)] = 1
     lr: Annotated[float, option("Learning rate of Adam.", metavar="RATE")] = 5e-5
     cosine: Annotated[bool, option("Warm up, then decay the rate along a cosine.", "--cosine")] = False
@@ -204,7 +220,8 @@ def _train(job: Job) -> None:
         data, held_out = Samples(parts.trained, size), Samples(parts.held_out, size) if parts.held_out else None
         for line in parts.lines(seen):
             say(line)
-    recipe, execution = _recipe(job, accelerator.num_processes), _execution(job, console.is_terminal)
+    recipe, execution = _recipe(job, accelerator), _execution(job, accelerator, console.is_terminal)
+    say(f"{recipe.batch_size} images a step; --batch sets another number")
     out = job.output.out
     throughput = train(
         model, data, recipe, out, execution, job.output.resume, accelerator, held_out, _origin(job, seen)
@@ -235,16 +252,20 @@ def _origin(job: Job, seen: Seen) -> dict[str, object]:
     return {"data": parts.to_dict(), "name": name, "seen": (seen | parts.seen).to_dict()}
 
 
-def _recipe(job: Job, processes: int) -> Recipe:
+def _recipe(job: Job, accelerator: Accelerator) -> Recipe:
+    from fbclip.training.loop import default_batch
     from fbclip.training.step import Recipe
 
     s, t = job.schedule, job.teaching
-    batch_size = s.batch * s.accumulate * processes
+    batch = s.batch or default_batch(accelerator.device.type, s.train_tower and job.parts is None)
+    batch_size = batch * s.accumulate * accelerator.num_processes
     return Recipe(s.epochs, batch_size, s.lr, s.cosine, s.seed, s.muon_lr, t.teacher, t.teacher_weight)
 
 
-def _execution(job: Job, is_terminal: bool) -> Execution:
-    from fbclip.training.loop import Execution
+def _execution(job: Job, accelerator: Accelerator, is_terminal: bool) -> Execution:
+    from fbclip.training.loop import Execution, default_workers
 
-    s, o = job.schedule, job.output
-    return Execution(s.accumulate, job.data.workers, o.save_every, s.cache_tokens, o.tensorboard, is_terminal)
+    s, o, workers = job.schedule, job.output, job.data.workers
+    if workers is None:
+        workers = default_workers(accelerator.device.type, accelerator.num_processes, s.cache_tokens is not None)
+    return Execution(s.accumulate, workers, o.save_every, s.cache_tokens, o.tensorboard, is_terminal)

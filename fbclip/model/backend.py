@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from threading import Lock
 
@@ -17,13 +17,14 @@ from fbclip.bundle import Bundle
 from fbclip.errors import CheckpointError, DeviceError
 from fbclip.memory import Tensors
 from fbclip.model import reference
+from fbclip.model.capture import Captured
 from fbclip.model.checkpoint import load
 from fbclip.model.memory import AdaptableVisual, MemoryTensors
 from fbclip.model.network import FBCLIP
 from fbclip.resample import upsampling_matrix
 
 SAME_TEXT = 1e-3  # largest difference of text features that are the same model's
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor], Sequence[Tensor]]  # score (B,) and patch map (B, g, g)
 
 
 class TorchBackend(Backend):
@@ -54,6 +55,7 @@ class TorchBackend(Backend):
         model.eval().to(self.device)
         # a compiled one can't be asked whether it is true
         self.forward: Forward | None = model.visual if forward is None else forward
+        self.launches = "CUDA graph" if isinstance(forward, Captured) else None
         self.memory_shape = model.config.memory_shape if forward is None else None
         self._memory: MemoryTensors | None = None
         self._adaptable = AdaptableVisual(model.config, model.visual).to(self.device) if forward is None else None
@@ -72,8 +74,22 @@ class TorchBackend(Backend):
             DeviceError: it is closed.
         """
         with self._turn:
-            score, maps = self._compute(torch.tensor(images, device=self.device))
-            return score.cpu().numpy(), maps.cpu().numpy()
+            score, maps = self._downloaded(self._compute(self._uploaded(images)))
+            return score, maps
+
+    def _uploaded(self, images: NDArray[np.uint8]) -> Tensor:
+        if self.device == "cpu":
+            return torch.tensor(images)
+        pinned = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)  # from torch's cache of such memory
+        pinned.numpy()[...] = images
+        return pinned.to(self.device, non_blocking=True)
+
+    def _downloaded(self, results: Iterable[Tensor]) -> list[NDArray[np.float32]]:
+        if self.device == "cpu":
+            return [result.numpy() for result in results]
+        pinned = [torch.empty(t.shape, pin_memory=True).copy_(t, non_blocking=True) for t in results]
+        torch.cuda.current_stream().synchronize()
+        return [t.numpy().copy() for t in pinned]  # results may be kept, and pages that can't be swapped are scarce
 
     def _compute(self, images: Tensor) -> tuple[Tensor, Tensor]:
         forward, normalised = self._require_open(), self._normalised(images)
@@ -106,10 +122,9 @@ class TorchBackend(Backend):
         with self._turn:
             self._require_open()
             assert self._adaptable
-            normalised = self._normalised(torch.tensor(images, device=self.device))
             neutral = self._on_device(Tensors.neutral(self.memory_shape))
-            found = self._adaptable(normalised, self.text, neutral)
-            return Described(found.features.cpu().numpy(), found.logits.cpu().numpy())
+            found = self._adaptable(self._normalised(self._uploaded(images)), self.text, neutral)
+            return Described(*self._downloaded([found.features, found.logits]))
 
     @torch.no_grad()
     def recall(self, described: Described, tensors: Tensors | None) -> Results:
@@ -130,12 +145,11 @@ class TorchBackend(Backend):
             return None
         begin, uploaded, computed, end = (torch.cuda.Event(enable_timing=True) for _ in range(4))
         begin.record()
-        on_device = torch.tensor(images, device=self.device)
+        on_device = self._uploaded(images)
         uploaded.record()
         results = self._compute(on_device)
         computed.record()
-        for result in results:
-            result.cpu()
+        self._downloaded(results)
         end.record()
         end.synchronize()
         return {
@@ -156,13 +170,17 @@ def bundle_backend(
     """The torch model that a bundle was exported from, for a benchmark; on CUDA where torch has it.
 
     Args:
-        kind: "torch"; "torch-compile", the same through torch.compile; "torch-reference", `fbclip.model.reference`.
+        kind: "torch"; "torch-captured", the same replayed as a CUDA graph; "torch-compile", through torch.compile;
+            "torch-reference", `fbclip.model.reference`.
         checkpoint: the bundle's; the embedded model's if None.
         clip, clip_weights: the CLIP underneath, as `fbclip.model.checkpoint.load` takes it.
 
     Raises:
         CheckpointError: not the checkpoint of this bundle.
+        DeviceError: "torch-captured", and torch has no GPU.
     """
+    if kind == "torch-captured" and not torch.cuda.is_available():
+        raise DeviceError("torch-captured needs a GPU that torch can use; this torch has cpu only", option="backends")
     manifest = bundle.manifest
     path = checkpoint or NANO
     model = load(path, clip, clip_weights, manifest.image_size, manifest.feature_layers)
@@ -172,6 +190,8 @@ def bundle_backend(
         forward = lambda image, text: reference.forward(model.visual, image, text)  # noqa: E731
     elif kind == "torch-compile":
         forward = torch.compile(model.visual)
+    elif kind == "torch-captured":
+        forward = Captured(model.visual)
     backend = TorchBackend(model, "auto", forward)
     text = backend.text.cpu().numpy()
     if text.shape != bundle.text.shape or np.abs(text - bundle.text).max() > SAME_TEXT:

@@ -99,11 +99,9 @@ def distance_to_class(tokens: Tensor) -> Tensor:
     return 1 - cosine[..., 1:]
 
 
-def layer_before(tokens: Tensor) -> Tensor:
-    """Of all feature layers' tokens (B, K, N, C) those of the layer before each; the first has itself."""
-    # no slice, since one of no layers breaks runtimes
-    previous = torch.tensor([0, *range(tokens.shape[1] - 1)], device=tokens.device)
-    return tokens.index_select(1, previous)
+def layers_before(count: int) -> Tensor:
+    """The feature layer before each of some, int64 (count,); the first has itself."""
+    return torch.tensor([0, *range(count - 1)])
 
 
 def semantic_view(tokens: Tensor, f: Tensor, q: Tensor) -> Tensor:
@@ -262,12 +260,15 @@ class ScoreAndMap(NamedTuple):
 class Visual(nn.Module):
     """The part that runs per image, and that is exported as it stands."""
 
+    before: Tensor  # (K,), see `layers_before`
+
     def __init__(self, config: Config, tower: VisionTower) -> None:
         super().__init__()
         self.tower = tower
         self.spatial = SpatialView((config.grid, config.grid))
         self.separation = SeparationAttention(tower.proj.shape[0])
         self.scale_weights = nn.Parameter(torch.zeros(MAX_FEATURE_LAYERS))
+        self.register_buffer("before", layers_before(len(config.feature_layers)), persistent=False)
 
     def forward(self, image: Tensor, text: Tensor, batched: bool = False) -> ScoreAndMap:
         """Normalised images (B, 3, S, S), float32, and text features (2, E) -> ScoreAndMap.
@@ -299,7 +300,8 @@ class Visual(nn.Module):
 
     def views(self, tokens: Tensor) -> Tensor:
         """Tokens (B, K, N, C) -> three views (B, K, 3, N, C), computed with all layers as one batch."""
-        views = self.layer_views(tokens.flatten(0, 1), layer_before(tokens).flatten(0, 1))
+        previous = tokens.index_select(1, self.before)  # no slice, since one of no layers breaks runtimes
+        views = self.layer_views(tokens.flatten(0, 1), previous.flatten(0, 1))
         return cast(Tensor, torch.stack(views, dim=1).unflatten(0, (-1, tokens.shape[1])))
 
     def layer_views(self, tokens: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:

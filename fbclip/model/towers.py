@@ -60,6 +60,8 @@ class VisionTower(nn.Module):
     Holds the positional embedding at the grid it was trained at and resizes it to the grid of `image_size`.
     """
 
+    resizing: Tensor | None  # (g, trained) bilinear, where the grid is another than the trained one
+
     def __init__(self, visual: VisionTransformer, image_size: int, feature_layers: tuple[int, ...]) -> None:
         super().__init__()
         self.feature_layers = feature_layers
@@ -71,15 +73,20 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(visual.transformer.resblocks[: max(feature_layers)])
         self.proj: nn.Parameter = visual.proj
         self.grid = image_size // self.conv1.kernel_size[0]
+        trained = round((self.positional_embedding.shape[0] - 1) ** 0.5)
+        resizing = None
+        # a model on the meta device is only looked at, its sizes not yet trusted
+        if trained != self.grid and not self.positional_embedding.is_meta:
+            resizing = torch.from_numpy(bilinear_matrix(self.grid, trained)).to(self.positional_embedding)
+        self.register_buffer("resizing", resizing, persistent=False)
 
     def positions(self) -> Tensor:
         """The positional embedding (N, C) at this tower's grid: bilinear, the class position kept (docs/method.md, section 2)."""
-        positions = self.positional_embedding
-        trained = round((positions.shape[0] - 1) ** 0.5)
-        if trained == self.grid:
+        positions, resizing = self.positional_embedding, self.resizing
+        if resizing is None:
             return positions
-        resize = torch.from_numpy(bilinear_matrix(self.grid, trained)).to(positions)
-        patches = torch.einsum("yv,xu,vuc->yxc", resize, resize, positions[1:].unflatten(0, (trained, trained)))
+        trained = positions[1:].unflatten(0, (resizing.shape[1], -1))
+        patches = torch.einsum("yv,xu,vuc->yxc", resizing, resizing, trained)
         return torch.cat([positions[:1], patches.flatten(0, 1)])
 
     def embed(self, image: Tensor) -> Tensor:
@@ -112,6 +119,7 @@ class VisionTower(nn.Module):
         cast(Tensor, folded.bias).copy_(bias)
         self.conv1 = folded.to(self.conv1.weight.device)
         self.positional_embedding = nn.Parameter(self.positions().clone())
+        self.resizing = None
 
 
 class TextTower(nn.Module):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fbclip.data.dataset import SampleSet
 from fbclip.errors import ImageError, UsageError
@@ -65,7 +65,8 @@ def collate(entries: Sequence[Entry]) -> Batch:
     if not good:
         return Batch([], torch.empty(0), torch.empty(0), unreadable)
     indices, inputs, masks = zip(*good, strict=True)
-    return Batch(list(indices), torch.stack(inputs), torch.stack(masks), unreadable)
+    # in a worker it stacks into shared memory, so that nothing is copied once more to be sent
+    return Batch(list(indices), default_collate(list(inputs)), default_collate(list(masks)), unreadable)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -25,6 +25,7 @@ from fbclip.model import checkpoint
 from fbclip.model.clip import load_clip
 from fbclip.model.config import default_config
 from fbclip.model.network import FBCLIP, HEAD_WIDTH, HEADS
+from fbclip.runtime.host import cores
 from fbclip.stopping import StopRequest
 from fbclip.terminal import progress, say
 from fbclip.training.batches import Batch, ReadableSamples, load
@@ -32,6 +33,8 @@ from fbclip.training.report import StepLog, Throughput, draw_epoch, samples_to_s
 from fbclip.training.step import Recipe, Trainer
 from fbclip.training.token_cache import TokenCache
 from fbclip.training.validation import NONE_YET, Validation, best_before
+
+GPU_BATCH, MOST_WORKERS = 64, 8
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,8 @@ class _Steps:
             row, images, stopping = trainer.step(number, parts, self.stop.signal is not None)
             took.add(images, waiting=loaded - start, computing=time.perf_counter() - loaded)
             self._leave_out(message for part in parts for message in part.unreadable)
+            while trainer.notices:
+                say(self.bar.console, trainer.notices.pop(0))
             speed = images / (time.perf_counter() - start)
             self.bar.update(task, completed=number, note=f"loss {trainer.usual_loss:.4f}")
             verdict = self._judge(number, row)
@@ -281,6 +286,20 @@ def accelerator_for(amp: str) -> Accelerator:
     if not cuda:  # or plain attention in bfloat16 would go through float32
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return Accelerator(mixed_precision=amp, cpu=not torch.accelerator.is_available())
+
+
+def default_batch(device: str, tower_on_generated: bool) -> int:
+    """Images per forward pass: the published number wherever a recipe was published or images are few, since the learning
+    rate and the number of steps go with it; towers on generated images, of which there are any number, fill a GPU."""
+    return GPU_BATCH if device == "cuda" and tower_on_generated else Recipe().batch_size
+
+
+def default_workers(device: str, processes: int, cached: bool) -> int:
+    """Processes that load images for each of the training processes of a machine: a GPU takes more than one can load.
+    Those that read cached tokens only copy, and hold 14 MB an image of ViT-L/14 in shared memory."""
+    if device != "cuda":
+        return 1
+    return 2 if cached else max(1, min(MOST_WORKERS, cores() // processes))
 
 
 def start_model(

@@ -6,7 +6,7 @@ import io
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +22,13 @@ from fbclip.data.dataset import Samples, SampleSet
 from fbclip.errors import CheckpointError, FBClipError, UsageError
 from fbclip.files import replacing
 from fbclip.model import checkpoint
+from fbclip.model.capture import Captured
 from fbclip.model.checkpoint import BEST, LAST
 from fbclip.model.network import FBCLIP, background
 from fbclip.training.batches import Batch, ReadableSamples, collate
 from fbclip.training.distill import Distillation
 from fbclip.training.losses import Losses, fbclip_losses
+from fbclip.untrusted import one_line
 
 # One focal term can't pass 11.5 (-log of FOCAL_SMOOTH): above this, score and map are sure and wrong in a whole batch.
 EXPLODED = 12.0
@@ -119,8 +121,9 @@ def batch_order(samples: int, recipe: Recipe, drawn: bool = True) -> Iterator[li
 
 def make_optimisers(model: FBCLIP, parameters: list[Tensor], recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Adam, and after it Muon for the matrices of the tower's blocks where the recipe has a rate for it."""
+    fused = True if parameters[0].is_cuda else None  # a few launches for all parameters, and no step count on the host
     if recipe.muon_lr is None:
-        return [torch.optim.Adam(parameters, lr=recipe.lr, betas=ADAM_BETAS)]
+        return [torch.optim.Adam(parameters, lr=recipe.lr, betas=ADAM_BETAS, fused=fused)]
     matrices = [p for p in model.visual.tower.blocks.parameters() if p.requires_grad and p.ndim == 2]
     if not matrices or not hasattr(torch.optim, "Muon"):
         raise UsageError(
@@ -129,7 +132,7 @@ def make_optimisers(model: FBCLIP, parameters: list[Tensor], recipe: Recipe) -> 
     taken = set(map(id, matrices))
     others = [p for p in parameters if id(p) not in taken]
     return [
-        torch.optim.Adam(others, lr=recipe.lr, betas=ADAM_BETAS),
+        torch.optim.Adam(others, lr=recipe.lr, betas=ADAM_BETAS, fused=fused),
         torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=MUON_DECAY),
     ]
 
@@ -146,6 +149,9 @@ class Trainer:
     their images, and one sum over the processes joins them. That stays exact for a last batch that does not divide
     evenly, and for parts with unreadable images, where averaging the processes' means (as DistributedDataParallel
     does) would not. What is trained is small, so overlapping that sum with the backward pass would gain little.
+
+    Attributes:
+        notices: what a user should hear of, to be told and taken away.
     """
 
     def __init__(
@@ -174,6 +180,10 @@ class Trainer:
         clip, device = model.config.clip, accelerator.device
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
         self.recent: list[float] = []  # losses of the last steps
+        self.notices: list[str] = []
+        self.passes: Callable[[Tensor, Tensor], Sequence[Tensor]] = self._losses_and_gradient
+        if device.type == "cuda":
+            self.passes = Captured(self._losses_and_gradient)
 
     def parts_of_batches(self, done: int, accumulate: int) -> list[list[int]]:
         """Indices of each forward pass of this process from a step on, `accumulate` to a step."""
@@ -184,9 +194,9 @@ class Trainer:
             for part in np.array_split(np.array(batch), count * accumulate)[mine * accumulate : (mine + 1) * accumulate]
         ]
 
-    def tokens(self, batch: Batch) -> Tensor:
-        """Tokens float32 (B, K, N, C) of a batch of images, or the cached ones of a batch of tokens."""
-        inputs = batch.inputs.to(self.accelerator.device, non_blocking=True)
+    def tokens(self, inputs: Tensor) -> Tensor:
+        """Tokens float32 (B, K, N, C) of the inputs of a `Batch`, images or cached tokens, wherever they are."""
+        inputs = inputs.to(self.accelerator.device, non_blocking=True)
         if inputs.dtype == torch.float16:
             return inputs.float()
         with self.accelerator.autocast(), self.attention_kernel():
@@ -205,28 +215,20 @@ class Trainer:
 
     def step(self, number: int, parts: list[Batch], stop: bool) -> tuple[dict[str, float], int, bool]:
         """Take step `number`; returns losses and gradient norm, images used, and whether any process wants to stop."""
-        for optimiser in self.optimisers:
-            optimiser.zero_grad()
         names = [*Losses._fields, *(["distillation"] if self.distillation else [])]
-        sums = torch.zeros(len(names) + 2, dtype=torch.float64)  # losses, images, wishes to stop
-        for batch in parts:
-            if images := len(batch.indices):
-                masks = batch.masks.to(self.accelerator.device, non_blocking=True)
-                tokens = self.tokens(batch)
-                with self.attention_kernel():
-                    losses = [*loss_of_tokens(self.model, tokens, masks, self.accelerator.autocast)]
-                if self.distillation:
-                    losses.append(self.distillation.loss(batch.inputs.to(tokens.device), tokens))
-                terms = torch.stack(losses)
-                self.accelerator.backward(terms.sum() * (images / self.recipe.batch_size))
-                sums[:-2] += images * terms.detach().cpu().double()
-                sums[-2] += images
-        sums[-1] = float(stop)
-        *losses_sum, used, wishes = self._joined(sums).tolist()
+        readable = [batch for batch in parts if batch.indices]
+        losses = self._accumulated(readable)
+        self._join_gradients()
+        used, wishes = self._total([sum(len(batch.indices) for batch in readable), stop])
         if not used:
             raise UsageError(f"none of the images of step {number} can be read; check the data set")
-        row = {name: value / used for name, value in zip(names, losses_sum, strict=True)}
-        row = {"total": sum(row.values()), **row, "gradient_norm": self._average_gradient(used)}
+        norm = self._average_gradient(used)
+        *values, norm_value = torch.cat([*losses, norm[None]]).tolist()  # the step's only wait for the device
+        images = [len(batch.indices) for batch in readable]
+        means = [values[n :: len(names)] for n in range(len(names))]  # of each part
+        sums = self._total([sum(n * mean for n, mean in zip(images, of_parts, strict=True)) for of_parts in means])
+        row = {name: value / used for name, value in zip(names, sums, strict=True)}
+        row = {"total": sum(row.values()), **row, "gradient_norm": norm_value}
         self._require_sound(number, row)
         share = self.recipe.share_at(number - 1, len(self.batches))
         for optimiser in self.optimisers:
@@ -235,10 +237,42 @@ class Trainer:
             optimiser.step()
         return row, int(used), wishes > 0
 
-    def _joined(self, sums: Tensor) -> Tensor:
-        """Sum gradients and `sums` over the processes."""
+    def _accumulated(self, parts: list[Batch]) -> list[Tensor]:
+        """The losses (T,) of each part on the device, their gradients added up.
+
+        What a GPU would take as one launch and does not is computed plainly from then on, and a notice says so.
+        """
+        captured, device = isinstance(self.passes, Captured), self.accelerator.device
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=not captured)  # a graph writes gradients where it found them
+        try:
+            return [
+                self.passes(*(t.to(device, non_blocking=True) for t in (batch.inputs, batch.masks)))[0]
+                for batch in parts
+            ]
+        except RuntimeError as error:
+            if not captured:
+                raise
+            self.notices.append(f"training without a CUDA graph, which this GPU did not take: {one_line(error)}")
+        self.passes = self._losses_and_gradient  # here, where the error holds on to no memory any more
+        return self._accumulated(parts)
+
+    def _losses_and_gradient(self, inputs: Tensor, masks: Tensor) -> tuple[Tensor]:
+        """A forward and a backward pass: the losses (T,) of a part, whose gradient is added to the parameters', weighted
+        by its share of a full batch."""
+        tokens = self.tokens(inputs)
+        with self.attention_kernel():
+            losses = [*loss_of_tokens(self.model, tokens, masks, self.accelerator.autocast)]
+        if self.distillation:
+            losses.append(self.distillation.loss(inputs, tokens))
+        terms = torch.stack(losses)
+        self.accelerator.backward(terms.sum() * (len(inputs) / self.recipe.batch_size))
+        return (terms.detach(),)
+
+    def _join_gradients(self) -> None:
+        """Sum gradients over the processes."""
         if self.accelerator.num_processes == 1:
-            return sums
+            return
         for p in self.parameters:
             if p.grad is None:  # this process had no image
                 p.grad = torch.zeros_like(p)
@@ -246,16 +280,22 @@ class Trainer:
         flat = cast(Tensor, self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum"))
         for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
-        return cast(Tensor, self.accelerator.reduce(sums.to(flat.device), "sum"))
 
-    def _average_gradient(self, images: float) -> float:
+    def _total(self, values: list[float]) -> list[float]:
+        """Each value's sum over the processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        mine = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return cast("list[float]", cast(Tensor, self.accelerator.reduce(mine, "sum")).tolist())
+
+    def _average_gradient(self, images: float) -> Tensor:
         """From the sum over parts, each weighted by the full batch, to the mean over images; returns its norm."""
         self.accelerator.unscale_gradients(self.optimisers)  # of float16's loss scale
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if images != self.recipe.batch_size:
             for gradient in gradients:
                 gradient.mul_(self.recipe.batch_size / images)
-        return torch.nn.utils.get_total_norm(gradients).item()
+        return torch.nn.utils.get_total_norm(gradients)
 
     def _require_sound(self, number: int, row: dict[str, float]) -> None:
         """Raise before a bad step is taken, the images that caused it saved."""
@@ -345,6 +385,9 @@ class Trainer:
         )
         checkpoint.restore(self.model, path)
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            for group, of_file in zip(optimiser.param_groups, kept["param_groups"], strict=True):
+                if "fused" in group:  # the device's, not the recipe's
+                    of_file["fused"] = group["fused"]
             optimiser.load_state_dict(kept)
         if self.distillation:
             self.distillation.heads.load_state_dict(state["heads"])

@@ -74,9 +74,9 @@ class TokenCache(Dataset[Entry]):
     def __getitem__(self, index: int) -> Entry:
         if self.arrays["state"][index] == UNREADABLE:
             return f"sample {index} could not be read when the tokens were cached; delete {self.folder} to try again"
-        # copies: a row leaves the map here, so that a worker never sends a mapped page
-        tokens, mask = (np.array(self.arrays[name][index]) for name in ("tokens", "masks"))
-        return index, torch.from_numpy(tokens), torch.from_numpy(mask)
+        # rows of the map, which `collate` copies into the batch: no page of a map is ever sent
+        tokens, mask = (torch.from_numpy(self.arrays[name][index]) for name in ("tokens", "masks"))
+        return index, tokens, mask
 
     @property
     def missing(self) -> list[int]:
@@ -84,7 +84,7 @@ class TokenCache(Dataset[Entry]):
         return [int(i) for i in np.flatnonzero(self.arrays["state"] == MISSING)]
 
     def fill(
-        self, tokens_of: Callable[[Batch], Tensor], indices: list[int], batch_size: int, workers: int
+        self, tokens_of: Callable[[Tensor], Tensor], indices: list[int], batch_size: int, workers: int
     ) -> Iterator[tuple[int, list[str]]]:
         """Store these samples; yields how many are done and what could not be read, after each batch."""
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
@@ -95,9 +95,9 @@ class TokenCache(Dataset[Entry]):
         for name in ("tokens", "masks", "state"):
             self.arrays[name].flush()  # type: ignore[attr-defined]
 
-    def _store(self, wanted: list[int], batch: Batch, tokens_of: Callable[[Batch], Tensor]) -> None:
+    def _store(self, wanted: list[int], batch: Batch, tokens_of: Callable[[Tensor], Tensor]) -> None:
         if batch.indices:
-            tokens = tokens_of(batch)
+            tokens = tokens_of(batch.inputs)
             if not (largest := tokens.abs().max().item()) <= HALF_MAX:
                 raise FBClipError(
                     f"tokens up to {largest:g} do not fit float16 (65504); train without a cache", option="cache_tokens"

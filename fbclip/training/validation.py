@@ -106,7 +106,7 @@ class Validation:
                 unreadable += batch.unreadable
                 if batch.indices:
                     with trainer.attention_kernel():
-                        tokens = trainer.tokens(batch)
+                        tokens = trainer.tokens(batch.inputs)
                         scores, maps, _ = scores_of_tokens(trainer.model, tokens, text, accelerator.autocast)
                     masks = np.packbits(batch.masks.numpy(), axis=-1)
                     yield from zip(batch.indices, scores.tolist(), maps.float().cpu().numpy(), masks, strict=True)

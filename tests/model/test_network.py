@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fbclip.model import reference
-from fbclip.model.network import FBCLIP, background, distance_to_class, foreground_mask, layer_before
+from fbclip.model.network import FBCLIP, background, distance_to_class, foreground_mask, layers_before
 from fbclip.resample import CLIP_MEAN, CLIP_STD, resize, upsampling_matrix
 from fbclip.training.losses import fbclip_losses
 from helpers import golden
@@ -38,7 +38,7 @@ def stages(model: FBCLIP) -> dict[str, Tensor]:
         hidden = model.text(embeddings)
         eot, mean, attention = model.prompts.strategies(hidden, model.text.projection)
         tokens = visual.tower(image)
-        f = foreground_mask(tokens, layer_before(tokens), distance_to_class(tokens))
+        f = foreground_mask(tokens, tokens.index_select(1, layers_before(5)), distance_to_class(tokens))
         views, z = visual.views(tokens), all_separated(model, tokens)
     per_layer = {
         f"{name}_{k}": value

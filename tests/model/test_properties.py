@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fbclip.model import reference
-from fbclip.model.network import SpatialView, distance_to_class, foreground_mask, layer_before, semantic_view
+from fbclip.model.network import SpatialView, distance_to_class, foreground_mask, layers_before, semantic_view
 from fbclip.resample import bilinear_matrix, gaussian_matrix
 
 WIDTH = 24
@@ -52,7 +52,7 @@ def test_spatial_view(shape: tuple[int, int, int], mask: str, seed: int, constan
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(3, 30), st.integers(0, 99))
 def test_foreground_mask(batch: int, layers: int, length: int, seed: int) -> None:
     tokens = torch.randn(batch, layers, 1 + length, WIDTH, generator=torch.Generator().manual_seed(seed))
-    got = foreground_mask(tokens, layer_before(tokens), distance_to_class(tokens))
+    got = foreground_mask(tokens, tokens.index_select(1, layers_before(layers)), distance_to_class(tokens))
     for k in range(layers):
         expected = reference.foreground_mask(tokens[:, k], tokens[:, k - 1] if k else None)
         assert (got[:, k] == expected).all()

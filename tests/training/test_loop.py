@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
+from torch.overrides import TorchFunctionMode
 
 from fbclip.bundle import Bundle
 from fbclip.data import surfaces
@@ -39,6 +40,7 @@ from fbclip.model import checkpoint
 from fbclip.model.clip import load_clip
 from fbclip.runtime.evaluation.evaluate import evaluate
 from fbclip.training import loop as training
+from fbclip.training.batches import ReadableSamples, collate
 from fbclip.training.evaluation import checkpoint_subject
 from fbclip.training.report import samples_to_show
 from fbclip.training.step import Recipe, Trainer, batch_order
@@ -95,8 +97,78 @@ def test_resume_goes_on_as_if_never_stopped(
     assert "12" in fbclip(*arguments(tmp_path, "cut", 14), "--resume", *options.split(), code=2).stderr
 
 
+def test_the_published_batch_is_kept_where_a_recipe_is_published() -> None:
+    """A larger default would take a sixteenth of the steps at the same rate: on few images it learns nothing."""
+    assert [training.default_batch(device, True) for device in ("cpu", "cuda")] == [4, 64]
+    assert [training.default_batch(device, False) for device in ("cpu", "cuda", "mps")] == [4, 4, 4]
+
+
+def test_workers_by_default() -> None:
+    assert training.default_workers("cpu", 1, False) == 1
+    assert training.default_workers("cuda", 1, True) == 2
+    assert 1 <= training.default_workers("cuda", 1000, False) <= training.default_workers("cuda", 1, False) <= 8
+
+
+def test_a_step_waits_for_the_device_once(tmp_path: Path) -> None:
+    """Each wait leaves a GPU without work; what a step brings to the host comes in one piece, whatever the parts."""
+    trainer = Trainer(tiny_model(), ProceduralDefects(32, 4), Recipe(), tmp_path, training.accelerator_for("no"))
+    readable = ReadableSamples(trainer.data)
+    parts = [collate([readable[i], readable[i + 1]]) for i in (0, 2)]
+    trainer.optimisers = []  # Adam on a CPU looks at its count of steps, which its fused form on a GPU does not
+    with ToHost() as watch:
+        trainer.step(1, parts, False)
+    assert watch.tensors == 1
+
+
+def test_a_run_of_a_gpu_goes_on_on_a_cpu(tmp_path: Path) -> None:
+    """The optimiser's form is the device's: a GPU's would take other steps here."""
+
+    def trainer() -> Trainer:
+        accelerator = training.accelerator_for("no")
+        return Trainer(tiny_model(), ProceduralDefects(32, 12), Recipe(), tmp_path, accelerator)
+
+    whole = trainer()
+    readable = ReadableSamples(whole.data)
+    batches = [collate([readable[i] for i in indices]) for indices in whole.batches[:3]]
+    for number in (1, 2):
+        whole.step(number, [batches[number - 1]], False)
+    whole.save(2)
+    path = tmp_path / "optimiser-000002.pt"
+    state = torch.load(path, weights_only=True)
+    for group in state["optimisers"][0]["param_groups"]:
+        group["fused"] = True
+    torch.save(state, path)
+    resumed = trainer()
+    assert resumed.resume() == 2
+    assert resumed.step(3, [batches[2]], False) == whole.step(3, [batches[2]], False)
+    for one, other in zip(whole.parameters, resumed.parameters, strict=True):
+        assert torch.equal(one, other)
+
+
+class ToHost(TorchFunctionMode):
+    """Counts the calls that hand a tensor's values to Python, for which a GPU has to be waited."""
+
+    WAITS: ClassVar[set[object]] = {
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.cpu,
+        torch.Tensor.numpy,
+        torch.Tensor.__bool__,
+        torch.Tensor.__float__,
+        torch.Tensor.__int__,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tensors += func in self.WAITS
+        return func(*args, **(kwargs or {}))
+
+
 def test_a_second_run_does_not_overwrite_the_first(fbclip: Run, tmp_path: Path) -> None:
-    fbclip(*arguments(tmp_path, "run", 2))
+    assert "2 images a step" in fbclip(*arguments(tmp_path, "run", 2)).stdout
     assert "--resume" in fbclip(*arguments(tmp_path, "run", 2), code=2).stderr
 
 

@@ -19,7 +19,6 @@ from fbclip.model.config import default_config
 from fbclip.model.network import FBCLIP
 from fbclip.training import loop as training
 from fbclip.training import token_cache
-from fbclip.training.batches import Batch
 from fbclip.training.step import Recipe, Trainer
 from fbclip.training.token_cache import MISSING, STORED, UNREADABLE, TokenCache
 from helpers.training import TINY, arguments, metrics, tiny_model
@@ -42,10 +41,10 @@ def count_towers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     whole = Trainer.tokens
 
-    def tokens(self: Trainer, batch: Batch) -> torch.Tensor:
-        if batch.inputs.dtype == torch.uint8:
-            seen.append(len(batch.inputs))
-        return whole(self, batch)
+    def tokens(self: Trainer, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.dtype == torch.uint8:
+            seen.append(len(inputs))
+        return whole(self, inputs)
 
     monkeypatch.setattr(Trainer, "tokens", tokens)
     return seen
