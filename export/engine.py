@@ -49,17 +49,19 @@ def parse_batch(text: str) -> tuple[int, int, int]:
 def build_engine(bundle: Bundle, precision: str, options: EngineOptions, console: Console, rtx: bool = False) -> Path:
     """Build a plan from a bundle's graph and put it into the bundle, with its sidecar.
 
-    It is TensorRT's for the GPU here, or TensorRT-RTX's for every kind of GPU that this library has plans for. The network is strongly typed: its precision is the graph's, with every release of TensorRT from 10 on. Stopped or
+    The network is strongly typed: its precision is the graph's, with every release of TensorRT from 10 on. Stopped or
     failed, the build leaves nothing behind, and an older plan stays as it is.
 
     Args:
+        rtx: a plan of TensorRT-RTX for all kinds of GPU that it has plans for, made without one; else TensorRT's for
+            the GPU here.
         precision: "auto" (half where the bundle has it), or of one of the bundle's graphs; of 8 bit the static form.
 
     Returns:
         The plan's path.
 
     Raises:
-        DeviceError: no GPU (of TensorRT), no library, less memory than the build needs at least, or 8 bit in the form
+        DeviceError: no library, no GPU for TensorRT, less memory than the build needs at least, or 8 bit in the form
             for CPUs.
         UsageError: a bundle that can't be written to, said before the build, or that lacks the graph.
         FBClipError: TensorRT could not build it; names the layer.

@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from fbclip.errors import FBClipError, GraphError
+from fbclip.errors import DeviceError, FBClipError, GraphError
 from fbclip.export.engine import parse
 from fbclip.runtime.backends.cuda import Library
 
@@ -134,17 +133,20 @@ def check_graph(path: Path, for_tensorrt: bool = True) -> int:
                     f"of torch and onnxscript (constraints.txt)"
                 )
     check_shapes(graph)
-    if for_tensorrt and real_parser():
+    if for_tensorrt and (library := real_parser()):
         try:
-            parse(Library(rtx=True), path)
+            parse(library, path)
         except FBClipError as error:
             raise GraphError(str(error)) from error
     return len(graph.nodes)
 
 
-def real_parser() -> bool:
-    """Whether NVIDIA's own parser is here to read graphs."""
-    return find_spec("tensorrt_rtx") is not None
+def real_parser() -> Library | None:
+    """The library with NVIDIA's own parser; None where it is not installed."""
+    try:
+        return Library(rtx=True)
+    except DeviceError:
+        return None
 
 
 def check_inputs(graph: Graph) -> None:

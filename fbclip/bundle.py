@@ -228,7 +228,7 @@ class Bundle:
         return _inside(self.path, self.path / name)
 
     def engine(self, precision: str, here: Platform | RtxPlatform, batch: int = 1) -> tuple[Path, Engine]:
-        """A plan of TensorRT or TensorRT-RTX that runs here and its sidecar; the plan is not opened, only its hash is checked.
+        """A plan that runs here and its sidecar; the plan is not opened, only its hash is checked.
 
         Args:
             precision: of the graph it was built from.

@@ -106,7 +106,7 @@ class Engine:
     """What the sidecar of a plan says.
 
     Attributes:
-        platform: it was built on.
+        platform: it was built on, or for.
         precision: of the graph it was built from.
         options: it was built with.
         graph_sha256: of that graph, as `Bundle.graph_sha256`.
