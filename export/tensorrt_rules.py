@@ -1,4 +1,5 @@
-"""The proof that a written graph is one that TensorRT takes, made without TensorRT.
+"""The proof that a written graph is one that TensorRT takes, made without TensorRT; and NVIDIA's own parser reads it where
+TensorRT-RTX is installed, which needs no GPU.
 
 What it takes is `onnx_operators.json`: NVIDIA's table of its ONNX parser, release 10.1, unchanged. TensorRT wants
 more than the table says: uint8 only at the input and cast at once, 64-bit integers only for sizes and indices, no
@@ -16,7 +17,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from fbclip.errors import GraphError
+from fbclip.errors import DeviceError, FBClipError, GraphError
+from fbclip.export.engine import parse
+from fbclip.runtime.backends.cuda import Library
 
 OPERATORS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("onnx_operators.json").read_text())
 MOST_SORTED = 3840  # K of TopK is below, by the table
@@ -114,10 +117,11 @@ def check_graph(path: Path, for_tensorrt: bool = True) -> int:
     """Prove a written graph; returns how many nodes it has.
 
     Args:
-        for_tensorrt: operators and their types are held against NVIDIA's table; a graph for CPUs alone need not be.
+        for_tensorrt: operators and their types are held against NVIDIA's table, and TensorRT-RTX reads the graph where
+            it is installed; a graph for CPUs alone need not be.
 
     Raises:
-        GraphError: names the first node and the rule it breaks.
+        GraphError: names the first node and the rule it breaks, or the layer and what TensorRT-RTX says.
     """
     graph = Graph(path)
     check_inputs(graph)
@@ -129,7 +133,20 @@ def check_graph(path: Path, for_tensorrt: bool = True) -> int:
                     f"of torch and onnxscript (constraints.txt)"
                 )
     check_shapes(graph)
+    if for_tensorrt and (library := real_parser()):
+        try:
+            parse(library, path)
+        except FBClipError as error:
+            raise GraphError(str(error)) from error
     return len(graph.nodes)
+
+
+def real_parser() -> Library | None:
+    """The library with NVIDIA's own parser; None where it is not installed."""
+    try:
+        return Library(rtx=True)
+    except DeviceError:
+        return None
 
 
 def check_inputs(graph: Graph) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.assets import EMBEDDED
-from fbclip.engines import Engine, Platform
+from fbclip.engines import Engine, Platform, RtxEngine, RtxPlatform
 from fbclip.errors import BundleError, DeviceError, UsageError
 from fbclip.files import new_folder, recover, require_writable, sha256, take_place
 from fbclip.manifest import (
@@ -227,12 +227,12 @@ class Bundle:
         """
         return _inside(self.path, self.path / name)
 
-    def engine(self, precision: str, here: Platform, batch: int = 1) -> tuple[Path, Engine]:
-        """A TensorRT plan that runs here and its sidecar; the plan is not opened, only its hash is checked.
+    def engine(self, precision: str, here: Platform | RtxPlatform, batch: int = 1) -> tuple[Path, Engine]:
+        """A plan that runs here and its sidecar; the plan is not opened, only its hash is checked.
 
         Args:
             precision: of the graph it was built from.
-            here: the device and TensorRT.
+            here: the device and the library.
             batch: images at once that it must take.
 
         Raises:
@@ -240,16 +240,19 @@ class Bundle:
             BundleError: the plan or a sidecar is damaged, or leads out of the bundle.
         """
         graph_sha256 = self.graph_sha256(precision)
-        rebuild = f"fbclip export --engine --bundle {self.path} --precision {precision}"
-        sidecars = sorted(self.engines.glob("*.json"), key=lambda s: (s.stem != here.engine_name(precision), s.name))
-        found = [
-            (sidecar.with_suffix(".plan"), Engine.load(self.inside(f"engines/{sidecar.name}"))) for sidecar in sidecars
-        ]
+        rebuild = f"{here.COMMAND} --bundle {self.path} --precision {precision}"
+        kind = RtxEngine if isinstance(here, RtxPlatform) else Engine
+        names = (sidecar.name for sidecar in self.inside(here.FOLDER).glob("*.json"))
+        sidecars = sorted(names, key=lambda name: (name != f"{here.engine_name(precision)}.json", name))
+        paths = [self.inside(f"{here.FOLDER}/{name}") for name in sidecars]
+        found = [(path.with_suffix(".plan"), kind.load(path)) for path in paths]
         others = sorted({engine.precision for _, engine in found} - {precision})
         candidates = [(plan, engine) for plan, engine in found if engine.precision == precision]
         if not candidates:
             there = f" (it has {', '.join(others)})" if others else ""
-            raise DeviceError(f"{self.path} has no {precision} TensorRT engine{there}; build it here with {rebuild}")
+            raise DeviceError(
+                f"{self.path} has no {precision} {here.LIBRARY} engine{there}; build it here with {rebuild}"
+            )
         refusals = [engine.mismatch(here, graph_sha256) for _, engine in candidates]
         if None not in refusals:
             raise DeviceError(f"{candidates[0][0].name} {refusals[0]}: run {rebuild}")
@@ -258,8 +261,7 @@ class Bundle:
         if not low <= batch <= high:
             wider = f"{min(low, batch)},{usual},{max(high, batch)}"
             raise DeviceError(
-                f"{plan.name} takes {low} to {high} images at once, not {batch}: run fbclip export --engine "
-                f"--bundle {self.path} --precision {precision} --batch {wider}"
+                f"{plan.name} takes {low} to {high} images at once, not {batch}: run {rebuild} --batch {wider}"
             )
         if not _inside(self.path, plan).is_file() or sha256(plan) != engine.plan_sha256:
             raise BundleError(f"{plan} is missing or damaged: run {rebuild}")

@@ -1,6 +1,7 @@
 """TensorRT plans beside a bundle's graphs: what a plan is bound to, and whether it fits. Needs no TensorRT.
 
-A plan is made on the device, so the manifest does not list it; its sidecar carries the hashes of plan and graph.
+A plan is made after the bundle, most on the device, so the manifest does not list it; its sidecar carries the hashes of
+plan and graph.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fbclip.errors import BundleError
 from fbclip.untrusted import Like, Line, Range, build, one_line, one_of, read_json
@@ -38,6 +39,10 @@ class Platform:
     compute_capability: Version
     tensorrt: Version
 
+    LIBRARY: ClassVar[str] = "TensorRT"
+    FOLDER: ClassVar[str] = "engines"  # of a bundle
+    COMMAND: ClassVar[str] = "fbclip export --engine"
+
     def __str__(self) -> str:
         return f"{self.gpu} (compute capability {self.compute_capability}), TensorRT {self.tensorrt}"
 
@@ -50,8 +55,36 @@ class Platform:
 
 
 @dataclass(frozen=True)
+class RtxPlatform:
+    """What a TensorRT-RTX plan is bound to: kinds of GPU, rather than one of them.
+
+    Attributes:
+        tensorrt_rtx: version, like "1.7.1.116".
+        compute_capabilities: of the GPUs that a plan runs on, like "8.9"; where it is to run, the one that is there.
+    """
+
+    tensorrt_rtx: Version
+    compute_capabilities: Annotated[tuple[Version, ...], Range(1, 100)]
+
+    LIBRARY: ClassVar[str] = "TensorRT-RTX"
+    FOLDER: ClassVar[str] = "engines/rtx"
+    COMMAND: ClassVar[str] = "fbclip export --rtx"
+
+    def __str__(self) -> str:
+        return f"compute capability {', '.join(self.compute_capabilities)}, TensorRT-RTX {self.tensorrt_rtx}"
+
+    def engine_name(self, precision: str) -> str:
+        """The file name of a plan, without suffix."""
+        return f"{self.tensorrt_rtx}-{precision}"
+
+    def kernels_name(self, gpu: str, plan_sha256: str) -> str:
+        """The file name of the kernels that were compiled for a plan on a GPU."""
+        return f"{_slug(gpu)}-{self.tensorrt_rtx}-{plan_sha256[:16]}.kernels"
+
+
+@dataclass(frozen=True)
 class EngineOptions:
-    """How a plan is built.
+    """How a plan is built; TensorRT-RTX takes the batch alone.
 
     Attributes:
         batch: images at once: at least, mostly, at most.
@@ -73,18 +106,20 @@ class Engine:
     """What the sidecar of a plan says.
 
     Attributes:
-        platform: it was built on.
+        platform: it was built on, or for.
         precision: of the graph it was built from.
         options: it was built with.
         graph_sha256: of that graph, as `Bundle.graph_sha256`.
         plan_sha256: of the plan's file.
     """
 
-    platform: Platform
+    platform: Platform | RtxPlatform
     precision: Precision
     options: EngineOptions
     graph_sha256: Hash
     plan_sha256: Hash
+
+    KIND: ClassVar[type[Platform | RtxPlatform]] = Platform
 
     def to_json(self) -> str:
         values = asdict(self)
@@ -102,7 +137,7 @@ class Engine:
             values = read_json(sidecar, MOST_SIDECAR)
             if not isinstance(values, dict):
                 raise ValueError("it is no object in braces")
-            grouped = {"platform": _take(Platform, values), "options": _take(EngineOptions, values)}
+            grouped = {"platform": _take(cls.KIND, values), "options": _take(EngineOptions, values)}
             engine = build(cls, {**values, **grouped})
             if list(batch := engine.options.batch) != sorted(batch):
                 raise ValueError(f"batch ascends; got {batch}")
@@ -110,14 +145,16 @@ class Engine:
         except ValueError as error:
             raise BundleError(
                 f"{sidecar} is no sidecar of a plan: {one_line(error)}; delete it and build again with "
-                f"fbclip export --engine"
+                f"{cls.KIND.COMMAND}"
             ) from error
 
-    def mismatch(self, here: Platform, graph_sha256: str) -> str | None:
+    def mismatch(self, here: Platform | RtxPlatform, graph_sha256: str) -> str | None:
         """Why this plan can't run on a platform for a graph, as the middle of a sentence; None if it can."""
         there, options = self.platform, self.options
         if self.graph_sha256 != graph_sha256:
             return "was built from another graph than the bundle has now"
+        if isinstance(there, RtxPlatform) or isinstance(here, RtxPlatform):
+            return None if _runs(there, here) else f"was built for {there}; here is {here}"
         if options.hardware_compatible:
             if _numbers(here.compute_capability) < AMPERE:
                 return f"runs on GPUs from Ampere on; this one is {here}"
@@ -130,6 +167,23 @@ class Engine:
         elif there.tensorrt != here.tensorrt:
             return f"was built with TensorRT {there.tensorrt}; here is {here.tensorrt}"
         return None
+
+
+@dataclass(frozen=True)
+class RtxEngine(Engine):
+    """What the sidecar of a TensorRT-RTX plan says."""
+
+    platform: RtxPlatform
+
+    KIND: ClassVar[type[Platform | RtxPlatform]] = RtxPlatform
+
+
+def _runs(there: Platform | RtxPlatform, here: Platform | RtxPlatform) -> bool:
+    """Whether a TensorRT-RTX plan that was built for `there` runs `here`."""
+    if not (isinstance(there, RtxPlatform) and isinstance(here, RtxPlatform)):
+        return False
+    known = set(here.compute_capabilities) <= set(there.compute_capabilities)
+    return known and there.tensorrt_rtx == here.tensorrt_rtx
 
 
 def _take(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:

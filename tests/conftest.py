@@ -17,6 +17,7 @@ from helpers import golden
 
 STANDIN = Path(__file__).parent / "helpers" / "standin"
 RELEASES = ("10.3.0", "10.16.1", "11.4.0")  # of TensorRT, whose interfaces are recorded
+RTX = "1.7.1.116"  # of TensorRT-RTX
 SLOW_FIXTURES = {"fbclip", "golden_bundle", "standin", "tensorrt", "belt", "broker"}  # commands, exports, servers
 SLOW_FOLDERS = ("export", "training", "serving", "bench", "sources", "sinks", "doctor", "evaluation")
 SLOW_FILES = ("test_terminal", "test_fuzz", "test_properties", "test_calibration", "test_threads", "test_holdout")
@@ -150,18 +151,23 @@ def tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def standin_environment(release: str) -> dict[str, str]:
     """What makes a command find the stand-ins of a release."""
-    path = os.pathsep.join(filter(None, (str(STANDIN), os.environ.get("PYTHONPATH"))))
+    rtx = str(STANDIN / "rtx") if release == RTX else None  # others find the real one, which needs no GPU
+    path = os.pathsep.join(filter(None, (str(STANDIN), rtx, os.environ.get("PYTHONPATH"))))
     return {"STANDIN_TENSORRT": release, "PYTHONPATH": path}
 
 
 @contextmanager
 def standins(release: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    names = {"tensorrt", "pycuda", "cuda", "gpu_model", "trt_model"} | ({"tensorrt_rtx"} if release == RTX else set())
+
     def belongs(module: str) -> bool:
-        return module.split(".")[0] in ("tensorrt", "pycuda", "cuda", "gpu_model", "trt_model")
+        return module.split(".")[0] in names
 
     for name, value in standin_environment(release).items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(STANDIN)
+    if release == RTX:
+        monkeypatch.syspath_prepend(STANDIN / "rtx")
     real = {name: sys.modules.pop(name) for name in list(sys.modules) if belongs(name)}
     yield
     for name in filter(belongs, list(sys.modules)):

@@ -25,7 +25,7 @@ class TimingGroup:
         str | None,
         option(
             "With commas: torch-reference, torch, torch-compile, onnxruntime, onnxruntime-cuda, "
-            "onnxruntime-tensorrt, tensorrt; or all. Default: those that work here, except torch-compile.",
+            "onnxruntime-tensorrt, tensorrt, tensorrt-rtx; or all. Default: those that work here, except torch-compile.",
             metavar="NAME,…",
         ),
     ] = None

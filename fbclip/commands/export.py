@@ -84,7 +84,7 @@ class PlanGroup:
     bundle: Annotated[
         Path | None,
         option(
-            "Use this existing bundle for --engine or --triton instead of exporting a checkpoint; needs no torch.",
+            "Use this existing bundle for --engine, --rtx or --triton instead of exporting a checkpoint; needs no torch.",
             metavar="PATH",
         ),
     ] = None
@@ -92,15 +92,19 @@ class PlanGroup:
         bool,
         option("Build a TensorRT engine for this machine's GPU; with --triton, use it as Triton's model.", "--engine"),
     ] = False
+    rtx: Annotated[
+        bool,
+        option("Build a TensorRT-RTX engine for GPUs from RTX 30 on; needs no GPU here.", "--rtx"),
+    ] = False
     triton: Annotated[
         Path | None, option("Also write the model into this NVIDIA Triton model repository.", metavar="PATH")
     ] = None
     precision: Annotated[
-        str, option("Graph for the engine or the Triton model: auto, fp32, fp16 or int8.", metavar="NAME")
+        str, option("Graph for the engines or the Triton model: auto, fp32, fp16 or int8.", metavar="NAME")
     ] = "auto"
     batch: Annotated[
         str,
-        option("Images at once that the engine takes: N, or MIN,OPT,MAX.", *BATCH_NAMES, metavar="N"),
+        option("Images at once that the engines take: N, or MIN,OPT,MAX.", *BATCH_NAMES, metavar="N"),
     ] = "1"
     workspace: Annotated[int | None, option("Limit of the engine's scratch memory in MiB.", metavar="N", min=1)] = None
     optimization_level: Annotated[
@@ -113,6 +117,10 @@ class PlanGroup:
         bool,
         option("Engine also runs on later TensorRT versions of the same major version.", "--version-compatible"),
     ] = False
+
+    @property
+    def deploys(self) -> bool:
+        return bool(self.engine or self.rtx or self.triton)
 
     @property
     def options(self) -> EngineOptions:
@@ -151,15 +159,16 @@ def export(
     options = plan.options
     if plan.bundle:
         writes = checkpoint or model.clip or out or graphs.fp16 or graphs.int8 or graphs.int8_static
-        if writes or not (plan.engine or plan.triton):
-            raise UsageError("--bundle goes with --engine or --triton alone: it takes a bundle that is there")
+        if writes or not plan.deploys:
+            raise UsageError("--bundle goes with --engine, --rtx or --triton alone: it takes a bundle that is there")
         if name is not None and not plan.triton:
             raise UsageError("--name with --bundle is the name of a Triton model: pass --triton")
+        _check_plan(plan, options)
         _deploy(plan.bundle, plan, options, name)
         return
     _check(graphs, plan, options)
     path = _export(checkpoint, model, graphs, name, out)
-    if plan.engine or plan.triton:
+    if plan.deploys:
         _deploy(path, plan, options, name)
 
 
@@ -169,17 +178,29 @@ def _check(graphs: GraphGroup, plan: PlanGroup, options: EngineOptions) -> None:
 
     from fbclip.engines import EngineOptions
 
-    deploys, precision = plan.engine or plan.triton, plan.precision
-    if not plan.engine and options != EngineOptions():
+    if not (plan.engine or plan.rtx) and options != EngineOptions():
         raise UsageError("options of the engine need --engine")
-    if not deploys and precision != "auto":
-        raise UsageError(f"--precision is an engine's or a Triton model's: pass --engine or --triton; got {precision}")
-    if deploys and find_spec("torch") is None:
+    _check_plan(plan, options)
+    if not plan.deploys and plan.precision != "auto":
+        raise UsageError(
+            f"--precision is an engine's or a Triton model's: pass --engine, --rtx or --triton; got {plan.precision}"
+        )
+    if plan.deploys and find_spec("torch") is None:
         raise UsageError("without --bundle a bundle is exported first, which needs torch: pass --bundle to use yours")
     if graphs.int8 and graphs.int8_static:
         raise UsageError("a bundle holds one 8-bit graph: pass --int8 (for CPUs) or --int8-static (for TensorRT)")
     if graphs.calibration_images and not graphs.int8_static:
         raise UsageError("--calibration-images is for --int8-static; --int8 measures the ranges of each image itself")
+
+
+def _check_plan(plan: PlanGroup, options: EngineOptions) -> None:
+    """Raise UsageError where --rtx is asked for what TensorRT-RTX has not."""
+    from fbclip.engines import EngineOptions
+
+    if plan.rtx and plan.triton:
+        raise UsageError("Triton runs no TensorRT-RTX engine: pass --engine with --triton, or --rtx without it")
+    if plan.rtx and not plan.engine and options != EngineOptions(options.batch):
+        raise UsageError("of the options of an engine --rtx takes --batch alone: the others are for --engine")
 
 
 def _export(
@@ -211,8 +232,9 @@ def _export(
 
 
 def _deploy(bundle: Path, plan: PlanGroup, options: EngineOptions, name: str | None) -> None:
-    """From a bundle: a Triton model, whose plan is built with `options`, or else an engine in the bundle."""
+    """From a bundle: a Triton model, whose plan is built with `options`, or else engines in the bundle."""
     from fbclip.bundle import Bundle
+    from fbclip.engines import EngineOptions
     from fbclip.export.engine import build_engine, build_plan
     from fbclip.terminal import make_console, say
 
@@ -224,6 +246,10 @@ def _deploy(bundle: Path, plan: PlanGroup, options: EngineOptions, name: str | N
         build = partial(build_plan, options=options, max_batch=max_batch, console=console) if plan.engine else None
         folder = write_model(Bundle.load(bundle), plan.triton, plan.precision, build, max_batch, name)
         say(console, f"wrote {folder}; its README.md says how to serve it")
-    else:
+        return
+    if plan.engine:
         built = build_engine(Bundle.load(bundle), plan.precision, options, console)
         say(console, f"wrote {built}; use it with --device tensorrt")
+    if plan.rtx:
+        built = build_engine(Bundle.load(bundle), plan.precision, EngineOptions(options.batch), console, rtx=True)
+        say(console, f"wrote {built}; use it with --device tensorrt-rtx")

@@ -13,7 +13,7 @@ from fbclip.errors import BundleError, DeviceError, FBClipError
 
 __all__ = ["DEVICES", "Backend", "Results", "make_backend", "require_probabilities", "resolve_precision"]
 
-DEVICES = ("cpu", "cuda", "tensorrt", "ort-tensorrt")
+DEVICES = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "ort-tensorrt")
 ROUNDING = 1e-3  # by which a probability may leave 0..1: the last of half precision's binary digits
 
 
@@ -75,10 +75,10 @@ def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", 
     if device == "auto":
         device = "cuda" if "cuda" in available() else "cpu"
     precision = resolve_precision(bundle, device, precision)
-    if device == "tensorrt":
-        from fbclip.runtime.backends.tensorrt import TensorRTBackend
+    if device in ("tensorrt", "tensorrt-rtx"):
+        from fbclip.runtime.backends.tensorrt import RtxBackend, TensorRTBackend
 
-        return TensorRTBackend(bundle, precision, batch), precision
+        return (RtxBackend if device == "tensorrt-rtx" else TensorRTBackend)(bundle, precision, batch), precision
     cache = bundle.inside(f"engines/ort-{bundle.graph_sha256(precision)[:16]}") if device == "ort-tensorrt" else None
     graph = bundle.graph_for(device, precision)
     backend = OnnxRuntimeBackend(graph, bundle.text, device, bundle.manifest.memory_shape, cache)

@@ -1,5 +1,6 @@
-"""The GPU as PyCUDA and TensorRT show it: a CUDA context, what a plan is bound to, memory, messages; and the replay of
-enqueued work as a CUDA graph, through cuda-bindings, since PyCUDA has no stream capture.
+"""TensorRT, or TensorRT-RTX, which has the same classes; the GPU as PyCUDA and they show it: a CUDA context, what a plan
+is bound to, memory, messages; and the replay of enqueued work as a CUDA graph, through cuda-bindings, since PyCUDA has no
+stream capture.
 
 These packages are imported when a GPU is asked for, never before.
 """
@@ -7,54 +8,116 @@ These packages are imported when a GPU is asked for, never before.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from traceback import clear_frames
 from typing import Any
 
-from fbclip.engines import Platform
+from fbclip.engines import AMPERE, Platform, RtxPlatform
 from fbclip.errors import DeviceError
 
 messages = logging.getLogger("fbclip.tensorrt")
 messages.addHandler(logging.NullHandler())  # errors reach the user as exceptions, not also as lines on stderr
 
 
-class Gpu:
+class Library:
+    """TensorRT, or TensorRT-RTX, which builds plans without a GPU.
+
+    Attributes:
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+        title: in messages.
+        log: the library's logger; `log.errors` are the errors since it was made.
+
+    Raises:
+        DeviceError: it is not installed.
+    """
+
+    def __init__(self, rtx: bool = False) -> None:
+        self.title = RtxPlatform.LIBRARY if rtx else Platform.LIBRARY
+        module, package = ("tensorrt_rtx", "tensorrt-rtx-cu13") if rtx else ("tensorrt", "'fbclip[tensorrt]'")
+        try:
+            self.trt: Any = import_module(module)
+        except (ImportError, OSError) as error:  # OSError: its own libraries are not there
+            raise DeviceError(f"{self.title} engines need {module} ({error}): pip install {package}") from error
+        self.log = _logger(self.trt)
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Compute capabilities that TensorRT-RTX builds our graphs for, like "8.9".
+
+        Turing's 7.5 is not among them: the builder refuses products of float32 there, and every graph of ours has some.
+        """
+        found = [re.fullmatch(r"SM(\d+)(\d)", name) for name in self.trt.ComputeCapability.__members__]
+        numbers = sorted((int(match[1]), int(match[2])) for match in found if match)
+        return tuple(f"{major}.{minor}" for major, minor in numbers if (major, minor) >= AMPERE)
+
+    @property
+    def platform(self) -> Platform | RtxPlatform:
+        """What plans are bound to that are built without a GPU."""
+        return RtxPlatform(self.trt.__version__, self.capabilities)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Without a GPU there is nothing to make current."""
+        yield
+
+    def error(self) -> str:
+        """The first error that was logged, which is the cause of the others, as one line; it names the layer."""
+        return " ".join(self.log.errors[0].split()) if self.log.errors else f"{self.title} gave no reason"
+
+
+class Gpu(Library):
     """A CUDA context on the first GPU (CUDA_VISIBLE_DEVICES chooses); current only inside `with gpu.current():`.
 
     A context of its own rather than the primary one: an error on the device lives as long as its context, so closing
     this one clears it.
 
     Attributes:
-        cuda, trt: the modules `pycuda.driver` and `tensorrt`.
-        platform: what plans are bound to here.
-        log: TensorRT's logger; `log.errors` are the errors since it was made.
+        cuda: the module `pycuda.driver`.
+        name, capability: of the GPU, like "Orin" and "8.7".
 
     Raises:
-        DeviceError: a package is missing, or no GPU answers.
+        DeviceError: a package is missing, no GPU answers, or TensorRT-RTX has no plans for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rtx: bool = False) -> None:
+        super().__init__(rtx)
+        self._rtx = rtx
         try:
             import pycuda.driver as cuda
-            import tensorrt as trt
-        except (ImportError, OSError) as error:  # OSError: TensorRT's own libraries are not there
+        except ImportError as error:
             raise DeviceError(
-                f"TensorRT engines need tensorrt and pycuda ({error}): pip install 'fbclip[tensorrt]' on a machine "
-                f"with NVIDIA's driver and CUDA toolkit"
+                f"{self.title} engines run with pycuda ({error}): pip install 'fbclip[{'rtx' if rtx else 'tensorrt'}]' "
+                f"on a machine with NVIDIA's driver and CUDA toolkit"
             ) from error
         self.cuda: Any = cuda
-        self.trt: Any = trt
         try:
             cuda.init()
             device = cuda.Device(0)
+            self.name = device.name()
+            self.capability = ".".join(map(str, device.compute_capability()))
+            self._require_known()
             self._context = device.make_context()
         except cuda.Error as error:
-            raise DeviceError(f"TensorRT engines need an NVIDIA GPU; the driver says: {error}") from error
+            raise DeviceError(f"{self.title} engines need an NVIDIA GPU; the driver says: {error}") from error
         cuda.Context.pop()
-        capability = ".".join(map(str, device.compute_capability()))
-        self.platform = Platform(device.name(), capability, trt.__version__)
-        self.log = _logger(trt)
+
+    def _require_known(self) -> None:
+        """Said before anything is built or loaded: TensorRT-RTX itself refuses only when it loads a plan."""
+        if self._rtx and self.capability not in (known := self.capabilities):
+            raise DeviceError(
+                f"TensorRT-RTX runs on GPUs of compute capability {', '.join(known)}; {self.name} has "
+                f"{self.capability}: choose the device cuda or tensorrt"
+            )
+
+    @property
+    def platform(self) -> Platform | RtxPlatform:
+        """What plans are bound to here."""
+        if self._rtx:
+            return RtxPlatform(self.trt.__version__, (self.capability,))
+        return Platform(self.name, self.capability, self.trt.__version__)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -67,10 +130,6 @@ class Gpu:
                 self.cuda.Context.pop()
         except self.cuda.Error as error:
             raise DeviceError(f"the GPU failed: {' '.join(str(error).split())}") from error
-
-    def error(self) -> str:
-        """The first error TensorRT logged, which is the cause of the others, as one line; it names the layer."""
-        return " ".join(self.log.errors[0].split()) if self.log.errors else "TensorRT gave no reason"
 
     def close(self, error: BaseException | None = None) -> None:
         """Destroy the context; whatever was made in it must be gone.

@@ -1,11 +1,13 @@
-"""A TensorRT plan as a backend: needs tensorrt and PyCUDA, neither torch nor ONNX Runtime."""
+"""A plan of TensorRT or TensorRT-RTX as a backend: needs either and PyCUDA, neither torch nor ONNX Runtime."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Lock, RLock
 from typing import Any
 
@@ -14,11 +16,16 @@ from numpy.typing import NDArray
 
 from fbclip.backend import Backend, Described, Results
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, TEXT, Bundle
-from fbclip.errors import BundleError, DeviceError, UsageError
+from fbclip.engines import Engine, RtxPlatform
+from fbclip.errors import BundleError, DeviceError, FBClipError, UsageError
+from fbclip.files import replacing
 from fbclip.memory import FEATURES, LOGITS, Tensors
 from fbclip.runtime.backends.cuda import CaptureError, CudaGraph, Gpu, load_driver
+from fbclip.untrusted import read_bytes
 
 SLOTS = 2  # batches in flight: while one computes, the next is uploaded
+MOST_KERNELS = 2**29  # bytes of compiled kernels; NVIDIA calls more than 100 MB large
+DIGEST = 32  # bytes of a SHA-256
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +43,7 @@ class TensorRTBackend(Backend):
         batch: images at once that it must take.
 
     Attributes:
-        device: "tensorrt".
+        device: "tensorrt", or "tensorrt-rtx".
         plan: the file that runs.
         input_shape: (H, W, 3) of the images it takes.
         launches: how executions are started: "CUDA graph", or "enqueue" and why.
@@ -47,6 +54,7 @@ class TensorRTBackend(Backend):
     """
 
     device = "tensorrt"
+    RTX = False
 
     def __init__(self, bundle: Bundle, precision: str, batch: int = 1) -> None:
         self._slots: list[_Slot] = []
@@ -57,9 +65,10 @@ class TensorRTBackend(Backend):
         self._engine = self._runtime = None
         self._driver = load_driver()
         self.launches = "CUDA graph" if self._driver else "enqueue (cuda-bindings is not installed)"
-        self._gpu: Gpu | None = Gpu()
+        self._gpu: Gpu | None = Gpu(self.RTX)
         try:
             self.plan, sidecar = bundle.engine(precision, self._gpu.platform, batch)
+            self._rebuild = self._gpu.platform.COMMAND
             self._low, _, self._high = sidecar.options.batch
             with self._gpu.current():
                 self._runtime = self._gpu.trt.Runtime(self._gpu.log)
@@ -67,12 +76,21 @@ class TensorRTBackend(Backend):
                 self._runtime.engine_host_code_allowed = sidecar.options.version_compatible
                 self._engine = self._runtime.deserialize_cuda_engine(self.plan.read_bytes())
                 if self._engine is None:
-                    raise DeviceError(f"TensorRT can't read {self.plan}: {self._gpu.error()}")
+                    raise DeviceError(f"{self._gpu.title} can't read {self.plan}: {self._gpu.error()}")
                 self.memory_shape = bundle.manifest.memory_shape
+                self._prepare(bundle, sidecar)
                 self._reserve(bundle.text)
         except BaseException as error:
             self._close(error)
             raise
+
+    def _prepare(self, bundle: Bundle, sidecar: Engine) -> None:
+        """What execution contexts need besides the engine."""
+
+    def _context(self) -> Any:
+        """An execution context whose scratch memory is ours; None if it can't be made."""
+        assert self._gpu and self._engine is not None
+        return self._engine.create_execution_context(self._gpu.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def _reserve(self, text: NDArray[np.float32]) -> None:
         """Check the plan's tensors, upload the text and the memory of nothing, make the slots."""
@@ -98,7 +116,7 @@ class TensorRTBackend(Backend):
             patches = [int(n) for n in engine.get_tensor_shape(name)][1:]
             self._memory[name] = cuda.mem_alloc(4 * self._high * int(np.prod(patches)))
         for _ in range(SLOTS):
-            slot = _Slot(self._gpu, engine)
+            slot = _Slot(self._gpu, self._context())
             self._slots.append(slot)
             self._free.append(slot)
             slot.context.set_device_memory(int(scratch), scratch_bytes)
@@ -156,7 +174,7 @@ class TensorRTBackend(Backend):
         if not self._low <= len(images) <= self._high:
             raise UsageError(
                 f"{self.plan.name} takes {self._low} to {self._high} images at once, not {len(images)}: "
-                f"choose another batch, or build it again with fbclip export --engine --batch MIN,OPT,MAX"
+                f"choose another batch, or build it again with {self._rebuild} --batch MIN,OPT,MAX"
             )
 
     def _submit(self, images: NDArray[np.uint8]) -> _Slot:
@@ -195,7 +213,7 @@ class TensorRTBackend(Backend):
             slot.graph.launch()
         elif not slot.enqueue():
             assert self._gpu
-            raise DeviceError(f"TensorRT could not run {self.plan.name}: {self._gpu.error()}")
+            raise DeviceError(f"{self._gpu.title} could not run {self.plan.name}: {self._gpu.error()}")
         slot.is_prepared = True
 
     def _write_memory(self, tensors: Tensors) -> None:
@@ -261,10 +279,14 @@ class TensorRTBackend(Backend):
                 gpu.cuda.Context.synchronize()
             while self._slots:
                 self._slots.pop().free()
+            self._finish(error)
             while self._memory:
                 self._memory.popitem()[1].free()
             self._engine = self._runtime = None  # after its contexts, before CUDA's
         gpu.close(error)
+
+    def _finish(self, error: BaseException | None) -> None:
+        """Let go of what `_prepare` made: after the contexts, before the engine."""
 
     def __del__(self) -> None:
         if hasattr(self, "_gpu"):
@@ -283,14 +305,68 @@ class TensorRTBackend(Backend):
                 raise DeviceError(f"{error}; the backend is closed, make a new one") from error
 
 
+class RtxBackend(TensorRTBackend):
+    """A bundle's TensorRT-RTX engine on the first GPU.
+
+    Its kernels are compiled here, when a shape is first run, and kept beside the engine, for this GPU, library and plan.
+    """
+
+    device = "tensorrt-rtx"
+    RTX = True
+    _config: Any = None
+    _cache: Any = None
+
+    def _prepare(self, bundle: Bundle, sidecar: Engine) -> None:
+        assert self._gpu and self._engine is not None
+        trt = self._gpu.trt
+        self._config = config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # The kernels for a shape before its first run: those that come later would not be in the CUDA graph.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._cache = config.create_runtime_cache()
+        platform = self._gpu.platform
+        assert isinstance(platform, RtxPlatform)
+        name = platform.kernels_name(self._gpu.name, sidecar.plan_sha256)
+        self._kernels = bundle.inside(f"{platform.FOLDER}/{name}")
+        self._kept = _read_kernels(self._kernels)
+        if self._kept and not self._cache.deserialize(self._kept):
+            self._kept = b""  # of another driver
+        config.set_runtime_cache(self._cache)
+
+    def _context(self) -> Any:
+        assert self._engine is not None
+        return self._engine.create_execution_context(self._config)
+
+    def _finish(self, error: BaseException | None) -> None:
+        kernels = self._cache.serialize() if self._cache and error is None else None
+        if kernels is not None and len(self._kept) < kernels.nbytes <= MOST_KERNELS:
+            try:
+                with replacing(self._kernels) as file:
+                    file.write(hashlib.sha256(kernels).digest())
+                    file.write(memoryview(kernels))
+            except FBClipError as refusal:  # a bundle that can't be written to
+                logger.warning("the next start compiles its kernels again: %s", refusal)
+        self._config = self._cache = None
+
+
+def _read_kernels(path: Path) -> bytes:
+    """Compiled kernels, checked against the hash before them; nothing where there are none, or damaged ones."""
+    try:
+        content = read_bytes(path, DIGEST + MOST_KERNELS)
+    except ValueError:
+        return b""
+    kernels = content[DIGEST:]
+    return kernels if hashlib.sha256(kernels).digest() == content[:DIGEST] else b""
+
+
 class _Slot:
     """A batch in flight: stream, execution context, buffers on both sides. Made and used in the current context."""
 
-    def __init__(self, gpu: Gpu, engine: Any) -> None:
-        cuda, trt = gpu.cuda, gpu.trt
-        self.context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    def __init__(self, gpu: Gpu, context: Any) -> None:
+        cuda = gpu.cuda
+        self.context = context
         if self.context is None:
-            raise DeviceError(f"TensorRT can't make an execution context: {gpu.error()}")
+            raise DeviceError(f"{gpu.title} can't make an execution context: {gpu.error()}")
         self.gpu = gpu
         self.stream = cuda.Stream()
         self.computed, self.done = cuda.Event(), cuda.Event()
@@ -328,7 +404,7 @@ class _Slot:
 
     def _set_shape(self, shape: tuple[int, ...]) -> None:
         if not self.context.set_input_shape(IMAGE, shape):
-            raise DeviceError(f"TensorRT refused the shape {shape}: {self.gpu.error()}")
+            raise DeviceError(f"{self.gpu.title} refused the shape {shape}: {self.gpu.error()}")
         self.shape, self.is_prepared = shape, False
         self._drop_graph()
 

@@ -32,7 +32,7 @@ Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 STABLE_RUNS, STABLE_SPREAD = 3, 0.05
 WARMUP_RUNS, WARMUP_SECONDS = 20, 10.0
 PROFILED_RUNS = 5
-ON_GPU = ("cuda", "tensorrt", "ort-tensorrt")
+ON_GPU = ("cuda", "tensorrt", "tensorrt-rtx", "ort-tensorrt")
 DEVICE_RUNS = 10
 SLOW_SECONDS = 1.0  # a run this long cares little for what others left in the caches
 

@@ -57,7 +57,7 @@ class Subject:
         threshold: scores from here on count as anomalous.
         threshold_from: where that comes from, one line for a person.
         description: plain values for the stamp: kind, name, sha256, device, precision and what shapes the figures.
-        package: the one that runs it: "onnxruntime", "tensorrt" or "torch".
+        package: the one that runs it: "onnxruntime", "tensorrt", "tensorrt_rtx" or "torch".
         channel_order: of the backend's images, "rgb" or "bgr".
         map_threshold, map_scale: as in a `Predictor`.
         seen: images that the model was trained on; None where that is not recorded.
@@ -157,7 +157,7 @@ def bundle_subject(
         MEMORY_LINE if few_shot and threshold is None else predictor.threshold,
         threshold_from,
         description,
-        "tensorrt" if device == "tensorrt" else "onnxruntime",
+        {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}.get(device, "onnxruntime"),
         manifest.channel_order,
         predictor.map_threshold,
         predictor.map_scale,

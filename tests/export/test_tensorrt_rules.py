@@ -11,6 +11,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from fbclip.errors import GraphError
+from fbclip.export import tensorrt_rules
 from fbclip.export.tensorrt_rules import check_graph
 
 FLOAT, HALF, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
@@ -25,6 +26,7 @@ CONSTANTS = {
     "zero": np.int8(0),
     "half_way": np.int8(1),
     "byte": np.uint8(0),
+    "nil": np.float32(0),
 }
 
 
@@ -148,6 +150,21 @@ def test_faults(tmp_path: Path, fault: str) -> None:
 
 def test_8_bit_with_fixed_ranges(tmp_path: Path) -> None:
     assert check_graph(write(tmp_path / "g.onnx", HEAD + quantized("zero") + TAIL)) == 5
+
+
+def test_what_nvidias_own_parser_refuses(tmp_path: Path) -> None:
+    """A scale of 0 is one that the table has nothing against."""
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(GraphError, match=r"can't read g.onnx: .*Scale.*positive.*layer here/QuantizeLinear q"):
+        check_graph(write(tmp_path / "g.onnx", HEAD + quantized("zero", "nil") + TAIL))
+    assert check_graph(tmp_path / "g.onnx", for_tensorrt=False) == 5
+
+
+def test_where_nvidias_parser_is_not_installed_the_table_judges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_rules, "real_parser", lambda: None)
+    assert check_graph(write(tmp_path / "g.onnx", HEAD + quantized("zero", "nil") + TAIL)) == 5
 
 
 def test_the_node_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import onnxruntime
 
 trt = None  # the module made from the record
 deserialised = []  # the header of every plan that was read
+compiled = []  # the shapes that TensorRT-RTX compiled kernels for
 OPERATORS = json.loads((Path(__file__).parents[3] / "export" / "onnx_operators.json").read_text())
 SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")  # TensorRT's order; the record's is another
 BASES = {"IHostMemory": bytes, "Logger": "ILogger"}  # what the record does not say
@@ -38,8 +39,14 @@ def _make(name, *values, **attributes):
     return made
 
 
+def _is_rtx():
+    return hasattr(trt, "ComputeCapability")
+
+
 def _of_context(made):
-    """Something that must be gone before the CUDA context is."""
+    """Something that must be gone before the CUDA context is; TensorRT-RTX builds without one."""
+    if _is_rtx() and gpu_model.stack_is_empty():
+        return made
     gpu_model.current()._users.append(weakref.ref(made))
     return made
 
@@ -100,6 +107,8 @@ class Builder:
             builder_optimization_level=3,
             hardware_compatibility_level=trt.HardwareCompatibilityLevel.NONE,
         )
+        if _is_rtx():
+            config.__dict__.update(_capabilities={}, num_compute_capabilities=0)
         return _of_context(config)
 
     def create_optimization_profile(self):
@@ -114,11 +123,18 @@ class Builder:
             return None
         if not self._check(network, config) or not self._steps(config.progress_monitor):
             return None
-        timings = len(config._cache._data)
-        config._cache._data = b"%s tactics" % _fingerprint()
+        if _is_rtx():
+            assert config._cache is None and "REQUIRE_USER_ALLOCATION" in {flag.name for flag in config._flags}
+            assert len(config._capabilities) == config.num_compute_capabilities
+            bound = {"capabilities": list(config._capabilities.values())}
+            timings = 0
+        else:
+            timings = len(config._cache._data)
+            config._cache._data = b"%s tactics" % _fingerprint()
+            bound = {"gpu": gpu_model.Device(0).name()}
         plan = {
             "tensorrt": trt.__version__,
-            "gpu": gpu_model.Device(0).name(),
+            **bound,
             "profile": config._profiles[0]._shapes,
             "flags": sorted(flag.name for flag in config._flags),
             "hardware": config.hardware_compatibility_level.name,
@@ -173,6 +189,10 @@ def _fingerprint():
 
 
 class IBuilderConfig:
+    def set_compute_capability(self, compute_capability, index):
+        self._capabilities[index] = compute_capability.name
+        return index < self.num_compute_capabilities
+
     def set_flag(self, flag):
         self._flags.add(flag)
 
@@ -275,7 +295,12 @@ class Runtime:
         if plan["tensorrt"] != trt.__version__ and not is_portable:
             _error(self._logger, "Error Code 1: Serialization (Version tag does not match)")
             return None
-        if plan["gpu"] != gpu_model.Device(0).name() and plan["hardware"] == "NONE":
+        here = gpu_model.Device(0)
+        if _is_rtx():
+            if "SM{}{}".format(*here.compute_capability()) not in plan["capabilities"]:
+                _error(self._logger, "Error Code 9: compute capability is not supported")
+                return None
+        elif plan["gpu"] != here.name() and plan["hardware"] == "NONE":
             _error(self._logger, "Error Code 6: the engine was built for another GPU")
             return None
         model = onnx.load_from_string(graph)
@@ -303,14 +328,54 @@ class ICudaEngine:
     def get_tensor_shape(self, name):
         return self._tensors[name].shape
 
+    def create_runtime_config(self):
+        config = _make("IRuntimeConfig", _cache=None)
+        config.__dict__["dynamic_shapes_kernel_specialization_strategy"] = None
+        return _of_context(config)
+
     def create_execution_context(self, strategy):
+        cache = None
+        if _is_rtx():
+            specialized = strategy.dynamic_shapes_kernel_specialization_strategy
+            assert specialized is trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            strategy, cache = strategy._strategy, strategy._cache
         assert strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = _make("IExecutionContext", _engine=self, _logger=self._logger, _scratch=None, _enqueued=None)
+        context.__dict__["_cache"] = cache
         fixed = {
             name: tuple(t.shape) for name, t in self._tensors.items() if name in self._inputs and -1 not in t.shape
         }
         context.__dict__.update(_shapes=fixed, _addresses={})
         return _of_context(context)
+
+
+class IRuntimeConfig:
+    def set_execution_context_allocation_strategy(self, strategy=None):
+        self.__dict__["_strategy"] = strategy
+
+    def create_runtime_cache(self):
+        return _of_context(_make("IRuntimeCache", _data=_fingerprint()))
+
+    def set_runtime_cache(self, cache=None):
+        self.__dict__["_cache"] = cache
+        return True
+
+
+class IRuntimeCache:
+    def deserialize(self, blob):
+        if not bytes(blob).startswith(_fingerprint()):
+            return False
+        self.__dict__["_data"] = bytes(blob)
+        return True
+
+    def serialize(self):
+        return _make("IHostMemory", self._data)
+
+    def _compile(self, shape):
+        kernels = f" kernels of {shape};".encode()
+        if kernels not in self._data:
+            self.__dict__["_data"] += kernels
+            compiled.append(shape)
 
 
 class IExecutionContext:
@@ -355,6 +420,8 @@ class IExecutionContext:
             _error(self._logger, "the shape changed: enqueue once before capturing")
             return False
         self._enqueued = dict(self._shapes)
+        if self._cache is not None:
+            self._cache._compile(self._shapes["image"])
         shapes = {name: tuple(self.get_tensor_shape(name)) for name in engine._tensors}
         addresses, scratch = dict(self._addresses), self._scratch
 

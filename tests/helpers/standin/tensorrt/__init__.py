@@ -15,7 +15,17 @@ from pathlib import Path
 import trt_model
 
 __version__ = os.environ["STANDIN_TENSORRT"]
-API = json.loads((Path(__file__).parents[3] / "recorded" / "tensorrt" / f"api-{__version__}.json").read_text())
+
+
+def _record(version):
+    """The recorded interface; TensorRT-RTX's names another, and what it has besides."""
+    record = json.loads((Path(__file__).parents[3] / "recorded" / "tensorrt" / f"api-{version}.json").read_text())
+    base = _record(record["base"]) if "base" in record else {"classes": {}, "enums": {}}
+    classes = {name: {**base["classes"].get(name, {}), **members} for name, members in record["classes"].items()}
+    return {"classes": {**base["classes"], **classes}, "enums": {**base["enums"], **record["enums"]}}
+
+
+API = _record(__version__)
 _severity = enum.Enum("Severity", {name: i for i, name in enumerate(trt_model.SEVERITIES)})
 SIGNATURE = re.compile(r"(?:\d+\. )?\w+\((.*)\)(?: -> .*)?")
 
@@ -148,4 +158,4 @@ for _name, _members in API["classes"].items():
     globals()[_name] = _class(_name, _members)
     _classes.add(globals()[_name])
 trt_model.trt = sys.modules[__name__]
-deserialised = trt_model.deserialised
+deserialised, compiled = trt_model.deserialised, trt_model.compiled
