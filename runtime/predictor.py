@@ -209,8 +209,13 @@ class Predictor:
 
     @property
     def launches(self) -> str | None:
-        """How TensorRT's executions are started: "CUDA graph", or "enqueue" and why. None with other runtimes."""
+        """How runs are started on a GPU: "CUDA graph", or otherwise and why. None where there is no choice."""
         return self.backend.launches
+
+    def explain_device(self) -> str:
+        """One line for a person: what "auto" took, and how it starts runs."""
+        launches = f"; launches: {self.launches}" if self.launches else ""
+        return f"{self.backend.device}, {self.precision}{launches}"
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a path is a sequence, too
