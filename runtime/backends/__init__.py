@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fbclip.backend import Backend, Results
 from fbclip.bundle import DYNAMIC, GRAPHS, Bundle
 from fbclip.errors import BundleError, DeviceError, FBClipError
+from fbclip.runtime.backends.providers import available, driver_fault
 from fbclip.runtime.host import Machine
 
 __all__ = ["DEVICES", "Backend", "Results", "candidates", "make_backend", "require_probabilities", "resolve_precision"]
@@ -82,6 +83,8 @@ def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", 
     *better, last = candidates(bundle)
     for choice in better:
         try:
+            if choice in ENGINES and (fault := driver_fault()):  # its packages may crash where there is no driver
+                raise DeviceError(fault)
             return _make(bundle, choice, precision, batch)
         except DeviceError as error:
             # of a bundle that brings engines for other machines it is no news that one without a GPU can't run them
@@ -93,8 +96,6 @@ def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", 
 def candidates(bundle: Bundle) -> list[str]:
     """Devices that "auto" tries, in this order: an engine of the bundle, which somebody built for its device; CUDA,
     where ONNX Runtime has it; the CPU."""
-    from fbclip.runtime.backends.providers import available
-
     engines = [device for device, names in ENGINES.items() if any(bundle.engines.glob(names))]
     return [*engines, *(["cuda"] if "cuda" in available() else []), "cpu"]
 

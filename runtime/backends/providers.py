@@ -25,6 +25,7 @@ LIBRARIES = {
     "TensorrtExecutionProvider": "libonnxruntime_providers_tensorrt.so",
 }
 DRIVER = "libcuda.so.1"  # comes with the driver, and with nothing else
+LIBRARIES_OF_ANY = ("libcurand.so.10", "libcudnn.so.9")  # whichever CUDA's version
 FATAL, WARNING = 4, 2  # ONNX Runtime's severities; it warns by default
 ON_THE_CPU = "or run it on the cpu"
 
@@ -75,6 +76,23 @@ def load_cuda() -> None:
     if hasattr(ort, "preload_dlls"):  # since 1.21
         with redirect_stdout(io.StringIO()):  # it prints what it doesn't find
             ort.preload_dlls()
+
+
+def find_libraries() -> tuple[list[str], list[str]]:
+    """The folders that CUDA's libraries for this ONNX Runtime come from, and the names of those that are not found."""
+    from onnxruntime.capi.build_and_package_info import cuda_version
+
+    major = cuda_version.partition(".")[0]
+    load_cuda()
+    missing = []
+    for name in (*(f"lib{part}.so.{major}" for part in ("cudart", "cublasLt", "cublas")), *LIBRARIES_OF_ANY):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            missing.append(name)
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text() if maps.is_file() else ""
+    return sorted(set(re.findall(r"(/\S+)/lib(?:cudart|cublas|cudnn|curand)\.so", loaded))), missing
 
 
 @contextmanager
