@@ -173,7 +173,7 @@ def inference(path: str, device: str = "auto", precision: str = "auto") -> Value
     told: list[str] = []
     log = logging.getLogger("fbclip")
     log.setLevel(logging.INFO)
-    log.addFilter(lambda record: bool(told.append(record.getMessage())))
+    log.addFilter(lambda record: told.append(record.getMessage()) or False)  # type: ignore[func-returns-value]
     predictor = Predictor(path or None, device=device, precision=precision)
     frame = resize(read_image(list_images([])[0]), predictor.bundle.manifest.input_size)
     prediction = predictor(frame)
