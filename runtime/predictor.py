@@ -40,7 +40,8 @@ class Predictor:
 
     Args:
         bundle: a bundle, its path, or None for the embedded default model.
-        device: "auto", "cpu", "cuda" or "tensorrt"; never another than the one asked for.
+        device: "cpu", "cuda" or "tensorrt", and never another than the one asked for; "auto" is what works here of an
+            engine of the bundle, CUDA and the CPU, in this order.
         precision: "auto", "fp32", "fp16" or "int8".
         threshold: of scores, 0..1; None for the calibration's, or the model's own where there is none.
         calibrated: whether to use the bundle's calibration (see `fbclip.calibrate`), for the maps also where a

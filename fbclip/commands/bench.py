@@ -25,7 +25,8 @@ class TimingGroup:
         str | None,
         option(
             "With commas: torch-reference, torch, torch-compile, onnxruntime, onnxruntime-cuda, "
-            "onnxruntime-tensorrt, tensorrt; or all. Default: those that work here, except torch-compile.",
+            "onnxruntime-tensorrt, tensorrt; or all. Default: those that work here, except "
+            "torch-compile and onnxruntime-tensorrt, which compile for long.",
             metavar="NAME,…",
         ),
     ] = None

@@ -80,6 +80,7 @@ def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", 
         raise DeviceError(f"a device is auto, {', '.join(DEVICES)}; got {device!r}", option="device")
     if device != "auto":
         return _make(bundle, device, precision, batch)
+    resolve_precision(bundle, "cpu", precision)  # what is no precision at all is no device's fault
     *better, last = candidates(bundle)
     for choice in better:
         try:
@@ -95,9 +96,9 @@ def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", 
 
 def candidates(bundle: Bundle) -> list[str]:
     """Devices that "auto" tries, in this order: an engine of the bundle, which somebody built for its device; CUDA,
-    where ONNX Runtime has it; the CPU."""
+    where ONNX Runtime has it, or there is a GPU for it; the CPU."""
     engines = [device for device, names in ENGINES.items() if any(bundle.engines.glob(names))]
-    return [*engines, *(["cuda"] if "cuda" in available() else []), "cpu"]
+    return [*engines, *(["cuda"] if "cuda" in available() or Machine().has_gpu else []), "cpu"]
 
 
 def _make(bundle: Bundle, device: str, precision: str, batch: int) -> tuple[Backend, str]:

@@ -23,6 +23,7 @@ from fbclip.runtime.backends.providers import (
     PROVIDERS,
     available,
     driver_fault,
+    installation,
     load_cuda,
     provider_options,
     quiet,
@@ -86,7 +87,7 @@ class OnnxRuntimeBackend(Backend):
         if device not in available():
             raise DeviceError(
                 f"{device} needs ONNX Runtime's {PROVIDERS[device]}; this one has {', '.join(available()) or 'none'}: "
-                f"pip install 'fbclip[gpu]' on a machine with an NVIDIA GPU",
+                f"{installation()}",
                 option="device",
             )
         import onnxruntime as ort

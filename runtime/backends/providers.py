@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ def available() -> list[str]:
 
     providers: list[Any] = ort.get_available_providers()
     return [device for device, provider in PROVIDERS.items() if provider in providers]
+
+
+def installation() -> str:
+    """What brings the providers for NVIDIA's GPUs, which this ONNX Runtime lacks."""
+    again = "pip install --force-reinstall --no-deps onnxruntime-gpu"
+    try:
+        distribution("onnxruntime-gpu")
+    except PackageNotFoundError:
+        return f"pip install 'fbclip[gpu]' and then {again}, on a machine with an NVIDIA GPU"
+    return f"onnxruntime was installed over onnxruntime-gpu, with which it shares a folder: {again}"
 
 
 def provider_options(device: str, cache: Path | None, capture: bool = False) -> list[tuple[str, dict[str, str]]]:
