@@ -39,10 +39,7 @@ SPIN_US = 20  # a thread without work waits as long in a loop before it sleeps: 
 SPIN_SINCE = (1, 26)  # the release of ONNX Runtime that takes it; older ones spin for milliseconds or not at all
 ERROR = 3  # of ONNX Runtime's severities; its warnings about nodes left on the CPU are checked here
 CUDA_GRAPH, KERNEL_BY_KERNEL = "CUDA graph", "kernel by kernel"
-GRAPHS_SINCE = (
-    1,
-    18,
-)  # the release that tells CUDA graphs apart by gpu_graph_id; older ones would replay another shape's
+GRAPHS_SINCE = (1, 18)  # the release that tells CUDA graphs apart, by gpu_graph_id; before, all shapes would share one
 NO_GRAPH = -1  # as the number of a graph: neither record nor replay one
 MOST_SHAPES = 4  # that are replayed; each keeps its buffers, and what the driver needs for a graph
 
@@ -96,9 +93,7 @@ class OnnxRuntimeBackend(Backend):
         self.unwanted = UNWANTED_FUSIONS if device == "cpu" else []
         self._place = "cpu" if device == "cpu" else "cuda"
         self._captures = False
-        self._shapes: dict[
-            tuple[int, ...], _Buffers | None
-        ] = {}  # the first few that came; None of those that came once
+        self._shapes: dict[tuple[int, ...], _Buffers | None] = {}  # the first that came; None: once
         self.session: Any = self._start()
         self.input_size = require_signature(self.session, graph, text, memory)
         # Threads take turns: side by side they are hardly faster, as each run has all cores, and each would hold a run's
@@ -218,6 +213,7 @@ class OnnxRuntimeBackend(Backend):
                 return buffers.run(images)
             except Exception as error:  # ONNX Runtime's have no other base
                 self._shapes.clear()
+                self.session = self._binding = None  # whose memory the next one needs
                 self.session = self._session()
                 self._binding = self._bound()
                 self._give_up_graphs(error)
