@@ -214,9 +214,8 @@ class Predictor:
         return self.backend.launches
 
     def explain_device(self) -> str:
-        """One line for a person: what "auto" took, and how it starts runs."""
-        launches = f"; launches: {self.launches}" if self.launches else ""
-        return f"{self.backend.device}, {self.precision}{launches}"
+        """One line for a person: what "auto" took."""
+        return f"the model is on {self.backend.device}, {self.precision}"
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a path is a sequence, too

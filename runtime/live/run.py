@@ -73,7 +73,8 @@ def inspect(predictor: Predictor, source: Source, inspection: Inspection, consol
         print_images(summary.status, view, console)
     else:
         print_summary(summary, console)
-    say(console, f"ran on {predictor.explain_device()}")
+    if launches := predictor.launches:
+        say(console, f"launches: {launches}")
     saving = inspection.sinks.saving
     if saving and any(saving.folder.iterdir()):
         kinds = [kind for kind, asked in (("pictures", saving.overlays), ("maps", saving.maps)) if asked]

@@ -231,7 +231,7 @@ def test_auto_takes_an_engine_that_fits(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_command_says_where_it_ran(fbclip: Run) -> None:
-    assert "ran on cpu, fp32" in fbclip("infer", "--device", "cpu").stdout
+    assert "the model is on cpu, fp32" in fbclip("infer", "--device", "cpu").stdout
 
 
 @pytest.fixture
