@@ -29,7 +29,7 @@ class Backend(ABC):
 
     Attributes:
         device: where it runs.
-        launches: how executions are started, where there is a choice: "CUDA graph", or "enqueue" and why.
+        launches: how executions are started, where there is a choice: "CUDA graph", or "enqueue" or "kernel by kernel" and why.
         memory_shape: of the tensors of a memory that it takes; None where it takes none.
     """
 

@@ -40,7 +40,8 @@ class Predictor:
 
     Args:
         bundle: a bundle, its path, or None for the embedded default model.
-        device: "auto", "cpu", "cuda" or "tensorrt"; never another than the one asked for.
+        device: "cpu", "cuda" or "tensorrt", and never another than the one asked for; "auto" is what works here of an
+            engine of the bundle, CUDA and the CPU, in this order.
         precision: "auto", "fp32", "fp16" or "int8".
         threshold: of scores, 0..1; None for the calibration's, or the model's own where there is none.
         calibrated: whether to use the bundle's calibration (see `fbclip.calibrate`), for the maps also where a
@@ -209,8 +210,12 @@ class Predictor:
 
     @property
     def launches(self) -> str | None:
-        """How TensorRT's executions are started: "CUDA graph", or "enqueue" and why. None with other runtimes."""
+        """How runs are started on a GPU: "CUDA graph", or otherwise and why. None where there is no choice."""
         return self.backend.launches
+
+    def explain_device(self) -> str:
+        """One line for a person: what "auto" took."""
+        return f"the model is on {self.backend.device}, {self.precision}"
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a path is a sequence, too

@@ -24,8 +24,9 @@ class TimingGroup:
     backends: Annotated[
         str | None,
         option(
-            "With commas: torch-reference, torch, torch-compile, onnxruntime, onnxruntime-cuda, "
-            "onnxruntime-tensorrt, tensorrt, tensorrt-rtx; or all. Default: those that work here, except torch-compile.",
+            "With commas: torch-reference, torch, torch-captured, torch-compile, onnxruntime, onnxruntime-cuda, "
+            "onnxruntime-tensorrt, tensorrt, tensorrt-rtx; or all. Default: those that work here, except "
+            "torch-compile and onnxruntime-tensorrt, which compile for long.",
             metavar="NAME,…",
         ),
     ] = None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fbclip.runtime.roi import Roi
 
 BUNDLE = "Bundle to use: a folder NAME.fbclip that export or calibrate wrote. Default: the embedded model."
-DEVICE = "Where the model runs: auto (cuda where ONNX Runtime has it, else cpu), cpu, cuda, tensorrt or tensorrt-rtx (an engine of the bundle) or ort-tensorrt (TensorRT inside ONNX Runtime)."
+DEVICE = "Where the model runs: auto (what works here of: an engine of the bundle, cuda, cpu), cpu, cuda, tensorrt or tensorrt-rtx (an engine of the bundle) or ort-tensorrt (TensorRT inside ONNX Runtime)."
 PRECISION = "Graph of the bundle to run: auto, fp32, fp16 or int8."
 THRESHOLD = (
     "Scores from here on are defects: 0 to 1. auto: the calibrated threshold, or the model's own without calibration."

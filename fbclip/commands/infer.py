@@ -113,6 +113,7 @@ def infer(
         with verdict.predictor(model, work.batch) as predictor:
             if verdict.threshold == "auto":
                 say(console, predictor.explain_threshold())
+            say(console, predictor.explain_device())
             for target in (results.json, results.csv):
                 require_file(target)
             sinks = replace(results.sinks, saving=pictures.saving(opened.live), show=view.show, video=view.video)

@@ -66,4 +66,5 @@ def serve(
     with verdict.predictor(model) as predictor:
         if verdict.threshold == "auto":
             say(console, predictor.explain_threshold())
+        say(console, predictor.explain_device())
         serve(predictor, inspection, Endpoint(server.host, server.port, server.token), console)

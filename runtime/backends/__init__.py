@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,11 +11,16 @@ from numpy.typing import NDArray
 from fbclip.backend import Backend, Results
 from fbclip.bundle import DYNAMIC, GRAPHS, Bundle
 from fbclip.errors import BundleError, DeviceError, FBClipError
+from fbclip.runtime.backends.providers import available, driver_fault
+from fbclip.runtime.host import Machine
 
-__all__ = ["DEVICES", "Backend", "Results", "make_backend", "require_probabilities", "resolve_precision"]
+__all__ = ["DEVICES", "Backend", "Results", "candidates", "make_backend", "require_probabilities", "resolve_precision"]
 
 DEVICES = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "ort-tensorrt")
+ENGINES = {"tensorrt": "*.plan", "tensorrt-rtx": "rtx/*.plan"}  # of a bundle, by the device that runs them
 ROUNDING = 1e-3  # by which a probability may leave 0..1: the last of half precision's binary digits
+
+logger = logging.getLogger("fbclip")
 
 
 def require_probabilities(scores: NDArray[np.float32], maps: NDArray[np.float32], names: Sequence[object] = ()) -> None:
@@ -60,25 +66,49 @@ def resolve_precision(bundle: Bundle, device: str, precision: str) -> str:
 
 
 def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", batch: int = 1) -> tuple[Backend, str]:
-    """A backend and the precision it runs; "auto" is CUDA where ONNX Runtime has it, and the CPU otherwise.
+    """A backend and the precision it runs.
 
     Args:
+        device: one of `DEVICES`, or "auto": the first of `candidates` that works here. One that is there and does not
+            work is told (logger "fbclip"), as what runs is, in `Backend.device`.
         batch: images at once that it will be given.
 
     Raises:
         DeviceError, BundleError: what was asked for is not there.
     """
-    from fbclip.runtime.backends.onnx import OnnxRuntimeBackend, available
-
     if device not in ("auto", *DEVICES):
         raise DeviceError(f"a device is auto, {', '.join(DEVICES)}; got {device!r}", option="device")
-    if device == "auto":
-        device = "cuda" if "cuda" in available() else "cpu"
+    if device != "auto":
+        return _make(bundle, device, precision, batch)
+    resolve_precision(bundle, "cpu", precision)  # what is no precision at all is no device's fault
+    *better, last = candidates(bundle)
+    for choice in better:
+        try:
+            if choice in ENGINES and (fault := driver_fault()):  # its packages may crash where there is no driver
+                raise DeviceError(fault)
+            return _make(bundle, choice, precision, batch, named=False)
+        except DeviceError as error:
+            # of a bundle that brings engines for other machines it is no news that one without a GPU can't run them
+            level = logging.WARNING if choice == "cuda" or Machine().has_gpu else logging.INFO
+            logger.log(level, "%s is not used: %s", choice, error)
+    return _make(bundle, last, precision, batch)
+
+
+def candidates(bundle: Bundle) -> list[str]:
+    """Devices that "auto" tries, in this order: an engine of the bundle, which somebody built for its device; CUDA,
+    where ONNX Runtime has it, or there is a GPU for it; the CPU."""
+    engines = [device for device, names in ENGINES.items() if any(bundle.engines.glob(names))]
+    return [*engines, *(["cuda"] if "cuda" in available() or Machine().has_gpu else []), "cpu"]
+
+
+def _make(bundle: Bundle, device: str, precision: str, batch: int, named: bool = True) -> tuple[Backend, str]:
+    from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
+
     precision = resolve_precision(bundle, device, precision)
     if device in ("tensorrt", "tensorrt-rtx"):
         from fbclip.runtime.backends.tensorrt import RtxBackend, TensorRTBackend
 
-        return (RtxBackend if device == "tensorrt-rtx" else TensorRTBackend)(bundle, precision, batch), precision
+        return (RtxBackend if device == "tensorrt-rtx" else TensorRTBackend)(bundle, precision, batch, named), precision
     cache = bundle.inside(f"engines/ort-{bundle.graph_sha256(precision)[:16]}") if device == "ort-tensorrt" else None
     graph = bundle.graph_for(device, precision)
     backend = OnnxRuntimeBackend(graph, bundle.text, device, bundle.manifest.memory_shape, cache)

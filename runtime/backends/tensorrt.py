@@ -41,6 +41,7 @@ class TensorRTBackend(Backend):
         bundle: with a plan for this device.
         precision: of the plan.
         batch: images at once that it must take.
+        named: whether the device was asked for by name; without that no engine runs that holds code for the host.
 
     Attributes:
         device: "tensorrt", or "tensorrt-rtx".
@@ -56,7 +57,7 @@ class TensorRTBackend(Backend):
     device = "tensorrt"
     RTX = False
 
-    def __init__(self, bundle: Bundle, precision: str, batch: int = 1) -> None:
+    def __init__(self, bundle: Bundle, precision: str, batch: int = 1, named: bool = True) -> None:
         self._slots: list[_Slot] = []
         self._memory: dict[str, Any] = {}  # of both slots: scratch, constant inputs, what `describe` gives
         self._free: deque[_Slot] = deque()
@@ -73,6 +74,11 @@ class TensorRTBackend(Backend):
             with self._gpu.current():
                 self._runtime = self._gpu.trt.Runtime(self._gpu.log)
                 # A plan for later versions carries its runtime, which is code; the bundle has checked the file.
+                if sidecar.options.version_compatible and not named:
+                    raise DeviceError(
+                        f"{self.plan.name} brings a runtime of its own, which is code and runs only where it is asked for: "
+                        f"choose the device {self.device} if you trust who made the bundle"
+                    )
                 self._runtime.engine_host_code_allowed = sidecar.options.version_compatible
                 self._engine = self._runtime.deserialize_cuda_engine(self.plan.read_bytes())
                 if self._engine is None:

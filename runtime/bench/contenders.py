@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fbclip.runtime.bench.meters import Meters
+from fbclip.runtime.bench.meters import METERED_S, Meters
 from fbclip.runtime.bench.results import BenchResult, Deviation, Key, Profile, Warmup
 from fbclip.runtime.bench.roofline import least_seconds, product_rate
 from fbclip.runtime.bench.runner import ON_GPU, Spec
@@ -26,7 +27,7 @@ class Contender:
         worker: its process, which serves a `Runner`.
         rounds: seconds of the timed runs, a list per round.
         wall, cpu, turns: of all turns: seconds, core-seconds, runs with the untimed ones.
-        joules: by source, over all turns.
+        joules: by source, over `metered` runs.
         device_mb, final, profile: once it is finished.
     """
 
@@ -39,6 +40,7 @@ class Contender:
     cpu: float = 0.0
     turns: int = 0
     joules: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    metered: int = 0
     device_mb: float | None = None
     final: dict[str, Any] = field(default_factory=dict)
     profile: Profile | None = None
@@ -49,17 +51,31 @@ class Contender:
 
     def turn(self, runs: int, meters: Meters) -> None:
         """Run, with an eye on the energy."""
-        before = meters.joules()
-        answer = self.worker.ask("run", runs=runs)
-        for source, joules in meters.joules().items():
-            self.joules[source] += max(joules - before.get(source, joules), 0.0)  # RAPL's counters wrap around
+        answer = self._metered(runs, meters)
         self.rounds.append(answer["seconds"])
         self.wall += answer["wall_s"]
         self.cpu += answer["cpu_s"]
         self.turns += answer["runs"]
 
+    def _metered(self, runs: int, meters: Meters) -> dict[str, Any]:
+        before = meters.joules()
+        answer: dict[str, Any] = self.worker.ask("run", runs=runs)
+        for source, joules in meters.joules().items():
+            self.joules[source] += max(joules - before.get(source, joules), 0.0)  # RAPL's counters wrap around
+        self.metered += answer["runs"]
+        return answer
+
+    def measure_energy(self, meters: Meters) -> None:
+        """Anew in one long turn, where turns were too short for meters that tell a new value ten times a second."""
+        seconds = self.wall / self.turns
+        if self.joules and self.wall / len(self.rounds) < METERED_S:
+            self.joules.clear()
+            self.metered = 0
+            self._metered(math.ceil(METERED_S / seconds), meters)
+
     def finish(self, meters: Meters) -> None:
-        """Measure the memory, and let it write its results for the comparison."""
+        """Measure energy and memory, and let it write its results for the comparison."""
+        self.measure_energy(meters)
         self.device_mb = meters.device_mb(self.worker.pid)
         self.final = self.worker.ask("finish")
 
@@ -95,12 +111,14 @@ class Contender:
             peak_host_mb=self.final["peak_host_mb"],
             device_mb=self.device_mb,
             device_ms=self.final["device_ms"],
-            joules_per_image={source: joules / (self.turns * batch) for source, joules in self.joules.items()},
+            joules_per_image={s: joules / (self.metered * batch) for s, joules in self.joules.items() if joules},
             gflops=operations * batch / median / 1e6,
             limit_ms=least,
             share_of_limit=least / median if least else None,
             deviation=deviation,
             profile=self.profile,
+            launches=self.final["launches"],
+            too_coarse=tuple(source for source, joules in self.joules.items() if not joules) or None,
         )
 
     def _least_ms(self, rates: Mapping[str, float], operations: int) -> float | None:
@@ -112,17 +130,19 @@ class Contender:
 
 
 def deviation_reference(contenders: Sequence[Contender]) -> Contender | None:
-    """What the others are compared with: float32 torch, else its literal form, else float32 in ONNX Runtime."""
+    """What the others are compared with: float32 torch, else its literal form, else float32 in ONNX Runtime on the CPU,
+    else the first in float32; None where all are in others."""
+    exact = [contender for contender in contenders if contender.spec.precision == "fp32"]
     for wanted in ("torch", "torch-reference", "onnxruntime"):
-        for contender in contenders:
-            if contender.name == wanted and contender.spec.precision == "fp32":
+        for contender in exact:
+            if contender.name == wanted:
                 return contender
-    return None
+    return exact[0] if exact else None
 
 
-def deviation(contender: Contender, reference: Contender, frames: int) -> Deviation:
-    """Largest differences of scores and maps, on the frames that both have seen."""
-    with np.load(contender.spec.outputs) as found, np.load(reference.spec.outputs) as expected:
+def deviation(found_in: str, expected_in: str, frames: int) -> Deviation:
+    """Largest differences of scores and maps in two files of results, on the frames that both have seen."""
+    with np.load(found_in) as found, np.load(expected_in) as expected:
         count = min(frames, len(found["scores"]), len(expected["scores"]))
         scores, maps = (np.abs(found[k][:count] - expected[k][:count]) for k in ("scores", "maps"))
     return Deviation(count, float(scores.max()), float(maps.max()), float(np.quantile(maps, 0.999)))

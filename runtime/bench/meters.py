@@ -30,7 +30,8 @@ THROTTLE_REASONS = {
     0x80: "power brake",
 }
 TEGRASTATS_MS = 100
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt")
+METERED_S = 2.0  # of runs whose energy is measured, at least: NVML and tegrastats tell a new value every 0.1 s
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "tensorrt", "tensorrt-rtx-cu13")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 

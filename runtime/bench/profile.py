@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ class Executed:
         stage: of the method, one of `STAGES`.
         inputs, outputs: shapes.
         seconds: one execution.
+        provider: of ONNX Runtime's, that ran it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Executed:
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
     seconds: float
+    provider: str
 
     @property
     def operations(self) -> int:
@@ -144,12 +146,13 @@ def read_profile(events: Sequence[dict[str, Any]]) -> list[Executed]:
             tuple(tuple(shape) for value in values[f"{kind}_type_shape"] for shape in value.values())
             for kind in ("input", "output")
         )
-        found.append(Executed(name, values["op_name"], stage, inputs, outputs, event["dur"] * 1e-6))
+        seconds, provider = event["dur"] * 1e-6, values.get("provider", "unknown")
+        found.append(Executed(name, values["op_name"], stage, inputs, outputs, seconds, provider))
     return found
 
 
 def summarise(nodes: Sequence[Executed], runs: int, counts: Mapping[str, int], batch: int) -> Profile:
-    """Milliseconds per run by stage, and the operators of each, the costliest first.
+    """Milliseconds per run by stage, the operators of each, the costliest first, and the nodes by provider.
 
     Args:
         nodes: of `profile`.
@@ -177,4 +180,5 @@ def summarise(nodes: Sequence[Executed], runs: int, counts: Mapping[str, int], b
         runs,
         tuple(stage_time(stage, seconds) for stage, seconds in stages.items()),
         tuple(operator_time(*where, seconds) for where, seconds in ranked),
+        {provider: round(count / runs) for provider, count in Counter(node.provider for node in nodes).items()},
     )

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fbclip.files import replacing, write_text
+from fbclip.runtime.bench.meters import METERED_S
 from fbclip.runtime.bench.results import BenchReport, BenchResult, LeftOut, Profile
 from fbclip.runtime.html import INK, chart, missing_packages, write_page
 from fbclip.terminal import cell, print_table, say
@@ -116,7 +117,9 @@ def show(report: BenchReport, console: Console) -> None:
 
 
 def _profile_table(result: BenchResult, profile: Profile) -> Table:
-    table = Table(box=None, pad_edge=False, title=f"where {_subject(result)} spends its time", title_justify="left")
+    nodes = ", ".join(f"{count} nodes on {provider}" for provider, count in (profile.nodes or {}).items())
+    title = f"where {_subject(result)} spends its time" + (f": {nodes}" if nodes else "")
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for heading, justify in (("stage", "left"), ("operator", "left"), ("nodes", "right"), ("ms", "right")):
         table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("share", justify="right")
@@ -143,10 +146,17 @@ def remarks(report: BenchReport) -> list[str]:
     if report.bundle.memory:
         lines.append(f"with memory {report.bundle.memory} of good parts; torch, which has none, is left out")
     products = ", ".join(f"{n} {r / 1e9:.0f}" for n, r in rates.items() if not n.endswith("copy"))
-    lines.append(f"matrix products in the same run, GFLOP/s: {products}; copy {rates['cpu copy'] / 1e9:.1f} GB/s")
+    copies = ", ".join(f"{n} {r / 1e9:.1f}" for n, r in rates.items() if n.endswith("copy"))
+    lines.append(f"in the same run: matrix products, GFLOP/s: {products}; GB/s: {copies}")
     if reference := report.deviation_from:
         lines.append(
             f"dev.: deviation, the largest difference from {reference.backend} {reference.precision}, same frames"
+        )
+    if started := [f"{_subject(r)}: {r.launches}" for r in report.results if r.launches]:
+        lines.append(f"launches: {'; '.join(started)}")
+    if coarse := sorted({source for result in report.results for source in result.too_coarse or ()}):
+        lines.append(
+            f"energy: {', '.join(coarse)} showed nothing in {METERED_S:g} s of runs, and is too coarse to tell"
         )
     others, stolen = conditions.other_processes_cores, conditions.stolen_cores
     if others is not None and others > BUSY:

@@ -142,11 +142,16 @@ class OperatorTime:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where ONNX Runtime spends its time, the costliest operators first."""
+    """Where ONNX Runtime spends its time, the costliest operators first.
+
+    Attributes:
+        nodes: that a run executes, by ONNX Runtime's provider: on a GPU each is a launch or more.
+    """
 
     runs: int
     stages: tuple[StageTime, ...]
     operators: tuple[OperatorTime, ...]
+    nodes: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,10 +166,11 @@ class BenchResult:
         cores_used: on average, while it ran.
         peak_host_mb, device_mb: the most memory, of the host and of the GPU.
         device_ms: "upload", "compute" and "download" apart, on a GPU.
-        joules_per_image: by source.
+        joules_per_image: by source; a source that showed nothing is in `too_coarse` instead.
         gflops: of matrix products and convolutions, by the median.
         limit_ms, share_of_limit: the roofline's least time, and that by the median.
         deviation: from the report's `deviation_from`.
+        launches: how runs are started on a GPU: see `fbclip.backend.Backend`.
     """
 
     backend: str
@@ -188,6 +194,8 @@ class BenchResult:
     share_of_limit: float | None
     deviation: Deviation | None
     profile: Profile | None
+    launches: str | None = None
+    too_coarse: tuple[str, ...] | None = None
 
     @property
     def key(self) -> Key:
@@ -213,7 +221,7 @@ class BenchReport:
         date: of its end, ISO 8601 in UTC.
         runs: timed runs of each subject, at least.
         order: who ran when in each round.
-        rates: operations per second by "device precision library", bytes per second of "cpu copy"; medians.
+        rates: operations per second by "device precision library", bytes per second of "cpu copy" and "cuda copy"; medians.
         deviation_from: the subject that the others' results are compared with.
     """
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -39,22 +41,24 @@ from fbclip.runtime.bench.results import (
     Clock,
     Conditions,
     Frames,
+    Key,
     LeftOut,
     Model,
     Operations,
     Warmup,
 )
-from fbclip.runtime.bench.runner import Spec
+from fbclip.runtime.bench.runner import ON_GPU, Spec
 from fbclip.runtime.host import ProcessFailed
 from fbclip.runtime.workers import Worker
 from fbclip.terminal import progress
 from fbclip.untrusted import build
 
-TORCH = ("torch-reference", "torch")
-SLOW_TO_START = ("torch-compile",)  # compiles for half a minute and more: only where it is named, or with "all"
+TORCH = ("torch-reference", "torch", "torch-captured")
+# These compile for half a minute and more: only where they are named, or with "all".
+SLOW_TO_START = ("torch-compile", "onnxruntime-tensorrt")
 NAMES = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda", "ort-tensorrt": "onnxruntime-tensorrt"}
 BACKENDS = {  # what users name, and the runner's name of it
-    **{name: name for name in (*TORCH, *SLOW_TO_START)},
+    **{name: name for name in (*TORCH, "torch-compile")},
     **{NAMES.get(device, device): device for device in DEVICES},
 }
 ROUNDS = 10
@@ -116,7 +120,26 @@ def bench(bundle: Bundle, options: Options, console: Console) -> BenchReport:
             progress(console, TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         )
         task = bars.add_task("counting operations")
+        if not console.is_terminal:
+            stack.enter_context(regularly(partial(bars.update, task)))
         return Bench(bundle, options, folder, meters, bars, task, stack).run()
+
+
+@contextmanager
+def regularly(tell: Callable[[], None], every_s: float = 1.0) -> Iterator[None]:
+    """Within, call `tell` again and again: a step may take long, and a pipe shows no bar that moves meanwhile."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(every_s):
+            tell()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work)
+        try:
+            yield
+        finally:
+            done.set()
 
 
 class Bench:
@@ -158,7 +181,10 @@ class Bench:
             reasons = "; ".join(f"{entry.backend}: {entry.reason}" for entry in self.left_out)
             raise FBClipError(f"no backend could be measured: {reasons}")
         uses_torch = any(contender.spec.backend.startswith("torch") for contender in self.contenders)
-        machine = self._worker("fbclip.runtime.bench.roofline:Rates", self.options.torch if uses_torch else None)
+        on_gpu = any(contender.worker.ready["device"] in ON_GPU for contender in self.contenders)
+        machine = self._worker(
+            "fbclip.runtime.bench.roofline:Rates", self.options.torch if uses_torch else None, on_gpu
+        )
         conditions = self._run_rounds(machine)
         self._step("comparing results")
         for contender in list(self.contenders):
@@ -224,8 +250,8 @@ class Bench:
             options.torch,
         )
 
-    def _worker(self, target: str, argument: Any) -> Worker:
-        worker = Worker(target, argument)
+    def _worker(self, target: str, *arguments: Any) -> Worker:
+        worker = Worker(target, *arguments)
         self.stack.callback(worker.close)
         return worker
 
@@ -296,7 +322,7 @@ class Bench:
     def _assemble(self, operations: dict[str, int], conditions: Conditions) -> BenchReport:
         rates = {name: statistics.median(r[name] for r in self.rates) for name in self.rates[0]}
         total, count = sum(operations.values()), len(self.frames)
-        reference = deviation_reference(self.contenders)
+        deviation_from, expected = self._reference()
         manifest = self.bundle.manifest
         graphs = {p: self.bundle.graph_sha256(p) for p in manifest.precisions}
         return BenchReport(
@@ -316,13 +342,27 @@ class Bench:
             conditions=conditions,
             rates=rates,
             operations=Operations(total, operations),
-            deviation_from=None if reference is None else reference.key,
+            deviation_from=deviation_from,
             results=tuple(
-                c.result(rates, total, None if reference is None else deviation(c, reference, count))
+                c.result(rates, total, deviation(c.spec.outputs, expected, count) if expected else None)
                 for c in self.contenders
             ),
             left_out=tuple(self.left_out),
         )
+
+    def _reference(self) -> tuple[Key | None, str]:
+        """What the others are compared with, and the file of its results: the bundle's float32 graph on the CPU runs for
+        this alone where nothing that was measured is in float32."""
+        if found := deviation_reference(self.contenders):
+            return found.key, found.spec.outputs
+        if "fp32" not in self.bundle.manifest.precisions:
+            return None, ""
+        self.progress.update(self.task, description="float32 on the CPU, to compare with")
+        spec = self._spec("onnxruntime", "fp32", 1, -1)
+        with Worker("fbclip.runtime.bench.runner:Runner", asdict(spec)) as worker:
+            worker.ask("run", runs=len(self.frames))
+            worker.ask("finish")
+        return Key("onnxruntime", "fp32", 1), spec.outputs
 
     def _step(self, description: str) -> None:
         self.progress.update(self.task, advance=1, description=description)

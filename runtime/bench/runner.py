@@ -10,9 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -20,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, Bundle
+from fbclip.bundle import IMAGE, Bundle
 from fbclip.resample import in_order, resize
-from fbclip.runtime.backends import Backend, make_backend, require_probabilities
+from fbclip.runtime.backends import DEVICES, Backend, make_backend, require_probabilities
 from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from fbclip.runtime.host import peak_memory
 
@@ -32,8 +30,9 @@ Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 STABLE_RUNS, STABLE_SPREAD = 3, 0.05
 WARMUP_RUNS, WARMUP_SECONDS = 20, 10.0
 PROFILED_RUNS = 5
-ON_GPU = ("cuda", "tensorrt", "tensorrt-rtx", "ort-tensorrt")
+ON_GPU = tuple(device for device in DEVICES if device != "cpu")
 DEVICE_RUNS = 10
+NO_GRAPHS = {"CUDAExecutionProvider": {"enable_cuda_graph": "0"}}
 SLOW_SECONDS = 1.0  # a run this long cares little for what others left in the caches
 
 
@@ -153,29 +152,18 @@ class Runner:
         return {"seconds": seconds, "wall_s": wall, "cpu_s": cpu, "runs": self.done - count}
 
     def finish(self) -> dict[str, Any]:
-        """Peak of memory; where there is a GPU, upload, compute and download apart; results to the file."""
+        """Peak of memory; on a GPU upload, compute and download apart, and how runs are started; results to the file."""
         peak = peak_host_mb()
         order = sorted(self.outputs)
         scores, maps = (np.concatenate([self.outputs[i][k] for i in order]) for k in (0, 1))
         np.savez(self.spec.outputs, scores=scores, maps=maps)
-        return {"peak_host_mb": peak, "device_ms": self._device_times()}
+        return {"peak_host_mb": peak, "device_ms": self._device_times(), "launches": self.backend.launches}
 
     def _device_times(self) -> dict[str, float] | None:
-        """Medians by the device's own events; of ONNX Runtime, which shows none, by the clock."""
-        if self.backend.device not in ON_GPU:
-            return None
+        """Medians of what the backend tells."""
         images = self._taken(self.inputs[0])
-        measure: Callable[[NDArray[np.uint8]], dict[str, float]] | None
-        measure = getattr(self.backend, "device_times", None)
-        if isinstance(self.backend, OnnxRuntimeBackend):
-            from fbclip.runtime.bench.profile import beside_images
-
-            beside = beside_images(self.bundle, self.memory)
-            measure = partial(clocked_device_times, self.backend.session, beside, "cuda")
-        if measure is None:
-            return None
-        times = [measure(images) for _ in range(DEVICE_RUNS)]
-        return {name: float(np.median([t[name] for t in times])) for name in times[0]}
+        times = [found for _ in range(DEVICE_RUNS) if (found := self.backend.device_times(images))]
+        return {name: float(np.median([t[name] for t in times])) for name in times[0]} if times else None
 
     def profile(self, operations: dict[str, int]) -> dict[str, Any] | None:
         """Where ONNX Runtime spends its time; None for other backends."""
@@ -192,38 +180,13 @@ class Runner:
             IMAGE: self._taken(self.inputs[0]),
             **beside_images(self.bundle, self.memory),
         }
-        providers = [(name, values) for name, values in session.get_provider_options().items()]
+        # a graph is one launch, of which a profile shows nothing
+        providers = [
+            (name, values | NO_GRAPHS.get(name, {})) for name, values in session.get_provider_options().items()
+        ]
         options = session.get_session_options()
         nodes = profile(self.backend.graph, options, providers, inputs, PROFILED_RUNS, self.backend.unwanted)
         return asdict(summarise(nodes, PROFILED_RUNS, operations, self.spec.batch))
-
-
-def clocked_device_times(
-    session: Any, beside: dict[str, NDArray[np.float32]], place: str, images: NDArray[np.uint8]
-) -> dict[str, float]:
-    """Milliseconds of one run of an ONNX Runtime session, its tensors on the device: upload, compute, download.
-
-    Args:
-        beside: what its graph takes beside images, by name.
-    """
-    import onnxruntime as ort
-
-    binding = session.io_binding()
-    for name, value in beside.items():
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), place, 0))
-    moments = [time.perf_counter()]
-    binding.bind_ortvalue_input(IMAGE, ort.OrtValue.ortvalue_from_numpy(images, place, 0))
-    for name in (SCORE, ANOMALY_MAP):
-        binding.bind_output(name, place)
-    binding.synchronize_inputs()
-    moments.append(time.perf_counter())
-    session.run_with_iobinding(binding)
-    binding.synchronize_outputs()
-    moments.append(time.perf_counter())
-    binding.copy_outputs_to_cpu()
-    moments.append(time.perf_counter())
-    upload, compute, download = np.diff(moments) * 1e3
-    return {"upload": float(upload), "compute": float(compute), "download": float(download)}
 
 
 def is_stable(seconds: list[float]) -> bool:

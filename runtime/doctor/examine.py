@@ -144,6 +144,9 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
         run = {}
     else:
         yield Check(topic, INFERENCE, "ok", _said(run))
+        yield Check(
+            topic, "device auto", "info" if run["told"] else "ok", "; ".join([f"takes {run['device']}", *run["told"]])
+        )
     measured = run.get("peak_mb")
     if found or measured:
         yield from _memory_need(machine, measured, largest)
@@ -168,7 +171,7 @@ def _learned(machine: Machine, path: str, shown: str) -> Check:
 
 def _said(run: dict[str, Any]) -> str:
     """What the probe of inference found."""
-    started = f", started by {run['launches']}" if run["launches"] else ""
+    started = f"; launches: {run['launches']}" if run["launches"] else ""
     return f"{run['device']}, {run['precision']}: a sample image scores {run['score']:.3f} in {run['model_ms']:.0f} ms{started}"
 
 
@@ -266,7 +269,7 @@ def check_extras() -> Iterator[Check]:
         yield Check("Extras", "fbclip", "missing", "runs from its source folder, not installed", "pip install .")
         return
     for extra in package.metadata.get_all("Provides-Extra") or []:
-        if extra in ("dev", "gpu", "tensorrt"):
+        if extra in ("dev", "gpu", "tensorrt", "rtx"):
             continue
         wanted = [
             re.split(r"[^A-Za-z0-9._-]", line)[0]

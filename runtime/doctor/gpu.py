@@ -34,8 +34,26 @@ def check_onnxruntime(machine: Machine) -> Iterator[Check]:
             "onnxruntime was installed over onnxruntime-gpu (they share a folder), so CUDA is gone",
             "pip install --force-reinstall --no-deps onnxruntime-gpu",
         )
+    if PROVIDERS["CUDA"] in found["providers"]:
+        yield _cuda_libraries(machine)
     for name, provider in PROVIDERS.items():
         yield _provider(machine, name, provider, provider in found["providers"])
+
+
+def _cuda_libraries(machine: Machine) -> Check:
+    """Those that ONNX Runtime's provider needs, of NVIDIA's wheels or the system."""
+    topic, name = "ONNX Runtime", "CUDA libraries"
+    cure = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    if machine.is_jetson:
+        cure = "sudo apt install nvidia-jetpack  # brings CUDA and cuDNN"
+    try:
+        found = probe(machine, "cuda_libraries")
+    except ProcessFailed as error:
+        return failed(topic, name, error, "", cure)
+    if found["missing"]:
+        status: Status = "missing" if machine.has_gpu else "info"
+        return Check(topic, name, status, f"not found: {', '.join(found['missing'])}", cure)
+    return Check(topic, name, "ok", f"found in {', '.join(found['places'])}")
 
 
 def _provider(machine: Machine, name: str, provider: str, built_in: bool) -> Check:
@@ -51,15 +69,16 @@ def _provider(machine: Machine, name: str, provider: str, built_in: bool) -> Che
             return Check(topic, title, "missing", "not in this build", install)
         return Check(topic, title, "info", "not in this build, and no NVIDIA GPU here")
     try:
-        got = probe(machine, "provider", provider)["got"]
+        found = probe(machine, "provider", provider)
     except ProcessFailed as error:
         return failed(topic, title, error, "", install)
+    got, why = found["got"], found["why"]
     if got == provider:
         return Check(topic, title, "ok", "a session runs on it")
     cure = install if machine.has_gpu else "fbclip infer --device cpu  # there is no NVIDIA GPU here"
     if name == "TensorRT" and machine.has_gpu and not machine.is_jetson:
         cure = "pip install tensorrt  # its release must fit ONNX Runtime's"
-    return Check(topic, title, "broken", f"in this build, but a session fell back to {got}", cure)
+    return Check(topic, title, "broken", f"in this build, but a session fell back to {got}: {why}", cure)
 
 
 def check_nvidia(machine: Machine) -> Iterator[Check]:
@@ -73,6 +92,7 @@ def check_nvidia(machine: Machine) -> Iterator[Check]:
         else "pip install --force-reinstall tensorrt"
     )
     yield _gpu_library(machine, "TensorRT", "tensorrt", "tensorrt", tensorrt, _tensorrt)
+    yield _rtx(machine)
     nvcc = shutil.which("nvcc", path=machine.path)
     toolkit = (machine.root / "usr/local/cuda/bin/nvcc").is_file()
     pycuda = "pip install --no-cache-dir --force-reinstall pycuda"
@@ -112,7 +132,8 @@ def _driver(machine: Machine) -> Iterator[Check]:
                 topic, "GPU access", "broken", f"no permission to use /{device.relative_to(machine.root)}", cure
             )
         return
-    found = re.search(r"Kernel Module\D*([\d.]+)", machine.read("proc/driver/nvidia/version"))
+    # "… x86_64 Kernel Module  550.54.15 …", or "… Open Kernel Module for x86_64  580.159.04 …"
+    found = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", machine.read("proc/driver/nvidia/version"))
     if not found:
         cure = "sudo apt install nvidia-driver  # Ubuntu: sudo ubuntu-drivers install; then reboot"
         yield Check(topic, "driver", "missing", "an NVIDIA GPU, but its driver is not loaded", cure)
@@ -175,6 +196,28 @@ def _gpu_library(
     if status == "broken" and not machine.has_gpu:
         return Check("NVIDIA", name, "info", f"{found} (no NVIDIA GPU here)")
     return Check("NVIDIA", name, status, found, cure if status == "broken" else "")
+
+
+def _rtx(machine: Machine) -> Check:
+    """TensorRT-RTX builds engines on any machine, for GPUs of some kinds."""
+    name, cure = "TensorRT-RTX", "pip install 'fbclip[rtx]'"
+    try:
+        found = probe(machine, "tensorrt_rtx")
+    except ProcessFailed as error:
+        if (error.missing or "").partition(".")[0] == "tensorrt_rtx":  # an alternative, which nobody needs
+            return Check("NVIDIA", name, "info", "not installed")
+        return failed("NVIDIA", name, error, "tensorrt_rtx", cure)
+    kinds = found["compute_capabilities"]
+    text = f"{found['version']}, builder {found['builder']}, for compute capability {', '.join(kinds)}"
+    if found["builder"] != "starts":
+        return Check("NVIDIA", name, "broken", text, cure)
+    try:
+        here = machine.run("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
+    except ProcessFailed:
+        return Check("NVIDIA", name, "ok", f"{text}; engines can be built here")
+    if here and here[0] not in kinds:
+        return Check("NVIDIA", name, "info", f"{text}; this GPU has {here[0]}, and its engines don't run here")
+    return Check("NVIDIA", name, "ok", f"{text}; this GPU has {', '.join(here)}")
 
 
 def _tensorrt(found: dict[str, Any]) -> tuple[Status, str]:

@@ -32,14 +32,26 @@ def onnxruntime() -> Values:
 
 
 def provider(name: str) -> Values:
-    """Create a session of the embedded graph on a provider: what the session really got."""
+    """Create a session of the embedded graph on a provider: what the session really got, and why, if that is another."""
     ort = import_module("onnxruntime")
     from fbclip.bundle import Bundle
+    from fbclip.runtime.backends.providers import load_cuda, quiet, why_not
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(Bundle.load().graph("fp32"), options, providers=[name])
-    return {"got": session.get_providers()[0]}
+    load_cuda()
+    with quiet():
+        session = ort.InferenceSession(Bundle.load().graph("fp32"), options, providers=[name])
+    got = session.get_providers()[0]
+    return {"got": got, "why": None if got == name else why_not(name)}
+
+
+def cuda_libraries() -> Values:
+    """The folders in which CUDA's libraries for this ONNX Runtime are found, and those of them that are not."""
+    from fbclip.runtime.backends.providers import find_libraries
+
+    places, missing = find_libraries()
+    return {"places": places, "missing": missing}
 
 
 def tensorrt() -> Values:
@@ -52,6 +64,18 @@ def tensorrt() -> Values:
     except Exception as error:
         found["builder"] = f"does not start: {reason(error)}"
     return found
+
+
+def tensorrt_rtx() -> Values:
+    """TensorRT-RTX's version, whether its builder starts, for which it needs no GPU, and the GPUs that it builds for."""
+    rtx = import_module("tensorrt_rtx")
+    return {
+        "version": rtx.__version__,
+        "builder": "starts" if rtx.Builder(rtx.Logger(rtx.Logger.ERROR)) else "does not start",
+        "compute_capabilities": [
+            f"{name[2:-1]}.{name[-1]}" for name in rtx.ComputeCapability.__members__ if name[2:].isdigit()
+        ],
+    }
 
 
 def pycuda() -> Values:
@@ -137,20 +161,28 @@ def plans(path: str) -> Values:
 
 
 def inference(path: str, device: str = "auto", precision: str = "auto") -> Values:
-    """Score a sample image at the size that the bundle takes, and measure the memory that it took."""
+    """Score a sample image at the size that the bundle takes, and measure the memory that it took; `told` is what "auto"
+    has to say of devices that it did not take."""
+    import logging
+
     from fbclip.folders import list_images
     from fbclip.images import read_image
     from fbclip.resample import resize
     from fbclip.runtime.predictor import Predictor
 
+    told: list[str] = []
+    log = logging.getLogger("fbclip")
+    log.setLevel(logging.INFO)
+    log.addFilter(lambda record: told.append(record.getMessage()) or False)  # type: ignore[func-returns-value]
     predictor = Predictor(path or None, device=device, precision=precision)
     frame = resize(read_image(list_images([])[0]), predictor.bundle.manifest.input_size)
     prediction = predictor(frame)
-    if predictor.launches:  # on TensorRT: replay is tried when each of its two slots has run once
+    if predictor.launches:  # replay is tried when a shape comes again, on TensorRT in each of two slots
         predictor(frame)
         prediction = predictor(frame)
     peak = peak_memory()
     return {
+        "told": told,
         "launches": predictor.launches,
         "device": predictor.backend.device,
         "precision": predictor.precision,
@@ -162,7 +194,20 @@ def inference(path: str, device: str = "auto", precision: str = "auto") -> Value
 
 PROBES: dict[str, Callable[..., Values]] = {
     probe.__name__: probe
-    for probe in (package, onnxruntime, provider, tensorrt, pycuda, opencv, bundle, memory, plans, inference)
+    for probe in (
+        package,
+        onnxruntime,
+        provider,
+        cuda_libraries,
+        tensorrt,
+        tensorrt_rtx,
+        pycuda,
+        opencv,
+        bundle,
+        memory,
+        plans,
+        inference,
+    )
 }
 
 

@@ -74,7 +74,7 @@ def inspect(predictor: Predictor, source: Source, inspection: Inspection, consol
     else:
         print_summary(summary, console)
     if launches := predictor.launches:
-        say(console, f"TensorRT's executions were started by {launches}")
+        say(console, f"launches: {launches}")
     saving = inspection.sinks.saving
     if saving and any(saving.folder.iterdir()):
         kinds = [kind for kind, asked in (("pictures", saving.overlays), ("maps", saving.maps)) if asked]

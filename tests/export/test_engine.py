@@ -63,7 +63,7 @@ def test_an_engine_scores_like_the_cpu(tensorrt: str, fbclip: Run, bundle: Bundl
     assert abs(on_gpu["score"] - on_cpu["score"]) <= (1e-6 if tensorrt in RELEASES else 1e-4)
     assert list(on_gpu) == list(on_cpu)
     told = fbclip("infer", SAMPLE, "--bundle", bundle.path, "--device", "tensorrt", "--no-save").stdout
-    assert re.search(r"^TensorRT's executions were started by (CUDA graph|enqueue \()", told, re.M)
+    assert re.search(r"^launches: (CUDA graph|enqueue \()", told, re.M)
 
 
 @pytest.mark.parametrize(("precision", "budget"), [("fp16", 2e-3), ("int8", 2e-2)])

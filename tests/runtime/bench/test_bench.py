@@ -6,9 +6,10 @@ import csv
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -22,18 +23,22 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fbclip.assets import EMBEDDED
 from fbclip.bundle import Bundle
-from fbclip.errors import UsageError
+from fbclip.errors import DeviceError, UsageError
 from fbclip.files import sha256
 from fbclip.model.backend import bundle_backend
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from fbclip.runtime.bench.compare import compare, parse_share, ratio_interval, read_report
+from fbclip.runtime.bench.contenders import Contender
 from fbclip.runtime.bench.meters import Meters, Tegrastats, board_watts, processor
-from fbclip.runtime.bench.profile import STAGES, beside_images, count_operations, read_profile
-from fbclip.runtime.bench.results import BenchReport
-from fbclip.runtime.bench.roofline import MATMUL, least_seconds
-from fbclip.runtime.bench.run import Options, runs_of_round, turn_order
-from fbclip.runtime.bench.runner import clocked_device_times, is_stable
+from fbclip.runtime.bench.profile import STAGES, count_operations, read_profile
+from fbclip.runtime.bench.results import BenchReport, Warmup
+from fbclip.runtime.bench.roofline import COPIED_SIDE, DeviceOperator, device_rates, least_seconds, one_node
+from fbclip.runtime.bench.run import Options, regularly, runs_of_round, sample_frames, turn_order
+from fbclip.runtime.bench.runner import Spec, is_stable
 from fbclip.runtime.host import Machine, ProcessFailed
 from fbclip.runtime.workers import Worker
+from helpers.tiny import tiny_bundle
+from helpers.waiting import PATIENCE_S
 
 RESULT = {  # what scripts and --compare read of a result
     "backend": str,
@@ -78,6 +83,11 @@ def test_side_by_side_then_compared(fbclip: Run, tmp_path: Path) -> None:
     assert [stage["stage"] for stage in stages] == list(STAGES)
     assert sum(stage["share"] for stage in stages) == pytest.approx(1)
     assert all(stage["ms"] > 0 for stage in stages)
+    assert deployed["profile"]["nodes"].keys() == {"CPUExecutionProvider"}
+    assert (
+        sum(o["nodes"] for o in deployed["profile"]["operators"])
+        == deployed["profile"]["nodes"]["CPUExecutionProvider"]
+    )
     assert reference["profile"] is None
 
     folder = tmp_path / "runs/bench/exp"
@@ -108,6 +118,24 @@ def test_torch_compile_runs_the_same_model() -> None:
             np.testing.assert_array_equal(one, other)
     assert compiled.forward is not eager.forward
     assert type(compiled.forward) is not type(eager.forward)
+
+
+def test_half_precision_alone_is_compared_with_the_float32_of_its_bundle(fbclip: Run, tmp_path: Path) -> None:
+    """Where nothing else was measured, and no torch. The map is the image's brightness, in "half precision" 1 % less."""
+    path, other = tiny_bundle(tmp_path), tiny_bundle(tmp_path / "other", gain=0.99)
+    shutil.copy(other / "model.onnx", path / "model.fp16.onnx")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["precisions"].append("fp16")
+    manifest["files"]["model.fp16.onnx"] = sha256(path / "model.fp16.onnx")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    arguments = ["--bundle", path, "--backends", "onnxruntime", "--precision", "fp16", "--runs", "3"]
+    assert "difference from onnxruntime fp32" in fbclip("bench", *arguments, "--json", "out.json").stdout
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert values["drift_from"] == {"backend": "onnxruntime", "precision": "fp32", "batch": 1}
+    (result,) = values["results"]
+    brightest = sample_frames(Bundle.load(), None).mean(-1).max() / 255
+    assert result["drift"]["map_max"] == pytest.approx(0.01 * brightest, rel=1e-3)
+    assert result["drift"]["frames"] == 4
 
 
 def test_wrong_usage(fbclip: Run, tmp_path: Path) -> None:
@@ -214,8 +242,41 @@ def test_the_stage_of_a_node_without_one_is_that_before() -> None:
 
 def test_the_timed_product_is_one() -> None:
     a, b = (np.random.default_rng(seed).random((5, 5), np.float32) for seed in (0, 1))
-    (product,) = ort.InferenceSession(MATMUL, providers=["CPUExecutionProvider"]).run(None, {"a": a, "b": b})
-    assert np.allclose(product, a @ b)
+    for operator, expected in (("MatMul", a @ b), ("Add", a + b)):
+        session = ort.InferenceSession(one_node(operator), providers=["CPUExecutionProvider"])
+        onnx.checker.check_model(onnx.load_from_string(one_node(operator)))
+        assert np.allclose(session.run(None, {"a": a, "b": b})[0], expected)
+
+
+def test_operators_on_matrices_that_stay_on_the_device() -> None:
+    """As a GPU's rates are measured; on the CPU, which has no need of it."""
+    for dtype in (np.float32, np.float16):
+        product = DeviceOperator("MatMul", dtype, 8, "cpu")
+        product.resize(16)
+        product()
+        (found,) = product.binding.copy_outputs_to_cpu()
+        a = np.random.default_rng(0).random((16, 16), np.float32).astype(dtype)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, a @ a, rtol=1e-2)
+    with pytest.raises(DeviceError, match="does not run on cpu"):
+        DeviceOperator("NoOperator", np.float32, 8, "cpu")
+    assert 3 * 4 * COPIED_SIDE**2 < 2**29  # of a small device's memory
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        assert device_rates("cuda") == {}
+
+
+@pytest.mark.gpu
+def test_rates_of_a_gpu() -> None:
+    if not (rates := device_rates("cuda")):
+        pytest.skip("ONNX Runtime has no GPU here")
+    assert set(rates) == {"cuda fp32 onnxruntime", "cuda fp16 onnxruntime", "cuda copy"}
+    assert all(measure() > 1e9 for measure in rates.values())
+
+
+def test_a_long_step_is_told_again_and_again() -> None:
+    told = threading.Semaphore(0)
+    with regularly(told.release, every_s=0.01):
+        assert all(told.acquire(timeout=PATIENCE_S) for _ in range(3))
 
 
 def test_the_roofline_has_two_sides() -> None:
@@ -232,10 +293,11 @@ def test_warm_is_when_three_runs_agree() -> None:
 
 def test_device_times_by_the_clock() -> None:
     bundle = Bundle.load()
-    session = ort.InferenceSession(bundle.graph("fp32"), providers=["CPUExecutionProvider"])
     side = bundle.manifest.image_size
     image = np.zeros((1, side, side, 3), np.uint8)
-    times = [clocked_device_times(session, beside_images(bundle, None), "cpu", image) for _ in range(20)]
+    with OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text, "cpu", bundle.manifest.memory_shape) as backend:
+        assert backend.device_times(image) is None
+        times = [backend._clocked(image) for _ in range(20)]
     compute, download = (min(one[name] for one in times) for name in ("compute", "download"))  # undisturbed ones
     assert compute > 10 * download > 0
 
@@ -292,6 +354,10 @@ def test_recorded_benchmarks_are_read_whole() -> None:
         for values in json.loads(path.read_text())["reports"].values():
             report = BenchReport.from_dict({**values, "of a later version": 1})
             values["bundle"].setdefault("memory", None)  # older reports are of bundles without one
+            for result in values["results"]:
+                result |= {"launches": None, "too_coarse": None}
+                if result["profile"]:
+                    result["profile"]["nodes"] = None
             assert json.loads(json.dumps(report.to_dict())) == values
     del values["frames"]["size"]
     with pytest.raises(ValueError, match="frames lacks size"):
@@ -350,6 +416,43 @@ def test_instruments_of_a_made_up_machine(tmp_path: Path) -> None:
     cpuinfo = "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n"
     assert processor(cpuinfo) == "AMD EPYC (family 26, model 2)"
     assert processor("Serial : 0") == ""
+
+
+class Simulated:
+    """A subject of 10 W whose runs take 5 ms, beside a meter that tells a new value every 0.1 s, or never."""
+
+    ready: ClassVar[dict[str, Any]] = {"device": "cpu", "reads": 1}
+    pid, start_seconds = 0, 1.0
+
+    def __init__(self, root: Path, watts: float) -> None:
+        self.file, self.watts, self.seconds = root / "sys/class/powercap/intel-rapl:0/energy_uj", watts, 0.0
+        self.file.parent.mkdir(parents=True)
+        (self.file.parent / "name").write_text("package-0")
+        self.file.write_text("0")
+
+    def ask(self, method: str, runs: int = 0) -> dict[str, Any]:
+        if method == "finish":
+            return {"peak_host_mb": 1.0, "device_ms": None, "launches": None}
+        self.seconds += 0.005 * (runs + 1)
+        self.file.write_text(str(round(1e6 * self.watts * int(self.seconds / 0.1) * 0.1)))
+        return {"seconds": [0.005] * runs, "wall_s": 0.005 * (runs + 1), "cpu_s": 0.0, "runs": runs + 1}
+
+
+@pytest.mark.parametrize("watts", [10.0, 0.0])
+def test_short_turns_and_a_coarse_meter(tmp_path: Path, watts: float) -> None:
+    simulated: Any = Simulated(tmp_path, watts)
+    contender = Contender("onnxruntime", Spec("cpu", "fp32", 2, "", "", ""), simulated, Warmup(3, True, 0.005))
+    meters = Meters(Machine(tmp_path))
+    for _ in range(3):
+        contender.turn(5, meters)
+    contender.finish(meters)
+    result = contender.result({"cpu fp32 numpy": 1e9}, 10, None)
+    if watts:
+        assert result.joules_per_image == {"RAPL package-0": pytest.approx(watts * 0.005 / 2, rel=0.05)}
+        assert result.too_coarse is None
+    else:
+        assert result.joules_per_image == {}
+        assert result.too_coarse == ("RAPL package-0",)
 
 
 def test_power_of_jetsons(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fbclip.engines import Engine, EngineOptions, Platform
 from fbclip.export.engine import build_engine
 from fbclip.runtime.doctor.checks import Check
 from fbclip.runtime.doctor.examine import _cameras, check_bundle, check_machine, check_python, check_video, examine
-from fbclip.runtime.doctor.gpu import _power, check_nvidia, check_onnxruntime
+from fbclip.runtime.doctor.gpu import _driver, _power, _rtx, check_nvidia, check_onnxruntime
 from fbclip.runtime.host import Machine
 from helpers.made_up_memory import write_memory
 
@@ -124,6 +124,7 @@ def test_without_a_working_onnxruntime_inference_does_not_work(
 FALLING_BACK = """
 __version__ = "1.0"
 class SessionOptions: pass
+def set_default_logger_severity(severity): pass
 class InferenceSession:
     def __init__(self, graph, options, providers): pass
     def get_providers(self): return ["CPUExecutionProvider"]
@@ -206,7 +207,7 @@ def test_a_plan_that_fits_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         check = by_name(check_bundle(Machine(), bundle.path))[plan.name]
     assert check.status == "ok"
     assert "as here; tensorrt, fp32: a sample image scores" in check.found
-    assert check.found.endswith(f"started by {launches}")
+    assert check.found.endswith(f"; launches: {launches}")
 
 
 def write(root: Path, path: str, text: str) -> None:
@@ -286,6 +287,48 @@ def test_a_gpu_in_a_pc(tmp_path: Path) -> None:
     checks = by_name(check_nvidia(machine))
     assert (checks["driver"].status, checks["driver"].found) == ("ok", "550.54.15")
     assert checks["GPU"].found.startswith("NVIDIA RTX A2000")
+    opened = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (dvs-builder@)\n"
+    write(tmp_path, "proc/driver/nvidia/version", opened)
+    assert by_name(_driver(machine))["driver"].found == "580.159.04"
+
+
+def test_tensorrt_rtx_says_whether_it_builds_for_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real builder, which needs no GPU."""
+    pytest.importorskip("tensorrt_rtx")
+    machine = Machine(tmp_path, str(tmp_path / "bin"))
+    check = _rtx(machine)
+    assert check.status == "ok"
+    assert "builder starts, for compute capability 7.5, 8.0" in check.found
+    assert check.found.endswith("engines can be built here")
+    for capability, status in (("8.9", "ok"), ("9.0", "info")):
+        command(tmp_path, "bin/nvidia-smi", f"echo {capability}")
+        check = _rtx(machine)
+        assert check.status == status
+        assert f"this GPU has {capability}" in check.found
+    fake_package(tmp_path, monkeypatch, "tensorrt_rtx", "raise OSError('libtensorrt_rtx.so: cannot open')")
+    assert _rtx(machine).status == "broken"
+
+
+def test_cuda_libraries_that_are_not_found_have_a_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_package(tmp_path, monkeypatch, "onnxruntime", FALLING_BACK)
+    write(tmp_path, "fakes/onnxruntime/capi/__init__.py", "")
+    write(tmp_path, "fakes/onnxruntime/capi/build_and_package_info.py", "cuda_version = '99.0'")  # nobody has it
+    check = by_name(check_onnxruntime(Machine(tmp_path)))["CUDA libraries"]
+    assert check.status == "info"
+    assert "libcublasLt.so.99" in check.found
+    assert check.cure == "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    provider = by_name(check_onnxruntime(jetson(tmp_path)))
+    assert provider["CUDA libraries"].status == "missing"
+    assert "libonnxruntime_providers_cuda.so" in provider["CUDA provider"].found
+
+
+def test_what_auto_takes_and_what_it_does_not(fbclip: Run, tmp_path: Path) -> None:
+    path = shutil.copytree(Bundle.load().path, tmp_path / "copy.fbclip")
+    assert by_name(check_bundle(Machine(), path))["device auto"].found == "takes cpu"
+    write(path, "engines/orin-trt10.3.0-fp32.plan", "")
+    check = by_name(check_bundle(Machine(), path))["device auto"]
+    assert check.status == "info"
+    assert check.found.startswith("takes cpu; tensorrt is not used: ")
 
 
 @pytest.fixture
