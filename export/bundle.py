@@ -45,7 +45,8 @@ from fbclip.model.backend import TorchBackend
 from fbclip.model.config import Config
 from fbclip.model.network import FBCLIP
 from fbclip.resample import BLUR_SIGMA, in_order, resize
-from fbclip.runtime.backends.onnx import OnnxRuntimeBackend, available
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
+from fbclip.runtime.backends.providers import available
 
 SEARCH_IMAGES = 4  # that deviate most; what must stay float32 is looked for on them
 
