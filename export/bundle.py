@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +25,16 @@ from fbclip.errors import ParityError
 from fbclip.export.graph import OPSET, DeployedModel, write_onnx
 from fbclip.export.parity import (
     BUDGETS,
-    Differences,
     Parity,
     Proof,
     Reference,
     Taught,
     compare,
     compare_taught,
-    overrun,
     run_reference,
 )
 from fbclip.export.precision.float32_islands import widen
-from fbclip.export.precision.half import HalfWeights, write_half
+from fbclip.export.precision.half import Halver
 from fbclip.export.precision.int8 import Feed, Quantization, Quantizer
 from fbclip.export.report import Steps, draw_parity
 from fbclip.export.stages import compare_stages
@@ -49,6 +50,7 @@ from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from fbclip.runtime.backends.providers import available
 
 SEARCH_IMAGES = 4  # that deviate most; what must stay float32 is looked for on them
+COMPARED_FROM = 0.1  # of its budget: a graph that deviates by less is not compared stage by stage
 
 
 @dataclass(frozen=True)
@@ -169,60 +171,55 @@ class GraphWriter:
         self.text, self.proof, self.reference, self.steps = text, proof, reference, steps
         self.taught, self.neutral = taught, Tensors.neutral(model.config.memory_shape)
         self.threshold, self.channel_order = deployment.threshold, deployment.channel_order
-        self.deployed = DeployedModel(model, deployment.frame_size, deployment.channel_order)
+        self.frame_size = deployment.frame_size or (model.config.image_size, model.config.image_size)
+        self.memory_shape = model.config.memory_shape
+        self.model = model
         self.inputs = [in_order(frame, self.channel_order) for frame in proof.frames]
         self.parities: list[Parity] = []
         self.variants: dict[str, dict[str, Any]] = {}
 
     def write_float(self, folder: Path) -> None:
-        """Write the model as it is trained; pass it or raise ParityError, as the others do."""
+        """Write the model as it is trained; pass it or raise ParityError, as the others do. It has no weights after this."""
+        deployed = DeployedModel(self.model, self.frame_size, self.channel_order)
 
         def write(path: Path, islands: Collection[str]) -> None:
-            write_onnx(self.deployed, torch.from_numpy(self.text), path)
+            write_onnx(deployed, torch.from_numpy(self.text), path)
+            self.model.to("meta")  # gigabytes, which no graph needs any more
 
         self.judge(self.measure("fp32", folder, write))
 
     def write_half(self, folder: Path) -> None:
-        """Type the products float16; where that deviates too far, widen the float32 islands by measurement."""
-        weights = HalfWeights(self.deployed.visual)
-
-        def write(path: Path, islands: Collection[str]) -> None:
-            typed = [stage for stage, part in weights.parts.stages.items() if part not in islands]
-            write_half(folder / GRAPHS["fp32"], path, typed)
-
-        parity = self.measure("fp16", folder, write)
-        if parity.overrun > 1:
-            first, worst = parity.diverges_first, parity.by_deviation[:SEARCH_IMAGES]
-            self.say_overrun(parity)
-
-            def overrun_in_torch(islands: Collection[str]) -> float:
-                weights.apply(islands)
-                return self.overrun_in_torch(worst)
-
-            islands = widen("fp16", weights.parts, overrun_in_torch, first, self.steps.say)
-            parity = self.measure("fp16", folder, write, islands)
-        self.judge(parity)
+        """Type the float32 graph's products float16; where that deviates too far, leave some float32 by measurement."""
+        self.write_lower("fp16", folder, Halver(folder / GRAPHS["fp32"]))
 
     def write_quantized(self, folder: Path, quantization: Quantization) -> None:
         """Quantise the float32 graph's products; where that deviates too far, leave some float32 by measurement."""
-        frames = (resize(frame, self.deployed.frame_size) for frame in quantization.calibration)
+        frames = (resize(frame, self.frame_size) for frame in quantization.calibration)
         others = {TEXT: self.text, **self.neutral.named()}
         inputs: list[Feed] = [{IMAGE: in_order(frame, self.channel_order)[None], **others} for frame in frames]
         with tempfile.TemporaryDirectory(dir=folder) as working:
             quantizer = Quantizer(folder / GRAPHS["fp32"], quantization.form, inputs, Path(working))
-            for_tensorrt = quantization.form != DYNAMIC
-            parity = self.measure("int8", folder, quantizer.write, for_tensorrt=for_tensorrt)
-            if parity.overrun > 1:
-                tried = range(len(self.inputs)) if parity.auroc else parity.by_deviation[:SEARCH_IMAGES]
+            self.write_lower("int8", folder, quantizer, quantization.form != DYNAMIC)
+
+    def write_lower(self, precision: str, folder: Path, maker: Halver | Quantizer, for_tensorrt: bool = True) -> None:
+        """Write a graph of lower precision; past its budget look for what must stay float32, by a graph for each trial."""
+        parity = self.measure(precision, folder, maker.write, for_tensorrt=for_tensorrt)
+        if parity.overrun > 1:
+            where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
+            self.steps.say(
+                f"{precision} deviates by {parity.overrun:.2f} of its budget{where}; looking for what must stay float32"
+            )
+            tried = range(len(self.inputs)) if parity.auroc else parity.by_deviation[:SEARCH_IMAGES]
+            first = parity.diverges_first if precision == "fp16" else None
+            with tempfile.TemporaryDirectory(dir=folder) as working:
                 trial = Path(working, "trial.onnx")
-                self.say_overrun(parity)
 
-                def overrun_in_runtime(islands: Collection[str]) -> float:
-                    quantizer.write(trial, islands)
-                    return self.compare("int8", trial, tried).overrun
+                def overrun(islands: Collection[str]) -> float:
+                    maker.write(trial, islands)
+                    return self.compare(precision, trial, tried).overrun
 
-                islands = widen("int8", quantizer.parts, overrun_in_runtime, None, self.steps.say)
-                parity = self.measure("int8", folder, quantizer.write, islands, for_tensorrt)
+                islands = widen(precision, maker.parts, overrun, first, self.steps.say)
+            parity = self.measure(precision, folder, maker.write, islands, for_tensorrt)
         self.judge(parity)
 
     def write_variants(self, folder: Path) -> None:
@@ -236,9 +233,10 @@ class GraphWriter:
             where = device if device in available() else "cpu"
             with (
                 self.steps(f"running {name} in ONNX Runtime on {where}"),
-                OnnxRuntimeBackend(path, self.text, where, self.deployed.adaptable.head.shape) as backend,
+                OnnxRuntimeBackend(path, self.text, where, self.memory_shape) as backend,
             ):
                 found = compare_taught(backend, self.inputs[0], self.taught, copies=2)
+            give_back_memory()
             if found.overrun(precision) > 1:
                 raise ParityError(
                     f"{name} must stay within the budget of {precision}, {BUDGETS[precision]}, of the torch model; it "
@@ -264,55 +262,35 @@ class GraphWriter:
         with self.steps(f"running {path.name} in ONNX Runtime"):
             parity = self.compare(precision, path, range(len(self.inputs)))
         stages = []
-        if precision != "fp32":
+        if precision != "fp32" and parity.overrun > COMPARED_FROM:
             worst = self.inputs[parity.by_deviation[0]][None]
             feed: Feed = {IMAGE: worst, TEXT: self.text, **self.neutral.named()}
             with self.steps(f"comparing {path.name} with {GRAPHS['fp32']} stage by stage"):
                 stages = compare_stages(precision, folder / GRAPHS["fp32"], path, feed)
+            give_back_memory()
         size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
         seconds = round(self.steps.seconds[f"writing {path.name}"], 1)
         return replace(parity, stages=tuple(stages), islands=islands, nodes=nodes, size_bytes=size, seconds=seconds)
 
     def compare(self, precision: str, path: Path, indices: Sequence[int]) -> Parity:
         """A graph on some images of the proof, in ONNX Runtime, against the torch model."""
-        shape = self.deployed.adaptable.head.shape
-        with OnnxRuntimeBackend(path, self.text, "cpu", shape) as backend:  # a session holds gigabytes
+        with OnnxRuntimeBackend(path, self.text, "cpu", self.memory_shape) as backend:  # a session holds gigabytes
             images, reference = [self.inputs[i] for i in indices], self.reference.part(indices)
             parity = compare(precision, backend, self.proof.part(indices), images, reference, self.threshold)
             with_memory = compare_taught(backend, self.inputs[0], self.taught)
+        give_back_memory()
         return replace(parity, memory=with_memory)
-
-    def say_overrun(self, parity: Parity) -> None:
-        where = f", first in {parity.diverges_first}" if parity.diverges_first else ""
-        self.steps.say(
-            f"{parity.precision} deviates by {parity.overrun:.2f} of its budget{where}; "
-            f"looking for what must stay float32"
-        )
 
     def judge(self, parity: Parity) -> None:
         require_within(parity, parity.precision)
         self.parities.append(parity)
 
-    @torch.no_grad()
-    def overrun_in_torch(self, indices: Sequence[int]) -> float:
-        """Deviation in budgets by the torch model as it is typed, on some images and with the memory:
-        cheaper than a graph for each trial."""
-        overruns = []
-        for memory, expected, images in (
-            (self.neutral, self.reference, indices),
-            (self.taught.memory, self.taught.results, [0]),
-        ):
-            tensors = [torch.from_numpy(value) for value in memory.named().values()]
-            scores, maps = Differences(), Differences()
-            for index in images:
-                image = self.inputs[index]
-                score, anomaly_map, *_ = self.deployed(
-                    torch.from_numpy(image)[None], torch.from_numpy(self.text), *tensors
-                )
-                scores.add(score.numpy(), expected.scores[index : index + 1])
-                maps.add(anomaly_map[0].numpy(), expected.map(index, image.shape[:2]))
-            overruns.append(overrun("fp16", scores.max, maps.quantile(0.999)))
-        return max(overruns)
+
+def give_back_memory() -> None:
+    """Give what a session has freed back to the system: glibc keeps gigabytes of it in pieces."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def require_within(parity: Parity, graph: str) -> None:

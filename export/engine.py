@@ -199,6 +199,25 @@ def parse(library: Library, graph: Path) -> tuple[Any, Any, Any]:
     return builder, network, parser
 
 
+class Reading:
+    """What NVIDIA's parser says of a graph, as a worker's object: it is done once it is made.
+
+    Where the library is installed but can't be loaded it says nothing, as where it is missing.
+    """
+
+    def __init__(self, graph: str) -> None:
+        self.refused: str | None = None
+        try:
+            parse(Library(rtx=True), Path(graph))
+        except DeviceError:
+            return
+        except FBClipError as error:
+            self.refused = str(error)
+
+    def ready(self) -> dict[str, str | None]:
+        return {"refused": self.refused}
+
+
 def _serialise(
     library: Library, graph: Path, options: EngineOptions, timing_cache: Path | None, monitor: Any
 ) -> tuple[memoryview, memoryview]:

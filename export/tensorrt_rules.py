@@ -11,15 +11,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from fbclip.errors import DeviceError, FBClipError, GraphError
-from fbclip.export.engine import parse
-from fbclip.runtime.backends.cuda import Library
+from fbclip.errors import GraphError
+from fbclip.runtime.host import ProcessFailed
+from fbclip.runtime.workers import Worker
 
 OPERATORS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("onnx_operators.json").read_text())
 MOST_SORTED = 3840  # K of TopK is below, by the table
@@ -133,20 +134,26 @@ def check_graph(path: Path, for_tensorrt: bool = True) -> int:
                     f"of torch and onnxscript (constraints.txt)"
                 )
     check_shapes(graph)
-    if for_tensorrt and (library := real_parser()):
-        try:
-            parse(library, path)
-        except FBClipError as error:
-            raise GraphError(str(error)) from error
+    if for_tensorrt:
+        read_with_real_parser(path)
     return len(graph.nodes)
 
 
-def real_parser() -> Library | None:
-    """The library with NVIDIA's own parser; None where it is not installed."""
+def read_with_real_parser(path: Path) -> None:
+    """Have NVIDIA's own parser read a graph, where TensorRT-RTX is installed, in a process that takes its memory along.
+
+    Raises:
+        GraphError: it refuses; names the layer and the reason.
+    """
+    if find_spec("tensorrt_rtx") is None:
+        return
     try:
-        return Library(rtx=True)
-    except DeviceError:
-        return None
+        with Worker("fbclip.export.engine:Reading", str(path)) as worker:
+            refused = worker.ready["refused"]
+    except ProcessFailed as error:
+        raise GraphError(f"NVIDIA's parser could not read {path.name}: {error}") from error
+    if refused:
+        raise GraphError(refused)
 
 
 def check_inputs(graph: Graph) -> None:

@@ -1,103 +1,84 @@
-"""Half precision: which products are float16, in the graph, and in the torch model while float32 islands are looked for."""
+"""The half-precision graph: which products are float16."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import DataType
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from torch import nn
 
-from fbclip.export.graph import SEPARATION, save_graph
+from fbclip.export.graph import save_graph
 from fbclip.export.precision.float32_islands import Parts, parts_by_stage
-from fbclip.model.network import Visual
 
 
-class HalfWeights:
-    """The weights of the backbone's and the separation attention's products, to be typed float16 part by part.
+class Halver:
+    """Writes half-precision forms of one float32 graph, with some parts of it left float32.
 
-    `fbclip.model.towers.linear` casts to the type of its weights and back, so norms, softmax inputs of the views, views and
-    scores stay float32 islands whatever is typed here (docs/method.md, section 10).
+    Between the products of a stage what lies on the way is float16 too: attention, activation. Norms, the residual stream
+    and everything else stay float32, with casts in between (docs/method.md, section 10).
+
+    Args:
+        graph: float32, with nodes named by stage.
 
     Attributes:
         parts: that can be left float32.
     """
 
-    def __init__(self, visual: Visual) -> None:
-        blocks = list(visual.tower.blocks)
-        stages = parts_by_stage(len(blocks))
-        self._parameters: dict[str, list[nn.Parameter]] = {part: [] for part in stages.values()}
-        for number, block in enumerate(blocks, start=1):
-            self._parameters[stages[f"block {number}"]] += _products(block)
-        self._parameters[SEPARATION] += _products(visual.separation)
-        self._parameters["projection"] += [visual.tower.proj]
-        self._float32 = {part: [p.data for p in parameters] for part, parameters in self._parameters.items()}
-        sizes = {part: sum(p.numel() for p in parameters) for part, parameters in self._parameters.items()}
+    def __init__(self, graph: Path) -> None:
+        self._graph = graph
+        model = ir.load(graph).graph
+        names = {node.name.split("/")[0] for node in model}
+        stages = parts_by_stage(sum(name.startswith("block ") for name in names))
+        sizes = dict.fromkeys(stages.values(), 0)
+        for stage, part in stages.items():
+            sizes[part] += sum(product.inputs[1].const_value.size for product in products(model, stage))
         self.parts = Parts(sizes, stages)
 
-    def apply(self, islands: Collection[str] = ()) -> None:
-        """Type everything float16 but the parts named."""
-        for part, parameters in self._parameters.items():
-            for parameter, value in zip(parameters, self._float32[part], strict=True):
-                parameter.data = value if part in islands else value.half()
-
-
-def _products(module: nn.Module) -> list[nn.Parameter]:
-    layers = (m for m in module.modules() if isinstance(m, (nn.Linear, nn.MultiheadAttention)))
-    return [p for layer in layers for p in layer.parameters(recurse=False)]
-
-
-def write_half(portable: Path, path: Path, stages: Collection[str]) -> None:
-    """Write a float32 graph once more, the products of some stages in float16.
-
-    Between the products of a stage what lies on the way is float16 too: biases, attention, activation. Norms, the
-    residual stream and everything else stay float32, with casts in between.
-
-    Args:
-        stages: as the nodes are named: "block 3", "separation", "scores".
-    """
-    model = ir.load(portable)
-    half = set(half_nodes(model.graph, stages))
-    casts = _Casts(model.graph)
-    for node in list(model.graph):
-        if node in half:
+    def write(self, path: Path, islands: Collection[str] = ()) -> None:
+        """Write the graph in half precision but for the parts named."""
+        model = ir.load(self._graph)
+        stages = [stage for stage, part in self.parts.stages.items() if part not in islands]
+        half = {node for stage in stages for node in half_nodes(model.graph, stage)}
+        casts = _Casts(model.graph)
+        for node in list(model.graph):
             for index, value in enumerate(node.inputs):
-                if value is not None and value.dtype == DataType.FLOAT and value.producer() not in half:
+                if value is None or node.op_type == "Shape":  # which asks for no values
+                    continue
+                if node in half and value.dtype == DataType.FLOAT and value.producer() not in half:
                     node.replace_input_with(index, casts.narrowed(value, node))
-            for value in node.outputs:
-                if value.dtype == DataType.FLOAT:
-                    value.dtype = DataType.FLOAT16
-        else:
-            for index, value in enumerate(node.inputs):
-                if value is not None and value.dtype == DataType.FLOAT16 and node.op_type != "Shape":
+                elif node not in half and value.dtype == DataType.FLOAT16:
                     node.replace_input_with(index, casts.widened(value, node))
-    RemoveUnusedNodesPass()(model)
-    save_graph(model, path)
+            for value in node.outputs:
+                if node in half and value.dtype == DataType.FLOAT:
+                    value.dtype = DataType.FLOAT16
+        RemoveUnusedNodesPass()(model)
+        save_graph(model, path)
 
 
-def half_nodes(graph: ir.Graph, stages: Collection[str]) -> Iterator[ir.Node]:
-    """Products with weights, their biases, and what lies between the products of one stage but for its norms."""
-    for stage in stages:
-        nodes = [node for node in graph if node.name.startswith(f"{stage}/") and node.op_type != "LayerNormalization"]
-        products = {node for node in nodes if node.op_type == "MatMul" and node.inputs[1].is_initializer()}
-        biases = {
-            user
-            for node in products
-            for user in node.outputs[0].consumers()
-            if user.op_type == "Add" and user.inputs[1].is_initializer()
-        }
-        behind, before = set(products), set(products)
-        for node in nodes:
-            if any(value is not None and value.producer() in behind for value in node.inputs):
-                behind.add(node)
-        for node in reversed(nodes):
-            if any(user in before for value in node.outputs for user in value.consumers()):
-                before.add(node)
-        yield from products | biases | behind & before
+def products(graph: ir.Graph, stage: str) -> list[ir.Node]:
+    """Products of a stage with weights."""
+    nodes = (node for node in graph if node.op_type == "MatMul" and node.name.startswith(f"{stage}/"))
+    return [node for node in nodes if node.inputs[1].is_initializer()]
+
+
+def half_nodes(graph: ir.Graph, stage: str) -> set[ir.Node]:
+    """Of a stage its products with weights, their biases, and what lies between them but for norms."""
+    nodes = [node for node in graph if node.name.startswith(f"{stage}/") and node.op_type != "LayerNormalization"]
+    found = set(products(graph, stage))
+    behind, before = set(found), set(found)
+    for node in nodes:
+        if any(value is not None and value.producer() in behind for value in node.inputs):
+            behind.add(node)
+    for node in reversed(nodes):
+        if any(user in before for value in node.outputs for user in value.consumers()):
+            before.add(node)
+    readers = {user for node in found for user in node.outputs[0].consumers()}
+    biases = {node for node in readers if node.op_type == "Add" and node.inputs[1].is_initializer()}
+    return found | biases | behind & before
 
 
 class _Casts:

@@ -6,18 +6,20 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from fbclip.assets import EMBEDDED
 from fbclip.errors import ParityError, UsageError
-from fbclip.export.graph import DeployedModel
+from fbclip.export.graph import DeployedModel, write_onnx
 from fbclip.export.parity import Deviation, Differences, Parity, Proof, auroc_budget, find_proof
 from fbclip.export.precision.float32_islands import BLOCK_GROUPS, parts_by_stage, widen
-from fbclip.export.precision.half import HalfWeights
-from fbclip.memory import Tensors
+from fbclip.export.precision.half import Halver
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from helpers import golden
 
 probabilities = arrays(np.float32, st.integers(1, 300), elements=st.floats(0, 1, width=32, allow_subnormal=False))
@@ -87,35 +89,40 @@ def test_parts_are_in_the_order_of_the_model(blocks: int) -> None:
 
 
 @torch.no_grad()
-def test_a_part_that_overflows_stays_float32(golden_files: Path) -> None:
+def test_a_part_that_overflows_stays_float32(golden_files: Path, tmp_path: Path) -> None:
     model = golden.model(golden_files)
     text = model.encode_text()
     for branch in (model.visual.separation.foreground, model.visual.separation.background):
         branch.to_v.weight *= 1e6  # past 65504 in between, the same in the end
         branch.to_out.weight *= 1e-6
-    deployed = DeployedModel(model)
-    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 154, 154, 3), np.uint8))
-    memory = [torch.from_numpy(value) for value in Tensors.neutral(model.config.memory_shape).named().values()]
-    expected, *_ = deployed(image, text, *memory)
-    weights = HalfWeights(deployed.visual)
-    said: list[str] = []
+    portable, half = tmp_path / "model.onnx", tmp_path / "half.onnx"
+    write_onnx(DeployedModel(model), text, portable)
+    halver = Halver(portable)
+    image = np.random.default_rng(0).integers(0, 256, (1, 154, 154, 3), np.uint8)
+
+    def score(graph: Path) -> float:
+        with OnnxRuntimeBackend(graph, text.numpy(), memory=model.config.memory_shape) as backend:
+            return float(backend.run(image)[0][0])
+
+    expected, said = score(portable), list[str]()
 
     def overrun(islands: Collection[str]) -> float:
-        weights.apply(islands)
-        difference = (deployed(image, text, *memory)[0] - expected).abs().nan_to_num(1.0)
-        return difference.item() / 2e-3
+        halver.write(half, islands)
+        return float(np.nan_to_num(abs(score(half) - expected), nan=1.0)) / 2e-3
 
     assert overrun(()) > 100
-    islands = widen("fp16", weights.parts, overrun, "separation", said.append)
+    islands = widen("fp16", halver.parts, overrun, "separation", said.append)
     assert islands == ("separation",)
     assert overrun(islands) <= 1
-    assert deployed.visual.separation.foreground.to_v.weight.dtype == torch.float32
-    assert deployed.visual.tower.blocks[0].mlp.c_fc.weight.dtype == torch.float16
+    products = [node for node in onnx.load(half).graph.node if node.op_type == "MatMul"]
+    types = {weight.name: weight.data_type for weight in onnx.load(half).graph.initializer}
+    for stage, kind in (("separation/", onnx.TensorProto.FLOAT), ("block 1/", onnx.TensorProto.FLOAT16)):
+        assert {types.get(n.input[1], kind) for n in products if n.name.startswith(stage)} == {kind}
     assert len(said) == 1
 
 
-def test_a_model_that_no_island_saves(golden_files: Path) -> None:
-    weights = HalfWeights(DeployedModel(golden.model(golden_files)).visual)
+def test_a_model_that_no_island_saves() -> None:
+    weights = Halver(EMBEDDED / "model.onnx")
     said: list[str] = []
     with pytest.raises(ParityError, match="diverges first in block 3"):
         widen("fp16", weights.parts, lambda islands: 2.0, "block 3", said.append)

@@ -163,7 +163,7 @@ def test_what_nvidias_own_parser_refuses(tmp_path: Path) -> None:
 def test_where_nvidias_parser_is_not_installed_the_table_judges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt_rules, "real_parser", lambda: None)
+    monkeypatch.setattr(tensorrt_rules, "find_spec", lambda name: None)
     assert check_graph(write(tmp_path / "g.onnx", HEAD + quantized("zero", "nil") + TAIL)) == 5
 
 
