@@ -230,6 +230,7 @@ class GraphWriter:
             path = folder / name
             with self.steps(f"writing {name}"):
                 nodes = write_variant(device, folder / GRAPHS[precision], path)
+                give_back_memory()
             where = device if device in available() else "cpu"
             with (
                 self.steps(f"running {name} in ONNX Runtime on {where}"),
@@ -257,6 +258,7 @@ class GraphWriter:
         path = folder / GRAPHS[precision]
         with self.steps(f"writing {path.name}"):
             write(path, islands)
+            give_back_memory()
         with self.steps(f"checking {path.name}"):
             nodes = check_graph(path, for_tensorrt)
         with self.steps(f"running {path.name} in ONNX Runtime"):
@@ -287,7 +289,7 @@ class GraphWriter:
 
 
 def give_back_memory() -> None:
-    """Give what a session has freed back to the system: glibc keeps gigabytes of it in pieces."""
+    """Give what is no longer needed back to the system: glibc keeps gigabytes of it in pieces."""
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

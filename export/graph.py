@@ -6,6 +6,7 @@ import logging
 import re
 import warnings
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import onnx
@@ -166,7 +167,7 @@ def simplify(model: onnx_ir.Model) -> None:
     everything else together, and the model has none."""
     for _ in range(2):  # what the first round removes lets the second fold
         fold_constants(model, onnx_shape_inference=True)
-        rewrite(model, RULES)
+        rewrite(model, deepcopy(RULES))  # a rule keeps the last graph that it saw, with its weights
         RemoveUnusedNodesPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     DeduplicateInitializersPass()(model)
