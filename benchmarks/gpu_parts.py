@@ -84,17 +84,23 @@ def export(asked: Namespace, which: str) -> Iterator[Figures]:
         raise Skipped(f"{path} is there already")
     from fbclip.export.bundle import Deployment, export_bundle
     from fbclip.export.parity import Proof
+    from fbclip.export.report import Steps
 
-    start, steps = time.perf_counter(), []
+    start, steps = time.perf_counter(), Steps()
     _, parities = export_bundle(
         torch_model(asked.quick, which),
         path,
         Proof([picture(asked, which)], (which,)),
         Deployment(which, half=True),
-        lambda line: steps.append(f"{time.perf_counter() - start:.1f} s: {line}"),
+        steps,
     )
     parity = {p.precision: p.to_dict() for p in parities}
-    yield {"seconds": time.perf_counter() - start, "steps": steps, "parity": parity, "peak_host_mb": peak_host_mb()}
+    yield {
+        "seconds": time.perf_counter() - start,
+        "steps": steps.seconds,
+        "parity": parity,
+        "peak_host_mb": peak_host_mb(),
+    }
 
 
 def correct(asked: Namespace, *kinds: str) -> Iterator[Figures]:

@@ -236,7 +236,7 @@ class GraphWriter:
                 self.steps(f"running {name} in ONNX Runtime on {where}"),
                 OnnxRuntimeBackend(path, self.text, where, self.memory_shape) as backend,
             ):
-                found = compare_taught(backend, self.inputs[0], self.taught, copies=2)
+                found = compare_taught(backend, self.inputs[0], self.taught, mirrored=True)
             give_back_memory()
             if found.overrun(precision) > 1:
                 raise ParityError(

@@ -200,22 +200,22 @@ def parse(library: Library, graph: Path) -> tuple[Any, Any, Any]:
 
 
 class Reading:
-    """What NVIDIA's parser says of a graph, as a worker's object: it is done once it is made.
-
-    Where the library is installed but can't be loaded it says nothing, as where it is missing.
-    """
+    """What NVIDIA's parser says of a graph, as a worker's object: it is done once it is made."""
 
     def __init__(self, graph: str) -> None:
         self.refused: str | None = None
+        self.broken: str | None = None
         try:
             parse(Library(rtx=True), Path(graph))
-        except DeviceError:
-            return
+        except DeviceError as error:
+            self.broken = str(error)
         except FBClipError as error:
             self.refused = str(error)
+        except AttributeError as error:
+            self.broken = str(error)
 
     def ready(self) -> dict[str, str | None]:
-        return {"refused": self.refused}
+        return {"refused": self.refused, "broken": self.broken}
 
 
 def _serialise(

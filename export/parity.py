@@ -280,24 +280,25 @@ class MemoryParity:
 
 
 def compare_taught(
-    backend: OnnxRuntimeBackend, image: NDArray[np.uint8], taught: Taught, copies: int = 1
+    backend: OnnxRuntimeBackend, image: NDArray[np.uint8], taught: Taught, mirrored: bool = False
 ) -> MemoryParity:
     """Run a graph with the memory of the proof; afterwards it has none.
 
     Args:
         image: the proof's first, as the graph takes it.
-        copies: of it, as one batch.
+        mirrored: in a batch of two, with its own mirror image, which must make no difference.
     """
     scores, maps = Differences(), Differences()
     backend.set_memory(taught.memory)
-    (found, anomaly_maps), described = backend.run_described(np.stack([image] * copies))
+    batch = [image, image[:, ::-1]] if mirrored else [image]
+    (found, anomaly_maps), described = backend.run_described(np.stack(batch))
     backend.set_memory(None)
-    scores.add(found, taught.results.scores)
-    maps.add(anomaly_maps, taught.results.map(0, image.shape[:2]))
-    off = np.square(described.features - taught.features, dtype=np.float64).mean(axis=0).sum()
+    scores.add(found[:1], taught.results.scores)
+    maps.add(anomaly_maps[0], taught.results.map(0, image.shape[:2]))
+    off = np.square(described.features[:1] - taught.features, dtype=np.float64).sum()
     error = np.sqrt(off / np.square(taught.features, dtype=np.float64).sum())
     error = float(error) if np.isfinite(error) else 1.0
-    return MemoryParity(copies, scores.max, maps.max, maps.quantile(0.999), error)
+    return MemoryParity(1, scores.max, maps.max, maps.quantile(0.999), error)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ float64, no empty tensors, and here no size left open but the batch.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -21,6 +22,8 @@ from onnx import TensorProto, numpy_helper
 from fbclip.errors import GraphError
 from fbclip.runtime.host import ProcessFailed
 from fbclip.runtime.workers import Worker
+
+logger = logging.getLogger("fbclip")
 
 OPERATORS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("onnx_operators.json").read_text())
 MOST_SORTED = 3840  # K of TopK is below, by the table
@@ -149,11 +152,13 @@ def read_with_real_parser(path: Path) -> None:
         return
     try:
         with Worker("fbclip.export.engine:Reading", str(path)) as worker:
-            refused = worker.ready["refused"]
+            answer = worker.ready
     except ProcessFailed as error:
         raise GraphError(f"NVIDIA's parser could not read {path.name}: {error}") from error
-    if refused:
-        raise GraphError(refused)
+    if answer["broken"]:
+        logger.warning("NVIDIA's parser is not asked of %s: %s", path.name, answer["broken"])
+    if answer["refused"]:
+        raise GraphError(answer["refused"])
 
 
 def check_inputs(graph: Graph) -> None:

@@ -244,10 +244,17 @@ class Bundle:
         kind = RtxEngine if isinstance(here, RtxPlatform) else Engine
         names = (sidecar.name for sidecar in self.inside(here.FOLDER).glob("*.json"))
         sidecars = sorted(names, key=lambda name: (name != f"{here.engine_name(precision)}.json", name))
-        paths = [self.inside(f"{here.FOLDER}/{name}") for name in sidecars]
-        found = [(path.with_suffix(".plan"), kind.load(path)) for path in paths]
+        found, strange = [], []
+        for name in sidecars:  # one that is damaged, or of a later release, is no reason to refuse another
+            try:
+                path = self.inside(f"{here.FOLDER}/{name}")
+                found.append((path.with_suffix(".plan"), kind.load(path)))
+            except BundleError as error:
+                strange.append(error)
         others = sorted({engine.precision for _, engine in found} - {precision})
         candidates = [(plan, engine) for plan, engine in found if engine.precision == precision]
+        if not candidates and strange:
+            raise strange[0]
         if not candidates:
             there = f" (it has {', '.join(others)})" if others else ""
             raise DeviceError(

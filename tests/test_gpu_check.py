@@ -101,3 +101,12 @@ def test_an_interrupted_run_leaves_what_it_had_and_no_process(tmp_path: Path) ->
         running.kill()
     eventually(lambda: not Path(f"/proc/{part}").exists())
     assert list(report_of(tmp_path)["parts"]) == ["card"]
+
+
+def test_what_runs_is_exported_by_the_check_itself(tmp_path: Path) -> None:
+    command = [*COMMAND, "--out", tmp_path, "--parts", "export recorded,correct cpu"]
+    subprocess.run(command, check=True, capture_output=True)
+    parts = report_of(tmp_path)["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(parts, "ok"), parts
+    (exported,) = parts["export recorded"]["figures"]
+    assert exported["steps"]["writing model.cuda.fp16.onnx"] >= 0

@@ -179,7 +179,7 @@ def _check(graphs: GraphGroup, plan: PlanGroup, options: EngineOptions) -> None:
     from fbclip.engines import EngineOptions
 
     if not (plan.engine or plan.rtx) and options != EngineOptions():
-        raise UsageError("options of the engine need --engine")
+        raise UsageError("options of an engine need --engine or --rtx")
     _check_plan(plan, options)
     if not plan.deploys and plan.precision != "auto":
         raise UsageError(
@@ -195,8 +195,12 @@ def _check(graphs: GraphGroup, plan: PlanGroup, options: EngineOptions) -> None:
 
 def _check_plan(plan: PlanGroup, options: EngineOptions) -> None:
     """Raise UsageError where --rtx is asked for what TensorRT-RTX has not."""
+    from importlib.util import find_spec
+
     from fbclip.engines import EngineOptions
 
+    if plan.rtx and find_spec("tensorrt_rtx") is None:
+        raise UsageError("--rtx needs NVIDIA's builder: pip install tensorrt-rtx-cu13")
     if plan.rtx and plan.triton:
         raise UsageError("Triton runs no TensorRT-RTX engine: pass --engine with --triton, or --rtx without it")
     if plan.rtx and not plan.engine and options != EngineOptions(options.batch):

@@ -129,12 +129,14 @@ class TorchBackend(Backend):
     @torch.no_grad()
     def recall(self, described: Described, tensors: Tensors | None) -> Results:
         """What `run` gives with a memory, or without one, for images that are described already: the same bits."""
-        assert self._adaptable and self.memory_shape
+        adaptable = self._adaptable
+        if adaptable is None or self.memory_shape is None:
+            raise self._no_memory()
         memory = self._on_device(tensors or Tensors.neutral(self.memory_shape))
         features, logits = (torch.from_numpy(value).to(self.device) for value in described)
-        head = self._adaptable.head
+        head = adaptable.head
         fused = head.fused(logits, head.squared_distance(features, memory), memory.weights)
-        score, patch_map = self._adaptable.visual.probabilities(fused)
+        score, patch_map = adaptable.visual.probabilities(fused)
         maps = self._upsampling @ patch_map @ self._upsampling.mT
         return score.cpu().numpy(), maps.cpu().numpy()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.backend import Backend, Results
 from fbclip.bundle import DYNAMIC, GRAPHS, Bundle
-from fbclip.errors import BundleError, DeviceError, FBClipError
+from fbclip.errors import BundleError, DeviceError, FBClipError, reason
 from fbclip.runtime.backends.providers import available, driver_fault
 from fbclip.runtime.host import Machine
 
@@ -87,18 +88,25 @@ def make_backend(bundle: Bundle, device: str = "auto", precision: str = "auto", 
             if choice in ENGINES and (fault := driver_fault()):  # its packages may crash where there is no driver
                 raise DeviceError(fault)
             return _make(bundle, choice, precision, batch, named=False)
-        except DeviceError as error:
+        except Exception as error:  # of a vendor's package it may be any
             # of a bundle that brings engines for other machines it is no news that one without a GPU can't run them
             level = logging.WARNING if choice == "cuda" or Machine().has_gpu else logging.INFO
-            logger.log(level, "%s is not used: %s", choice, error)
+            logger.log(level, "%s is not used: %s", choice, reason(error))
     return _make(bundle, last, precision, batch)
 
 
 def candidates(bundle: Bundle) -> list[str]:
     """Devices that "auto" tries, in this order: an engine of the bundle, which somebody built for its device; CUDA,
     where ONNX Runtime has it, or there is a GPU for it; the CPU."""
-    engines = [device for device, names in ENGINES.items() if any(bundle.engines.glob(names))]
-    return [*engines, *(["cuda"] if "cuda" in available() or Machine().has_gpu else []), "cpu"]
+    engines: list[str] = []
+    built_for: list[str] = []
+    try:
+        engines = [device for device, names in ENGINES.items() if any(bundle.engines.glob(names))]
+    except BundleError as error:
+        logger.warning("engines are not used: %s", error)
+    with suppress(ImportError):  # told where ONNX Runtime is needed
+        built_for = available()
+    return [*engines, *(["cuda"] if "cuda" in built_for or Machine().has_gpu else []), "cpu"]
 
 
 def _make(bundle: Bundle, device: str, precision: str, batch: int, named: bool = True) -> tuple[Backend, str]:

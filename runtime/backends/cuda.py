@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib import import_module
 from traceback import clear_frames
 from typing import Any
 
 from fbclip.engines import AMPERE, Platform, RtxPlatform
-from fbclip.errors import DeviceError
+from fbclip.errors import DeviceError, reason
 
 messages = logging.getLogger("fbclip.tensorrt")
 messages.addHandler(logging.NullHandler())  # errors reach the user as exceptions, not also as lines on stderr
+
+
+def load_module(name: str) -> Any:
+    """A package of NVIDIA's or for its GPUs, which may be broken in any way, and may print what is no result of ours.
+
+    Raises:
+        ImportError: it is missing, or does anything but load.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            return import_module(name)
+    except (Exception, SystemExit) as error:
+        raise ImportError(str(error) if isinstance(error, ImportError | OSError) else reason(error)) from error
 
 
 class Library:
@@ -38,10 +52,10 @@ class Library:
         self.title = RtxPlatform.LIBRARY if rtx else Platform.LIBRARY
         module, package = ("tensorrt_rtx", "tensorrt-rtx-cu13") if rtx else ("tensorrt", "'fbclip[tensorrt]'")
         try:
-            self.trt: Any = import_module(module)
-        except (ImportError, OSError) as error:  # OSError: its own libraries are not there
+            self.trt: Any = load_module(module)
+            self.log = _logger(self.trt)
+        except (ImportError, AttributeError) as error:  # AttributeError: half of it is there
             raise DeviceError(f"{self.title} engines need {module} ({error}): pip install {package}") from error
-        self.log = _logger(self.trt)
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -86,7 +100,7 @@ class Gpu(Library):
         super().__init__(rtx)
         self._rtx = rtx
         try:
-            import pycuda.driver as cuda
+            cuda = load_module("pycuda.driver")
         except ImportError as error:
             raise DeviceError(
                 f"{self.title} engines run with pycuda ({error}): pip install 'fbclip[{'rtx' if rtx else 'tensorrt'}]' "
@@ -175,10 +189,9 @@ class CaptureError(Exception):
 def load_driver() -> Any | None:
     """The module `cuda.bindings.driver`, or None where it is not installed."""
     try:
-        from cuda.bindings import driver
+        return load_module("cuda.bindings.driver")
     except ImportError:
         return None
-    return driver
 
 
 class CudaGraph:

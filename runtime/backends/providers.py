@@ -6,7 +6,7 @@ import ctypes
 import io
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -85,7 +85,7 @@ def load_cuda() -> None:
     import onnxruntime as ort
 
     if hasattr(ort, "preload_dlls"):  # since 1.21
-        with redirect_stdout(io.StringIO()):  # it prints what it doesn't find
+        with suppress(Exception), redirect_stdout(io.StringIO()):  # it prints what it doesn't find
             ort.preload_dlls()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -345,7 +346,8 @@ class RtxBackend(TensorRTBackend):
 
     def _finish(self, error: BaseException | None) -> None:
         kernels = self._cache.serialize() if self._cache and error is None else None
-        if kernels is not None and len(self._kept) < kernels.nbytes <= MOST_KERNELS:
+        kept = self._kernels.is_file() or not os.path.lexists(self._kernels)  # a pipe of that name would wait for ever
+        if kernels is not None and kept and len(self._kept) < kernels.nbytes <= MOST_KERNELS:
             try:
                 with replacing(self._kernels) as file:
                     file.write(hashlib.sha256(kernels).digest())

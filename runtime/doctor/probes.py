@@ -68,13 +68,13 @@ def tensorrt() -> Values:
 
 def tensorrt_rtx() -> Values:
     """TensorRT-RTX's version, whether its builder starts, for which it needs no GPU, and the GPUs that it builds for."""
+    from fbclip.runtime.backends.cuda import Library
+
     rtx = import_module("tensorrt_rtx")
     return {
         "version": rtx.__version__,
         "builder": "starts" if rtx.Builder(rtx.Logger(rtx.Logger.ERROR)) else "does not start",
-        "compute_capabilities": [
-            f"{name[2:-1]}.{name[-1]}" for name in rtx.ComputeCapability.__members__ if name[2:].isdigit()
-        ],
+        "compute_capabilities": list(Library(rtx=True).capabilities),
     }
 
 
@@ -101,11 +101,14 @@ def pycuda() -> Values:
 def bundle(path: str) -> Values:
     """Load a bundle ("" is the embedded one) and check the hash of every graph."""
     from fbclip.bundle import GRAPHS, Bundle
+    from fbclip.runtime.backends import DEVICES
 
     loaded = Bundle.load(path or None)
     manifest = loaded.manifest
     for precision in manifest.precisions:
         loaded.graph(precision)
+        for device in DEVICES:
+            loaded.graph_for(device, precision)
     parts = [loaded.path / name for name in manifest.files]
     return {
         "path": str(loaded.path),
