@@ -244,9 +244,9 @@ class AttentionBranch(nn.Module):
         self.scale = nn.Parameter(torch.tensor(HEAD_WIDTH**-0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x).to(self.to_q.weight.dtype)
+        x = self.norm(x)
         # the learned scale multiplies q, because attention takes a constant one
-        mixed = attention(self.to_q(x) * self.scale.to(x.dtype), self.to_k(x), self.to_v(x), HEADS, scale=1.0)
+        mixed = attention(self.to_q(x) * self.scale, self.to_k(x), self.to_v(x), HEADS, scale=1.0)
         return linear(mixed, self.to_out.weight, self.to_out.bias)
 
 

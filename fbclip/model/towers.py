@@ -19,12 +19,9 @@ from fbclip.resample import bilinear_matrix
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A matrix product in the precision of its weights, back in float32.
-
-    This is the whole of mixed precision: weights typed float16 make float16 products between float32 islands
-    (docs/method.md, section 10). With float32 weights both casts vanish.
-    """
-    return F.linear(x.to(weight.dtype), weight, bias).float()
+    """A matrix product, back in float32 where autocast computes it in half precision: what follows is an island of it
+    (docs/method.md, section 10)."""
+    return F.linear(x, weight, bias).float()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
@@ -37,19 +34,19 @@ def block_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     """One transformer block without a mask, (B, N, C) -> (B, N, C); the residual stream stays float32.
 
     The same as `block(x)` up to rounding. Written out, because torch's MultiheadAttention exports to several times
-    as many nodes and offers no place for the casts of mixed precision. Of the attention's biases only the query's is
+    as many nodes and offers no place for the cast of mixed precision. Of the attention's biases only the query's is
     added where it stands: the key's adds the same to all logits of a query, which softmax takes away again, and the
     value's passes the average as it is, so that it can be part of the output's.
     """
     attn: nn.MultiheadAttention = block.attn
     weight, bias = (t.unflatten(0, (3, -1)) for t in (attn.in_proj_weight, attn.in_proj_bias))  # query, key, value
-    hidden = block.ln_1(x).to(weight.dtype)
+    hidden = block.ln_1(x)
     # three products: a runtime would copy the parts of one
     q, k, v = F.linear(hidden, weight[0], bias[0]), F.linear(hidden, weight[1]), F.linear(hidden, weight[2])
     mixed = attention(q, k, v, attn.num_heads, attn.head_dim**-0.5)
     x = x + block.ls_1(linear(mixed, attn.out_proj.weight, attn.out_proj.bias + attn.out_proj.weight @ bias[2]))
     hidden = block.ln_2(x)
-    hidden = F.linear(hidden.to(block.mlp.c_fc.weight.dtype), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+    hidden = F.linear(hidden, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
     hidden = block.mlp.gelu(hidden)
     return cast(Tensor, x + block.ls_2(linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias)))
 
