@@ -177,7 +177,7 @@ def _said(run: dict[str, Any]) -> str:
 
 def _plans(machine: Machine, bundle: Path) -> Iterator[Check]:
     """TensorRT plans, and whether they run here: those that fit do so, which also shows how executions are started."""
-    if not list(bundle.glob("engines/*.plan")):
+    if not list(bundle.glob("engines/**/*.plan")):
         return
     try:
         found = probe(machine, "plans", str(bundle))
@@ -187,15 +187,16 @@ def _plans(machine: Machine, bundle: Path) -> Iterator[Check]:
         )
         return
     for name, plan in found["plans"].items():
-        precision = plan.get("precision", "auto")
-        cure = f"fbclip export --engine --bundle {bundle} --precision {precision}"
+        device, precision = plan["device"], plan["precision"]
+        build = "--rtx" if device == "tensorrt-rtx" else "--engine"
+        cure = f"fbclip export {build} --bundle {bundle} --precision {precision}"
         if plan["refusal"]:
             yield Check("Bundle", name, "broken", plan["refusal"], cure)
-        elif not found["here"]:
-            yield Check("Bundle", name, "info", f"built for {plan['built_for']}; no TensorRT and GPU here to compare")
+        elif not plan["here"]:
+            yield Check("Bundle", name, "info", f"built for {plan['built_for']}; no {device} and GPU here to compare")
         else:
             try:
-                run = probe(machine, INFERENCE, str(bundle), "tensorrt", precision)
+                run = probe(machine, INFERENCE, str(bundle), device, precision)
             except ProcessFailed as error:
                 yield Check("Bundle", name, "broken", str(error), cure)
             else:

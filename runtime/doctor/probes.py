@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fbclip.errors import reason
 from fbclip.runtime.host import opencv, peak_memory
+
+if TYPE_CHECKING:
+    from fbclip.engines import Platform, RtxPlatform
 
 Values = dict[str, Any]
 
@@ -138,29 +141,38 @@ def memory(path: str) -> Values:
 
 
 def plans(path: str) -> Values:
-    """TensorRT plans of a bundle by name: what each was built for, and why it does not run here, if so.
-
-    `here` is None where TensorRT or the GPU can't be used.
-    """
+    """Plans of a bundle by name: the device that runs them, what each was built for, why it does not run here, if so, and
+    whether its library and the GPU can be used to say so."""
     from fbclip.bundle import Bundle
-    from fbclip.engines import Engine
+    from fbclip.engines import Engine, RtxEngine
+    from fbclip.errors import FBClipError
+    from fbclip.runtime.backends import ENGINES
+
+    loaded = Bundle.load(path or None)
+    found: Values = {}
+    for device, kind in (("tensorrt", Engine), ("tensorrt-rtx", RtxEngine)):
+        files = sorted(loaded.engines.glob(ENGINES[device]))
+        here = _platform(device) if files else None
+        for plan in files:
+            values = found[plan.name] = {"device": device, "here": here is not None, "precision": "auto"}
+            try:
+                engine = kind.load(plan.with_suffix(".json"))
+                refusal = here and engine.mismatch(here, loaded.graph_sha256(engine.precision))
+                values |= {"built_for": str(engine.platform), "precision": engine.precision, "refusal": refusal}
+            except FBClipError as error:
+                values["refusal"] = str(error)
+    return {"plans": found}
+
+
+def _platform(device: str) -> Platform | RtxPlatform | None:
+    """What plans for a device are bound to here; None where its library or the GPU can't be used."""
     from fbclip.errors import FBClipError
     from fbclip.runtime.backends.cuda import Gpu
 
-    loaded = Bundle.load(path or None)
     try:
-        here = Gpu().platform
+        return Gpu(rtx=device == "tensorrt-rtx").platform
     except FBClipError:
-        here = None
-    found: Values = {}
-    for plan in sorted(loaded.engines.glob("*.plan")):
-        try:
-            engine = Engine.load(plan.with_suffix(".json"))
-            refusal = here and engine.mismatch(here, loaded.graph_sha256(engine.precision))
-            found[plan.name] = {"built_for": str(engine.platform), "precision": engine.precision, "refusal": refusal}
-        except FBClipError as error:
-            found[plan.name] = {"refusal": str(error)}
-    return {"here": here and str(here), "plans": found}
+        return None
 
 
 def inference(path: str, device: str = "auto", precision: str = "auto") -> Values:

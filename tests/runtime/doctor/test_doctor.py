@@ -15,7 +15,7 @@ from conftest import RELEASES, Run, standins
 from rich.console import Console
 
 from fbclip.bundle import Bundle
-from fbclip.engines import Engine, EngineOptions, Platform
+from fbclip.engines import Engine, EngineOptions, Platform, RtxEngine, RtxPlatform
 from fbclip.export.engine import build_engine
 from fbclip.runtime.doctor.checks import Check
 from fbclip.runtime.doctor.examine import _cameras, check_bundle, check_machine, check_python, check_video, examine
@@ -166,11 +166,17 @@ def test_plans(tmp_path: Path) -> None:
     write(path, "engines/orin-trt10.3.0-fp32.plan", "")
     write(path, "engines/orin-trt10.3.0-fp32.json", engine.to_json())
     write(path, "engines/other-trt10.3.0-fp32.plan", "")
+    rtx = RtxEngine(RtxPlatform("1.7.1.116", ("8.9",)), "fp32", EngineOptions(), "0" * 64, "0" * 64)
+    write(path, "engines/rtx/1.7.1.116-fp32.plan", "")
+    write(path, "engines/rtx/1.7.1.116-fp32.json", rtx.to_json())
+    write(path, "engines/rtx/1.6-fp16.plan", "")
     checks = by_name(check_bundle(Machine(), path))
     assert "is no sidecar" in checks["other-trt10.3.0-fp32.plan"].found
     assert "fbclip export --engine" in checks["other-trt10.3.0-fp32.plan"].cure
     assert checks["orin-trt10.3.0-fp32.plan"].status == "info"
     assert str(platform) in checks["orin-trt10.3.0-fp32.plan"].found
+    assert "compute capability 8.9" in checks["1.7.1.116-fp32.plan"].found
+    assert "fbclip export --rtx" in checks["1.6-fp16.plan"].cure
 
 
 @pytest.mark.parametrize(
@@ -298,7 +304,7 @@ def test_tensorrt_rtx_says_whether_it_builds_for_this_gpu(tmp_path: Path, monkey
     machine = Machine(tmp_path, str(tmp_path / "bin"))
     check = _rtx(machine)
     assert check.status == "ok"
-    assert "builder starts, for compute capability 7.5, 8.0" in check.found
+    assert "builder starts, for compute capability 8.0" in check.found
     assert check.found.endswith("engines can be built here")
     for capability, status in (("8.9", "ok"), ("9.0", "info")):
         command(tmp_path, "bin/nvidia-smi", f"echo {capability}")
