@@ -266,10 +266,8 @@ class Bundle:
         plan, engine = candidates[refusals.index(None)]
         low, usual, high = engine.options.batch
         if not low <= batch <= high:
-            wider = f"{min(low, batch)},{usual},{max(high, batch)}"
-            raise DeviceError(
-                f"{plan.name} takes {low} to {high} images at once, not {batch}: run {rebuild} --batch {wider}"
-            )
+            wider = f"{rebuild} --batch {min(low, batch)},{usual},{max(high, batch)}"
+            raise DeviceError(f"{plan.name} takes {low} to {high} images at once, not {batch}: run {wider}")
         if not _inside(self.path, plan).is_file() or sha256(plan) != engine.plan_sha256:
             raise BundleError(f"{plan} is missing or damaged: run {rebuild}")
         return plan, engine

@@ -179,9 +179,10 @@ class TensorRTBackend(Backend):
             taken = ", ".join(map(str, self.input_shape))
             raise UsageError(f"the engine takes images uint8 (B, {taken}); got {images.dtype} {images.shape}")
         if not self._low <= len(images) <= self._high:
+            again = f"{self._rebuild} --batch MIN,OPT,MAX"
             raise UsageError(
                 f"{self.plan.name} takes {self._low} to {self._high} images at once, not {len(images)}: "
-                f"choose another batch, or build it again with {self._rebuild} --batch MIN,OPT,MAX"
+                f"choose another batch, or build it again with {again}"
             )
 
     def _submit(self, images: NDArray[np.uint8]) -> _Slot:
@@ -346,8 +347,10 @@ class RtxBackend(TensorRTBackend):
 
     def _finish(self, error: BaseException | None) -> None:
         kernels = self._cache.serialize() if self._cache and error is None else None
-        kept = self._kernels.is_file() or not os.path.lexists(self._kernels)  # a pipe of that name would wait for ever
-        if kernels is not None and kept and len(self._kept) < kernels.nbytes <= MOST_KERNELS:
+        # a pipe of that name would wait for ever
+        if kernels is not None and os.path.lexists(self._kernels) and not self._kernels.is_file():
+            kernels = None
+        if kernels is not None and len(self._kept) < kernels.nbytes <= MOST_KERNELS:
             try:
                 with replacing(self._kernels) as file:
                     file.write(hashlib.sha256(kernels).digest())

@@ -186,10 +186,20 @@ def inference(path: str, device: str = "auto", precision: str = "auto") -> Value
     from fbclip.runtime.predictor import Predictor
 
     told: list[str] = []
+
+    def take(record: logging.LogRecord) -> bool:
+        told.append(record.getMessage())
+        return False
+
     log = logging.getLogger("fbclip")
+    level = log.level
     log.setLevel(logging.INFO)
-    log.addFilter(lambda record: told.append(record.getMessage()) or False)  # type: ignore[func-returns-value]
-    predictor = Predictor(path or None, device=device, precision=precision)
+    log.addFilter(take)
+    try:
+        predictor = Predictor(path or None, device=device, precision=precision)
+    finally:
+        log.removeFilter(take)
+        log.setLevel(level)
     frame = resize(read_image(list_images([])[0]), predictor.bundle.manifest.input_size)
     prediction = predictor(frame)
     if predictor.launches:  # replay is tried when a shape comes again, on TensorRT in each of two slots
