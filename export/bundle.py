@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import fbclip
 from fbclip.bundle import DYNAMIC, GRAPHS, IMAGE, TEXT, VARIANTS, Bundle, Manifest, require_place, save
-from fbclip.errors import ParityError
+from fbclip.errors import DeviceError, ParityError
 from fbclip.export.graph import OPSET, DeployedModel, write_onnx
 from fbclip.export.parity import (
     BUDGETS,
@@ -232,11 +232,7 @@ class GraphWriter:
             with self.steps(f"writing {name}"):
                 nodes = write_variant(device, folder / GRAPHS[precision], path)
                 give_back_memory()
-            where = device if device in available() else "cpu"
-            with (
-                self.steps(f"running {name} in ONNX Runtime on {where}"),
-                OnnxRuntimeBackend(path, self.text, where, self.memory_shape) as backend,
-            ):
+            with self.steps(f"running {name} in ONNX Runtime"), self.start(path, device) as backend:
                 found = compare_taught(backend, self.inputs[0], self.taught, mirrored=True)
             give_back_memory()
             if found.overrun(precision) > 1:
@@ -245,7 +241,16 @@ class GraphWriter:
                     f"deviates by {found.score_max:.2g} and {found.map_max:.2g} (99.9 %: {found.map_p999:.2g}), so no "
                     f"bundle was written"
                 )
-            self.variants[name] = {"device": where, "nodes": nodes, **asdict(found)}
+            self.variants[name] = {"device": backend.device, "nodes": nodes, **asdict(found)}
+
+    def start(self, graph: Path, device: str) -> OnnxRuntimeBackend:
+        """A graph on the device that it is for where ONNX Runtime was built for it and it works, else on the CPU."""
+        if device in available():
+            try:
+                return OnnxRuntimeBackend(graph, self.text, device, self.memory_shape)
+            except DeviceError as error:
+                self.steps.say(f"  on the cpu: {error}")
+        return OnnxRuntimeBackend(graph, self.text, "cpu", self.memory_shape)
 
     def measure(
         self,

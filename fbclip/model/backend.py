@@ -129,9 +129,11 @@ class TorchBackend(Backend):
     @torch.no_grad()
     def recall(self, described: Described, tensors: Tensors | None) -> Results:
         """What `run` gives with a memory, or without one, for images that are described already: the same bits."""
-        adaptable = self._adaptable
-        if adaptable is None or self.memory_shape is None:
+        if self.memory_shape is None:
             raise self._no_memory()
+        self._require_open()
+        adaptable = self._adaptable
+        assert adaptable
         memory = self._on_device(tensors or Tensors.neutral(self.memory_shape))
         features, logits = (torch.from_numpy(value).to(self.device) for value in described)
         head = adaptable.head

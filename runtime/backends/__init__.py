@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.backend import Backend, Results
-from fbclip.bundle import DYNAMIC, GRAPHS, Bundle
+from fbclip.bundle import GRAPHS, STATIC, Bundle
 from fbclip.errors import BundleError, DeviceError, FBClipError, reason
 from fbclip.runtime.backends.providers import available, driver_fault
 from fbclip.runtime.host import Machine
@@ -56,10 +56,10 @@ def resolve_precision(bundle: Bundle, device: str, precision: str) -> str:
     """
     if precision not in ("auto", *GRAPHS):
         raise DeviceError(f"a precision is auto, {', '.join(GRAPHS)}; got {precision!r}", option="precision")
-    if precision == "int8" and device != "cpu" and bundle.manifest.int8 == DYNAMIC:
+    if precision == "int8" and device != "cpu" and bundle.manifest.int8 != STATIC:
+        has = "the dynamic form, for CPUs" if bundle.manifest.int8 else "no 8 bit"
         raise DeviceError(
-            f"{device} takes 8 bit with fixed ranges (QuantizeLinear, DequantizeLinear); {bundle.path} has the dynamic "
-            f"form, for CPUs: export it with fbclip export --int8-static, or run it on the cpu"
+            f"{device} takes 8 bit with fixed ranges (QuantizeLinear, DequantizeLinear); {bundle.path} has {has}: export it with fbclip export --int8-static, or run it on the cpu"
         )
     if precision != "auto":
         return precision
