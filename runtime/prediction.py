@@ -20,7 +20,7 @@ from fbclip.runtime.regions import Region
 
 MIN_SIDE = 320  # smaller frames are enlarged, so that the text stays legible
 GOOD, BAD = (46, 160, 67), (218, 54, 51)  # RGB
-BARS = {"good": GOOD, "defect": BAD, "unusable": (158, 106, 3)}
+BARS = {"good": GOOD, "defect": BAD, "unusable": (158, 106, 3), "absent": (87, 96, 106)}
 AGAINST = {"min_area": "regions too small", "roi": "outside the mask"}  # a verdict that the score alone would give
 LEVELS = np.arange(256, dtype=np.uint8)[:, None]
 COLOURS = cv2.applyColorMap(LEVELS, cv2.COLORMAP_TURBO)[..., ::-1]  # (256, 1, 3) RGB
@@ -52,6 +52,9 @@ class Prediction:
             than that; "roi", what is anomalous lies outside the mask. None where the score decides.
         unusable: why the image shows nothing to judge: "black", "uniform", or of a live source "frozen" (see
             `fbclip.runtime.sight`); None where it does.
+        absent: whether the part that frames are aligned to is not in this one (see `fbclip.runtime.align`).
+        part: the corners of the reference in this frame, float64 (4, 2) of x and y in pixels, clockwise from its upper
+            left one; None where frames are not aligned, or the part is absent.
         map_threshold: map values from here on are regions; None for `threshold`.
         name: the image's path, or a source's name and the frame's number; "" of an array.
         memory: the name of the memory of good parts that it was scored with (`fbclip.memory.Memory.name`); None of the
@@ -71,17 +74,21 @@ class Prediction:
     map_threshold: float | None = None
     name: str = ""
     memory: str | None = None
+    absent: bool = False
+    part: NDArray[np.float64] | None = field(default=None, repr=False)
 
     @property
     def verdict(self) -> str:
-        """ "good", "defect" or "unusable". What isn't known to be good is never called so."""
+        """ "good", "defect", "unusable" or "absent". What isn't known to be good is never called so."""
         if self.unusable:
             return "unusable"
+        if self.absent:
+            return "absent"
         return "good" if self.score < self.threshold or self.overruled else "defect"
 
     @property
     def is_anomalous(self) -> bool:
-        """Whether the image is not known to be good: a defect, or unusable."""
+        """Whether the image is not known to be good: a defect, unusable, or without the part."""
         return self.verdict != "good"
 
     def overlay(self, longest: int | None = None) -> NDArray[np.uint8]:
