@@ -111,7 +111,7 @@ class Bench:
             for origin in bars.track(listed, description=name):
                 frame = read_image(origin) if isinstance(origin, Path) else origin
                 hashes.append(pixels_sha256(frame))
-                described.append(self.predictor.backend.describe(self.predictor.prepare(frame)))
+                described.append(self.predictor.backend.describe(self.predictor.prepare(frame).batch))
         features, logits = (np.concatenate(part) for part in zip(*described, strict=True))
         return Images(listed, hashes, features, logits)
 
@@ -142,7 +142,7 @@ class Bench:
         chosen = Images(*(each[:: max(1, len(images.sha256) // 20)][:20] for each in images))
         for origin, score, patches in zip(chosen.origins, *self.judge(memory, chosen), strict=True):
             frame = read_image(origin) if isinstance(origin, Path) else origin
-            found, anomaly_map = self.predictor.run(self.predictor.prepare(frame), "an image")
+            (found,), (anomaly_map,) = self.predictor.run([self.predictor.prepare(frame)])
             grid = patches.reshape(self.shape.grid, self.shape.grid)
             worst = max(worst, abs(found - score), float(np.abs(self.rise @ grid @ self.rise.T - anomaly_map).max()))
         self.predictor.set_memory(None)

@@ -88,7 +88,7 @@ def p50(values: list[float]) -> float:
 
 def main() -> None:
     predictor, memory = fbclip.Predictor(), Memory()
-    batches = [predictor.prepare(image) for image in memory.images]
+    batches = [predictor.prepare(image).batch for image in memory.images]
     alone: list[float] = []
     together: list[float] = []
     sequential: list[float] = []

@@ -63,7 +63,7 @@ def main() -> None:
     ways: dict[str, Predictor] = {"without a memory": predictor, "with a memory": adapted}
     if arguments.without:
         ways["older graph"] = Predictor(Bundle.load(arguments.without), device="cpu", calibrated=False)
-    batch = predictor.prepare(parts[0])
+    batch = predictor.prepare(parts[0]).batch
     times: dict[str, list[float]] = {name: [] for name in ways}
     for each in (*ways.values(), *ways.values()):
         each.backend.run(batch)

@@ -5,7 +5,7 @@ Torch-free: features come from a bundle's graph (`Backend.describe`). Shapes: V 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from fbclip.memory import (
     MOST_LOGIT,
     NEAREST,
     NEAREST_ZERO,
+    POSITIONS,
     SLOPE,
     WHITEN,
     Array,
@@ -27,6 +28,7 @@ from fbclip.memory import (
     Sums,
     Tensors,
     Weight,
+    of_view,
     prepare,
     probability,
 )
@@ -41,24 +43,32 @@ LEAST_OTHERS = 3  # references that a comparison with the others needs
 SKETCH = 64  # numbers that a patch is sketched by while the bank's tokens are chosen
 
 
+# Of a picture as it is: for each view of it, the whole and then its tiles, features (L, F) and zero-shot logits (1 + L,).
+# Called anew each time: what a model sees of many tiles isn't kept.
+Views = Callable[[], Iterable[tuple[Array, Array]]]
+
+
+def one_view(features: Array, logits: Array) -> Views:
+    """Of a picture that is looked at whole, features (L, F) and logits (1 + L,)."""
+    return lambda: [(features, logits)]
+
+
 class Seen(NamedTuple):
     """What the model sees of a reference.
 
     Attributes:
         name: of its file.
         sha256: of its pixels.
-        features: (L, F) of the picture as it is.
-        logits: zero-shot logits (1 + L,) of the same.
-        sums: of all its views, see `add_up`.
-        moved: features (2, L, F) and logits (2, 1 + L) of copies that are moved a little, where it is the only one; or None.
+        views: of the picture as it is.
+        sums: of all that was looked at of it, see `add_up`.
+        moved: views of copies that are moved a little, where it is the only one.
     """
 
     name: str
     sha256: str
-    features: Array
-    logits: Array
+    views: Views
     sums: Sums
-    moved: tuple[Array, Array] | None = None
+    moved: tuple[Views, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,13 +104,21 @@ class Learned:
     judged: tuple[Judged, ...]
 
 
-def learn(recipe: Recipe, shape: Shape, image_size: int, seen: Sequence[Seen], old: Memory | None = None) -> Learned:
+def learn(
+    recipe: Recipe,
+    shape: Shape,
+    image_size: int,
+    seen: Sequence[Seen],
+    old: Memory | None = None,
+    tell: Callable[[], None] | None = None,
+) -> Learned:
     """Learn from references.
 
     Args:
         image_size: side S of the model's input, for the maps' peaks.
         seen: two or more; one with moved copies, or where there is an old memory.
         old: to go on from; it has the same recipe.
+        tell: called whenever a reference is judged by the others.
 
     Raises:
         UsageError: one reference that nothing can be compared with, or logits beyond what a memory may hold.
@@ -112,14 +130,15 @@ def learn(recipe: Recipe, shape: Shape, image_size: int, seen: Sequence[Seen], o
         judged = []
         for index, one in enumerate(seen):
             others = together(recipe, shape, [*before, *own[:index], *own[index + 1 :]])
-            memory = prepare(recipe, shape, others)
-            judged += judge(recipe, shape, image_size, memory, one.features[None], one.logits[None])
+            judged.append(judge_views(recipe, shape, image_size, others, one.views))
+            if tell:
+                tell()
         fresh = [Reference(one.name, one.sha256, j.score, j.peak, False) for one, j in zip(seen, judged, strict=True)]
         references = mark_odd((*(old.about.references if old else ()), *fresh))
         usual = [each for each in references if not each.odd]
         scores, peaks = [each.score for each in usual], [each.peak for each in usual]
-    elif seen[0].moved is not None:
-        judged = judge(recipe, shape, image_size, prepare(recipe, shape, whole), *seen[0].moved)
+    elif seen[0].moved:
+        judged = [judge_views(recipe, shape, image_size, whole, views) for views in seen[0].moved]
         scores, peaks = [each.score for each in judged], [each.peak for each in judged]
         references = (Reference(seen[0].name, seen[0].sha256, max(scores), max(peaks), False),)
     else:
@@ -152,6 +171,30 @@ def mark_odd(references: Sequence[Reference]) -> tuple[Reference, ...]:
         if marked[highest].score < np.mean(others) + STANDS_OUT * np.hypot(np.std(others, ddof=1), FLOOR):
             return tuple(marked)
         marked[highest] = replace(marked[highest], odd=True)
+
+
+def judge_views(recipe: Recipe, shape: Shape, image_size: int, sums: Sums, views: Views) -> Judged:
+    """What the memory of such sums says of a picture that is looked at whole, or in tiles as well.
+
+    With tiles the score is the logit of the mean of odds, half for the whole and half for all tiles, as
+    `fbclip.runtime.tiles` has it. So is the peak, of the highest tile and as if the whole's highest pixel were there: at
+    most log 2 above what the map reaches. The patches are the whole's.
+    """
+    found: list[Judged] = []
+    memory = prepare(recipe, shape, of_view(sums, 0))
+    for number, (features, logits) in enumerate(views()):
+        if number and recipe.mode == POSITIONS:
+            memory = prepare(recipe, shape, of_view(sums, number))
+        found += judge(recipe, shape, image_size, memory, features[None], logits[None])
+    whole, *tiles = found
+    if not tiles:
+        return whole
+    scores, peaks = np.array([each.score for each in tiles]), [each.peak for each in tiles]
+    return Judged(
+        whole.patches,
+        float(np.logaddexp(whole.score, np.logaddexp.reduce(scores) - np.log(len(scores))) - np.log(2)),
+        float(np.logaddexp(whole.peak, max(peaks)) - np.log(2)),
+    )
 
 
 def judge(
@@ -217,6 +260,14 @@ def _products(shape: Shape, rows: Array) -> Array:
     parts = shape.grouped(rows)
     products: Array = np.matmul(parts.transpose(0, 2, 1), parts)
     return products
+
+
+def of_tiles(recipe: Recipe, shape: Shape, parts: Sequence[Sums]) -> Sums:
+    """What one reference adds to a memory, from what each view of it adds: where positions count, each view has its own."""
+    whole = together(recipe, shape, parts)
+    if recipe.mode != POSITIONS:
+        return whole
+    return {**whole, "count": np.ones(1), "places": np.stack([part["places"] for part in parts])}
 
 
 def together(recipe: Recipe, shape: Shape, parts: Sequence[Sums]) -> Sums:

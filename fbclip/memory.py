@@ -44,9 +44,12 @@ SHRINKAGE = 0.1  # of a covariance towards a multiple of the identity (docs/meth
 SLOPE = 4.0  # of the logit over the logarithm of the squared distance
 MEMORY_LINE = 0.5  # scores and map values of a bundle with a memory are anomalous from here on
 MOST_REFERENCES = 10_000
+MOST_VIEWS = 1 + 256  # of a frame that have expectations of their own
+MOST_PLACES = 1 << 25  # numbers of all those expectations: 270 MB as float64
 MOST_LOGIT = 1000.0  # of a reference, and of a line
 MOST_ABOUT = 4 * MIB  # bytes of the description; a reference takes 200 of them
 ABOUT = "about.json"
+NONE_OF = {"tiles": None, "align": None, "views": 1}  # fields of a memory of whole frames as they lie
 
 
 class Weight(IntEnum):
@@ -186,6 +189,10 @@ class About:
         model_sha256: `Bundle.model_sha256` of `precision`.
         precision, device: what looked at them.
         roi: the region of interest that they were looked at in, or None for all of them.
+        tiles, align: the tiles that they were cut into, and the part that they were aligned to, or None (see
+            `fbclip.runtime.view.Place`).
+        views: of a frame that have expectations of their own, in the mode "positions": the whole frame and each tile. 1
+            where all have the same.
         arrays: SHA-256 of each array's file in the archive.
         format: of the file.
     """
@@ -203,6 +210,14 @@ class About:
     roi: Line | None
     arrays: Mapping[str, Sha256] = field(default_factory=dict)
     format: Annotated[int, Range(1, 1)] = 1
+    tiles: Line | None = None
+    align: Line | None = None
+    views: Annotated[int, Range(1, MOST_VIEWS)] = 1
+
+    @property
+    def place(self) -> tuple[str | None, str | None, str | None]:
+        """The fields of `fbclip.runtime.view.Place`."""
+        return self.roi, self.tiles, self.align
 
     @property
     def recipe(self) -> Recipe:
@@ -225,12 +240,34 @@ class Memory:
 
     @cached_property
     def tensors(self) -> Tensors:
-        """As the graph takes it."""
+        """As the graph takes it; the whole frame's where each view has its own."""
+        return self._with_lines(prepare(self.about.recipe, self.shape, self.sums))
+
+    def tensors_of(self, view: int) -> Tensors:
+        """As the graph takes it for a view of a frame: 0 is the whole, 1 the first tile."""
+        while len(self._tensors) <= view:
+            made = prepare(self.about.recipe, self.shape, of_view(self.sums, len(self._tensors)))
+            self._tensors.append(self._with_lines(made))
+        return self._tensors[view]
+
+    @cached_property
+    def _tensors(self) -> list[Tensors]:
+        return [self.tensors]
+
+    def _with_lines(self, made: Tensors) -> Tensors:
         about = self.about
-        made = prepare(about.recipe, self.shape, self.sums)
         made.weights[Weight.MAP_OFFSET] = -about.map_line
         made.weights[Weight.SCORE_OFFSET] = about.map_line - about.score_line
         return made
+
+    def require_views(self, count: int) -> None:
+        """Raise UsageError unless frames of this many views are those that it was learned from."""
+        if self.about.views not in (1, count):
+            raise UsageError(
+                f"memory {self.name} knows each place of frames with {self.about.views - 1} tiles; this frame has "
+                f"{count - 1}: inspect frames of the size that was learned from, or adapt again",
+                option="tiles",
+            )
 
     @property
     def sha256(self) -> str:
@@ -270,7 +307,7 @@ class Memory:
     def _read(cls, path: Path, shape: Shape) -> Memory:
         if not path.is_file():
             raise ValueError("it is no file")
-        shapes = sum_shapes(shape)
+        shapes = sum_shapes(shape, MOST_VIEWS)
         if (size := path.stat().st_size) > (most := MOST_ABOUT + sum(map(_most, shapes.values()))):
             raise ValueError(f"it has at most {most:,} bytes; got {size:,}")  # zipfile lists whatever is in it
         with zipfile.ZipFile(path) as archive:
@@ -282,7 +319,13 @@ class Memory:
                 most = MOST_ABOUT if name == ABOUT else _most(shapes[name.removesuffix(".npy")])
                 if info.compress_type != zipfile.ZIP_STORED or info.file_size > most:
                     raise ValueError(f"{name} is compressed, or has more than {most:,} bytes")
-            about = build(About, parse_json(archive.read(ABOUT)))
+            described = parse_json(archive.read(ABOUT))
+            about = build(About, {**NONE_OF, **described} if isinstance(described, dict) else described)
+            shapes = sum_shapes(shape, about.views)
+            if about.views > 1 and (about.mode != POSITIONS or math.prod(shapes["places"]) > MOST_PLACES):
+                raise ValueError(f"it has {about.views} views in the mode {about.mode}")
+            if too_large := [name for name in names if members[f"{name}.npy"].file_size > _most(shapes[name])]:
+                raise ValueError(f"{too_large[0]} has more than {_most(shapes[too_large[0]]):,} bytes")
             contents = {name: archive.read(f"{name}.npy") for name in names}
         if {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()} != dict(about.arrays):
             raise ValueError("its arrays aren't those of its description")
@@ -337,7 +380,7 @@ def prepare(recipe: Recipe, shape: Shape, sums: Sums) -> Tensors:
         made.bank[: len(tokens)] = 2 * np.square(tokens.astype(np.float64)).sum(axis=-1)
         return made
     if recipe.mode == POSITIONS:
-        expected = sums["places"] / sums["count"]
+        expected = of_view(sums, 0)["places"] / sums["count"]
         covariance = sums["products"] / sums["pairs"]
     else:
         mean = sums["total"] / sums["count"]
@@ -371,13 +414,32 @@ def probability(logits: Any) -> Any:
     return 0.5 * (1 + np.tanh(0.5 * np.asarray(logits, np.float64)))
 
 
-def sum_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+def require_places(shape: Shape, views: int) -> None:
+    """Raise UsageError where so many views of a frame can't each have places of their own."""
+    most = min(MOST_VIEWS, MOST_PLACES // (shape.grid**2 * shape.features))
+    if views > most:
+        raise UsageError(
+            f"where positions count, a frame of this model has at most {most - 1} tiles; got {views - 1}: choose larger ones, "
+            f"or one memory for all of them, whiten",
+            option="positions",
+        )
+
+
+def of_view(sums: Sums, view: int) -> Sums:
+    """The sums of a view, where each has places of its own: places (V, L, F) -> (L, F)."""
+    if "places" not in sums or sums["places"].ndim == 2:
+        return sums
+    return {**sums, "places": sums["places"][view]}
+
+
+def sum_shapes(shape: Shape, views: int = 1) -> dict[str, tuple[int, ...]]:
     """The largest shape of each array that a memory may hold."""
+    each = (shape.grid**2, shape.features)
     return {
         "count": (1,),
         "total": (shape.features,),
         "products": (shape.groups, shape.width, shape.width),
-        "places": (shape.grid**2, shape.features),
+        "places": each if views == 1 else (views, *each),
         "pairs": (1,),
         "tokens": (shape.width, shape.features),
     }
@@ -400,4 +462,6 @@ def _npy(values: NDArray[np.floating]) -> bytes:
 
 
 def _text(about: About) -> bytes:
-    return (json.dumps(asdict(about), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    # what a memory of whole frames doesn't have is left out: it keeps the name that older releases gave it
+    values = {name: value for name, value in asdict(about).items() if NONE_OF.get(name, ...) != value}
+    return (json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -19,6 +19,7 @@ from fbclip.memory import Memory
 from fbclip.runtime import adapt as adapting
 from fbclip.runtime import calibrate as calibrating
 from fbclip.runtime.adapt import MOST_SHOTS
+from fbclip.runtime.align import Align
 from fbclip.runtime.calibration import Calibration
 from fbclip.runtime.evaluation import evaluate as evaluating
 from fbclip.runtime.evaluation.evaluate import Evaluation
@@ -26,6 +27,7 @@ from fbclip.runtime.evaluation.few_shot import FewShot
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.target import Target
+from fbclip.runtime.tiles import Tiles
 from fbclip.terminal import say
 
 Places = str | Path | Iterable[str | Path]
@@ -88,6 +90,8 @@ def adapt(
     device: str = "auto",
     precision: str = "auto",
     roi: Roi | str | Path | Sequence[int] | None = None,
+    tiles: Tiles | str | int | None = None,
+    align: Align | str | Path | NDArray[np.uint8] | None = None,
     console: Console | None = None,
 ) -> Adapted:
     """Teach a bundle what good parts of a line look like, and write that into it. Seconds; no torch.
@@ -106,7 +110,7 @@ def adapt(
         add: go on from the bundle's memory, by its recipe, without its images.
         forget: remove the memory: the bundle is zero-shot again.
         out: write into a copy of the bundle, NAME.fbclip.
-        device, precision, roi: what will inspect, and where, as a `Predictor` takes them.
+        device, precision, roi, tiles, align: what will inspect, and where, as a `Predictor` takes them.
         console: where to print what is learned and what is left out.
 
     Raises:
@@ -145,7 +149,14 @@ def adapt(
     if len(images) < len(listed):
         tell(f"{len(images)} of {len(listed)} images are taken, spread over them")
     with Predictor(
-        target.bundle, device=device, precision=precision, calibrated=False, memory=None, roi=roi
+        target.bundle,
+        device=device,
+        precision=precision,
+        calibrated=False,
+        memory=None,
+        roi=roi,
+        tiles=tiles,
+        align=align,
     ) as predictor:
         taught = adapting.teach(predictor, images, choice, old, console)
         adapting.report(taught, console)
@@ -164,6 +175,8 @@ def calibrate(
     device: str = "auto",
     precision: str = "auto",
     roi: Roi | str | Path | Sequence[int] | None = None,
+    tiles: Tiles | str | int | None = None,
+    align: Align | str | Path | NDArray[np.uint8] | None = None,
     every: int = 1,
     max_frames: int | None = None,
     skip_first: int = 0,
@@ -179,7 +192,7 @@ def calibrate(
             0.01, or the lowest that fewer images allow.
         defects: images, folders or globs of defective parts: adds the expected miss rate.
         device, precision: what will inspect, as a `Predictor` takes them.
-        roi: where frames are inspected, as a `Predictor` takes it.
+        roi, tiles, align: where and how frames are inspected, as a `Predictor` takes them.
         every: take each Nth image or frame: neighbours are too alike.
         max_frames: images or frames to take; a camera needs it.
         skip_first: frames to leave out after each connect to a camera.
@@ -204,7 +217,9 @@ def calibrate(
     places = target.good
     images = frames[::every][:max_frames] or calibrating.good_images(places, every, max_frames, tell, skip_first)
     defective = list_images(defects, tell) if defects else []
-    with Predictor(target.bundle, device=device, precision=precision, calibrated=False, roi=roi) as predictor:
+    with Predictor(
+        target.bundle, device=device, precision=precision, calibrated=False, roi=roi, tiles=tiles, align=align
+    ) as predictor:
         made, found, missed = calibrating.calibrate(predictor, images, false_alarm_rate, defective, console)
     calibrating.report(made, found, missed, tell)
     target.write(partial(calibrating.write, made, missed.scores, tell), tell)
@@ -222,6 +237,7 @@ def evaluate(
     classes: Sequence[str] | None = None,
     batch: int = 1,
     memory: Memory | str | Path | None = "auto",
+    tiles: Tiles | str | int | None = None,
     shots: int | None = None,
     seeds: Sequence[int] = (0,),
     mode: str = "whiten",
@@ -240,6 +256,8 @@ def evaluate(
         classes: only these.
         batch: images that the model is given at once.
         memory: what good parts taught, as a `Predictor` takes it.
+        tiles: as a `Predictor` takes them: maps and masks are compared in the images' own pixels then, otherwise as the
+            model sees them.
         shots: few-shot: so many good training images of each class, drawn at random, teach a memory before the class is
             judged; nothing is written into the bundle. None for the bundle as it is, with its own memory if it has one.
         seeds: of the draws; the figures are the mean over them.
@@ -264,7 +282,7 @@ def evaluate(
         evaluating.to_evaluate(open_dataset(Path(place), layout), wanted, few_shot) for place in _texts(data, "data")
     ]
     subject = evaluating.bundle_subject(
-        Path(bundle) if bundle else None, device, precision, threshold, batch, few_shot, memory
+        Path(bundle) if bundle else None, device, precision, threshold, batch, few_shot, memory, tiles
     )
     with subject.backend:
         return evaluating.evaluate(subject, tests, batch, console or Console(quiet=True), few_shot)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ from fbclip.data.procedural import add_defect
 from fbclip.errors import ImageError, UsageError
 from fbclip.files import replacing, write_error
 from fbclip.images import encode_image, pixels_sha256
-from fbclip.learning import Judged, Learned, Seen, add_up, judge, learn, together
+from fbclip.learning import Judged, Learned, Seen, add_up, judge, learn, of_tiles, one_view, together
 from fbclip.memory import (
     ANY,
     FIXED,
@@ -40,13 +41,14 @@ from fbclip.memory import (
     hashes,
     prepare,
     probability,
+    require_places,
 )
 from fbclip.metrics import image_metrics
 from fbclip.resample import resize, upsampling_matrix
 from fbclip.runtime.inputs import as_frame
 from fbclip.runtime.prediction import Prediction
-from fbclip.runtime.predictor import Predictor
-from fbclip.runtime.sight import EXPLAINED, find_blindness
+from fbclip.runtime.predictor import Predictor, Prepared
+from fbclip.runtime.sight import EXPLAINED
 from fbclip.runtime.target import ADAPTED, CALIBRATED, Say
 from fbclip.terminal import printable, progress, say, warn
 
@@ -61,6 +63,9 @@ MOVED = ((1 / 64, 1 / 96, 1.05), (-1 / 96, 1 / 64, 0.95))  # of the sides, and o
 DEFECTS = 3  # drawn on each reference where the mode is chosen by trial
 VARIETY = 1.5  # of those defects, see `fbclip.data.procedural.ProceduralDefects`
 DEFECTIVE = 0.3  # share of a patch from which it counts as defective
+TAUGHT_TILES = (
+    16  # of a reference that teach a memory which all tiles share: a hundred times more patches than it needs
+)
 PANEL, PANELS = 240, 24  # pixels of a picture's panels, and how many references it shows
 
 
@@ -119,12 +124,23 @@ class Choice:
 
 @dataclass(frozen=True)
 class Picture:
-    """A reference on its way: its name, its pixels' hash, and what the graph takes, uint8 (1, H, W, 3)."""
+    """A reference on its way.
+
+    Attributes:
+        name: of its file.
+        sha256: of its pixels.
+        batch: what the graph takes of the whole, uint8 (1, H, W, 3).
+        image: a small picture of what is inspected.
+        tiles: how many there are; 0 where it is looked at as a whole.
+        load: reads it again: pictures that have tiles are not kept.
+    """
 
     name: str
     sha256: str
     batch: NDArray[np.uint8]
     image: NDArray[np.uint8]
+    tiles: int
+    load: Callable[[], Prepared]
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,12 @@ def teach(
     if old:
         predictor.require_fit(old)
     recipes = [old.about.recipe] if old else choice.candidates
+    if predictor.view.tiles and len(recipes) > 1:
+        raise UsageError(
+            "a mode is tried on whole frames; with tiles choose whiten, nearest, or positions", option="mode"
+        )
     pictures, skipped, copies = _pictures(predictor, good, old, console)
+    views = _views_of(pictures, recipes[0], old)
     least = 1 if old or recipes[0].mode == POSITIONS else 2
     if len(pictures) < least:
         known = f" and {copies} known already, by their pixels" if copies else ""
@@ -190,15 +211,20 @@ def teach(
         alone = len(pictures) == 1 and old is None
         trials: dict[Recipe, list[Seen]] = {recipe: [] for recipe in recipes}
         drawn: list[tuple[Described, NDArray[np.float32]]] = []
-        for picture in pictures:
-            for recipe, seen in _look(predictor, picture, recipes, alone).items():
-                trials[recipe].append(seen)
+        for number, picture in enumerate(pictures):
+            if picture.tiles:
+                trials[recipes[0]].append(_look_at_tiles(predictor, picture, recipes[0], alone, number))
+            else:
+                for recipe, seen in _look(predictor, picture, recipes, alone).items():
+                    trials[recipe].append(seen)
             if len(recipes) > 1:
                 drawn.append(_drawn(predictor, picture))
             bars.advance(task)
-    results = {r: _trial(predictor, r, seen, drawn) for r, seen in trials.items()} if len(recipes) > 1 else {}
-    recipe = max(results, key=lambda each: results[each]) if results else recipes[0]
-    learned = learn(recipe, shape, size, trials[recipe], old)
+        results = {r: _trial(predictor, r, seen, drawn) for r, seen in trials.items()} if len(recipes) > 1 else {}
+        recipe = max(results, key=lambda each: results[each]) if results else recipes[0]
+        again = bars.add_task("each by the others", total=len(pictures)) if predictor.view.tiles else None
+        tell = None if again is None else partial(bars.advance, again)
+        learned = learn(recipe, shape, size, trials[recipe], old, tell)
     about = About(
         recipe.mode,
         recipe.orientation,
@@ -210,8 +236,9 @@ def teach(
         predictor.bundle.model_sha256(predictor.precision),
         predictor.precision,
         predictor.backend.device,
-        predictor.roi.identity if predictor.roi else None,
-        hashes(learned.sums),
+        arrays=hashes(learned.sums),
+        views=views,
+        **predictor.view.place._asdict(),
     )
     seconds = time.perf_counter() - start
     memory = Memory(about, learned.sums, shape)
@@ -229,23 +256,88 @@ def _pictures(
         name = printable(image) if isinstance(image, Path) else f"frame {number}"
         try:
             frame = as_frame(image, "rgb")
-            batch = predictor.prepare(frame)
+            shown = predictor.prepare(frame)
         except ImageError as error:
             skipped += 1
             warn(console, f"skipped: {error}")
             continue
-        if blind := find_blindness(batch):
+        if shown.unusable or shown.absent:
             skipped += 1
-            warn(console, f"left out: {name} is {EXPLAINED[blind]}")
+            why = f"is {EXPLAINED[shown.unusable]}" if shown.unusable else "shows no part that it can be aligned to"
+            warn(console, f"left out: {name} {why}")
             continue
         digest = pixels_sha256(frame)
         if digest in known:
             copies += 1
             continue
         known.add(digest)
-        shown = predictor.roi.crop(frame) if predictor.roi else frame
-        pictures.append(Picture(name[:500], digest, batch, resize(shown, (PANEL, PANEL))))
+        small, tiles = resize(shown.shown, (PANEL, PANEL)), len(shown.layout or ())
+        load = partial(_prepared, predictor, image)
+        pictures.append(Picture(name[:500], digest, shown.batch, small, tiles, load))
     return pictures, skipped, copies
+
+
+def _prepared(predictor: Predictor, image: Path | NDArray[np.uint8]) -> Prepared:
+    return predictor.prepare(as_frame(image, "rgb"))
+
+
+def _views_of(pictures: Sequence[Picture], recipe: Recipe, old: Memory | None) -> int:
+    """How many views of a frame have expectations of their own.
+
+    Raises:
+        UsageError: more than a memory holds, or frames of several sizes.
+    """
+    counts = sorted({1 + picture.tiles for picture in pictures})
+    if recipe.mode != POSITIONS or not counts:
+        return 1
+    if len(counts) > 1 or (old and old.about.views != counts[0]):
+        raise UsageError(
+            f"where positions count, all frames have the same tiles; these have {counts[0] - 1} to {counts[-1] - 1}"
+            + (f", the memory's {old.about.views - 1}" if old else ""),
+            option="positions",
+        )
+    return counts[0]
+
+
+def _look_at_tiles(predictor: Predictor, picture: Picture, recipe: Recipe, alone: bool, number: int) -> Seen:
+    """What the model sees of a reference in tiles.
+
+    Where all views share one memory, some of the tiles are enough to teach it: each reference shows others, so that all
+    together show the whole part.
+    """
+    shape = predictor.bundle.manifest.memory_shape
+    assert shape is not None
+    if recipe.mode == POSITIONS:
+        require_places(shape, 1 + picture.tiles)
+        step, first = 1, 0
+    else:
+        step = max(1, picture.tiles // TAUGHT_TILES)
+        first = number % step
+    shown = picture.load()
+    parts = []
+    for place, view in enumerate(predictor.views(shown)):
+        if place == 0 or (place - 1) % step == first:
+            turned = [predictor.backend.describe(each).features for each in _views(view, VIEWS[recipe.orientation])]
+            parts.append(add_up(recipe, shape, np.concatenate(turned)))
+    return Seen(
+        picture.name,
+        picture.sha256,
+        partial(_described_views, predictor, picture.load),
+        of_tiles(recipe, shape, parts),
+        tuple(partial(_described_views, predictor, picture.load, by) for by in MOVED) if alone else (),
+    )
+
+
+def _described_views(
+    predictor: Predictor, load: Callable[[], Prepared], moved: tuple[float, float, float] | None = None
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """What the model sees of each view of a frame, which may be moved before."""
+    frame = load()
+    if moved:
+        frame = predictor.prepare(_moved(frame.image[None], *moved)[0])
+    for view in predictor.views(frame):
+        described = predictor.backend.describe(view)
+        yield described.features[0], described.logits[0]
 
 
 def _look(predictor: Predictor, picture: Picture, recipes: Iterable[Recipe], alone: bool) -> dict[Recipe, Seen]:
@@ -256,18 +348,14 @@ def _look(predictor: Predictor, picture: Picture, recipes: Iterable[Recipe], alo
     count = max(VIEWS[recipe.orientation] for recipe in recipes)
     described = [predictor.backend.describe(view) for view in _views(picture.batch, count)]
     features = np.concatenate([each.features for each in described])
-    moved = None
-    if alone:
-        copies = [predictor.backend.describe(_moved(picture.batch, *by)) for by in MOVED]
-        moved = np.concatenate([c.features for c in copies]), np.concatenate([c.logits for c in copies])
+    copies = [predictor.backend.describe(_moved(picture.batch, *by)) for by in MOVED] if alone else []
     return {
         recipe: Seen(
             picture.name,
             picture.sha256,
-            features[0],
-            described[0].logits[0],
+            one_view(described[0].features[0], described[0].logits[0]),
             add_up(recipe, shape, features[: VIEWS[recipe.orientation]]),
-            moved,
+            tuple(one_view(each.features[0], each.logits[0]) for each in copies),
         )
         for recipe in recipes
     }
@@ -326,7 +414,8 @@ def _trial(
         others = [each.sums for each in (*seen[:index], *seen[index + 1 :])]
         memory = prepare(recipe, shape, together(recipe, shape, others))
         judged = judge(recipe, shape, size, memory, described.features, described.logits)
-        judged += judge(recipe, shape, size, memory, seen[index].features[None], seen[index].logits[None])
+        ((features, zero_shot),) = seen[index].views()
+        judged += judge(recipe, shape, size, memory, features[None], zero_shot[None])
         share = np.vstack([share, np.zeros_like(share[:1])])
         clear = (share == 0) | (share > DEFECTIVE)
         logits.append(np.stack([each.patches for each in judged])[clear])

@@ -42,6 +42,7 @@ from fbclip.terminal import track, warn
 
 USUAL_RATE, USUAL_COUNT = 0.01, 99  # of false alarms where none is asked for, and the images that it needs
 GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in the first colour
+SAMPLED = 1 << 20  # pixels of a map; smaller ones are looked at whole
 HOPELESS = 0.5  # share of the defects from which a model that misses them can't inspect the part
 ALIKE = 1 / 3  # autocorrelation from which images count less than half
 
@@ -181,7 +182,7 @@ def calibrate(
         model_sha256=predictor.bundle.model_sha256(predictor.precision),
         precision=predictor.precision,
         device=predictor.backend.device,
-        roi=predictor.roi.identity if predictor.roi else None,
+        **predictor.view.place._asdict(),
         memory=predictor.memory.sha256 if predictor.memory else None,
         method=method,
         defects=len(bad.scores),
@@ -249,7 +250,7 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
             continue
         peak = float(prediction.anomaly_map.max())
         # beside a mask the model's map may be higher than what is looked at
-        ground = min(float(np.quantile(prediction.model_map, GOOD_PIXELS)), peak)
+        ground = min(float(np.quantile(_thinned(prediction.model_map), GOOD_PIXELS)), peak)
         if digest in references:
             found.learned += 1
             seen[digest] = ground
@@ -260,6 +261,12 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
         found.grounds.append(ground)
     found.grounds = found.grounds or list(seen.values())
     return found
+
+
+def _thinned(model_map: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Enough of a map's pixels for its quantiles: of a large one they take seconds."""
+    step = max(1, math.isqrt(model_map.size // SAMPLED))
+    return model_map[::step, ::step]
 
 
 def weight_of_neighbours(scores: list[float]) -> tuple[float, int] | None:

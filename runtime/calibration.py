@@ -27,7 +27,13 @@ from fbclip.memory import Memory
 from fbclip.untrusted import MIB, Line, Probability, Range, Sha256, build, one_line, one_of, read_json
 
 SPLIT, JACKKNIFE = "split", "jackknife"
-ADDED = {"memory": None, "method": SPLIT}  # fields that files of older releases lack, and what they mean
+ADDED = {
+    "memory": None,
+    "method": SPLIT,
+    "tiles": None,
+    "align": None,
+}  # fields that files of older releases lack, and what they mean
+VIEWED = ("tiles", "align")  # left out of the file where there is none, as older releases write it
 TAILS = (0.025, 0.975)  # of every interval: 95 % confidence
 LOWEST_RATE = 1e-6  # which needs a million images
 MOST_IMAGES = 500_000
@@ -53,6 +59,8 @@ class Calibration:
         model_sha256: `Bundle.model_sha256` of `precision`.
         precision, device: what scored them.
         roi: the region of interest that was scored, or None for all of it.
+        tiles, align: the tiles that were scored, and the part that frames were aligned to, or None (see
+            `fbclip.runtime.view.Place`).
         memory: `Memory.sha256` of what good parts had taught, or None of the zero-shot model.
         method: "split", from good parts that the memory hasn't seen; "jackknife", from its own references.
         defects: defective images that were checked.
@@ -77,6 +85,8 @@ class Calibration:
     defects: Annotated[int, Range(0, MOST_IMAGES)] = 0
     miss_rate: Probability | None = None
     miss_interval: tuple[Probability, Probability] | None = None
+    tiles: Line | None = None
+    align: Line | None = None
 
     @classmethod
     def load(cls, bundle: Bundle) -> Calibration | None:
@@ -120,6 +130,11 @@ class Calibration:
         return self.memory == (memory.sha256 if memory else None)
 
     @property
+    def place(self) -> tuple[str | None, str | None, str | None]:
+        """The fields of `fbclip.runtime.view.Place`."""
+        return self.roi, self.tiles, self.align
+
+    @property
     def promise(self) -> str:
         """What is promised, as a part of a sentence."""
         if self.method == JACKKNIFE:
@@ -153,7 +168,8 @@ class Calibration:
         Raises:
             UsageError: the bundle can't be written to.
         """
-        write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", str(bundle.calibration))
+        values = {name: value for name, value in asdict(self).items() if name not in VIEWED or value is not None}
+        write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", str(bundle.calibration))
 
 
 def derived(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import cv2
@@ -18,13 +20,16 @@ from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
 from fbclip.memory import MEMORY_LINE, Memory
 from fbclip.resample import in_order, resize
+from fbclip.runtime.align import Align, Pose
 from fbclip.runtime.backends import Results, make_backend, require_probabilities
 from fbclip.runtime.calibration import Calibration, calibrated_bundles, checked_threshold
 from fbclip.runtime.inputs import One, as_frame, listed
 from fbclip.runtime.prediction import Prediction
-from fbclip.runtime.regions import find_evidence
+from fbclip.runtime.regions import Region, find_evidence
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
+from fbclip.runtime.tiles import Layout, Tiles, inspect
+from fbclip.runtime.view import Place, View
 from fbclip.terminal import printable
 
 if TYPE_CHECKING:  # what is live stands on this
@@ -52,12 +57,17 @@ class Predictor:
             them.
         min_area: pixels of the frame: smaller regions don't count, and where all that reach the map's threshold are
             smaller, the image is good. Where none reaches it, the score decides alone.
-        batch: images that the model is given at once where a call has several.
+        batch: images that the model is given at once where a call has several; with tiles, views of one image.
+        tiles: how frames are cut into tiles, which the model sees beside the whole: "3x4", a side in pixels, "auto", or a
+            `Tiles`; None for the whole alone.
+        align: a picture of the part in place, its path or an `Align`: frames are brought in line with it, and a frame
+            without the part is "absent". The region of interest is in its pixels then. None for frames as they lie.
 
     Attributes:
         bundle: the one that is loaded.
         calibration: the one in use, or None.
         memory: the one in use, or None.
+        view: how frames are looked at: `roi`, `tiles` and `align` in one.
         precision: that runs.
         backend: what runs it, on `backend.device`.
         map_threshold: map values from here on are regions; None without a calibration: from `threshold` on.
@@ -79,9 +89,18 @@ class Predictor:
         roi: Roi | str | Path | Sequence[int] | None = None,
         min_area: int = 0,
         batch: int = 1,
+        tiles: Tiles | str | int | None = None,
+        align: Align | str | Path | NDArray[np.uint8] | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-        self.roi = None if roi is None else Roi.parse(roi)
+        self.view = View.of(
+            None if roi is None else Roi.parse(roi),
+            None if tiles is None else Tiles.parse(tiles),
+            None if align is None else Align.parse(align),
+        )
+        self.roi, self.tiles, self.align = self.view.roi, self.view.tiles, self.view.align
+        self._require_tileable()
+        self._turn = Lock()  # of frames whose views each have a memory of their own
         self.min_area = _count("a least area is a number of pixels", min_area, 0, "min_area")
         self.batch = _count("a batch is a number of images", batch, 1, "batch")
         self._given, self._calibrated = None if threshold is None else checked_threshold(threshold), calibrated
@@ -134,13 +153,21 @@ class Predictor:
             chosen = None
         else:
             chosen = self.bundle.memory(None if memory == "auto" else Path(str(memory)))
-        if chosen and chosen.about.roi != (here := self.roi.identity if self.roi else None):
-            raise UsageError(
-                f"memory {chosen.name} was learned {_where(chosen.about.roi)}, and other frames show other things: "
-                f"adapt {_where(here)}, or inspect without the memory",
-                option="roi",
+        if chosen:
+            self.view.place.require_same(
+                Place(*chosen.about.place),
+                f"memory {chosen.name} was learned {{learned}}, and other frames show other things: adapt {{here}}, or "
+                f"inspect without the memory",
             )
         return chosen
+
+    def _require_tileable(self) -> None:
+        if self.tiles and (taken := self.bundle.manifest.frame_size):
+            raise UsageError(
+                f"tiles are for models that take pictures of any size; {self.bundle.path} takes {taken[0]}x{taken[1]} "
+                f"(height x width) only: export it for no frame size",
+                option="tiles",
+            )
 
     def _require_same_eyes(self, memory: Memory) -> None:
         """Half precision sees patches as float32 does; 8 bit sees them otherwise (docs/measurements/adapt.md)."""
@@ -157,7 +184,11 @@ class Predictor:
         found = Calibration.load(self.bundle) if self._calibrated else None
         other = found is not None and not found.is_of(memory)
         if found and not other and self._given is None:
-            self._require_same_roi(found.roi)
+            self.view.place.require_same(
+                Place(*found.place),
+                f"{self.bundle.path} was calibrated {{learned}}, and other frames have other scores: calibrate {{here}}, "
+                f"or pass a threshold",
+            )
         self.memory, self.calibration, self._set_aside = memory, None if other else found, other
         self.map_threshold, self.map_scale = None, (0.0, 1.0)
         chosen = MEMORY_LINE if memory else self.bundle.manifest.threshold
@@ -167,15 +198,6 @@ class Predictor:
         elif memory:
             self.map_threshold = MEMORY_LINE
         self._threshold = chosen if self._given is None else self._given
-
-    def _require_same_roi(self, calibrated: str | None) -> None:
-        here = self.roi.identity if self.roi else None
-        if calibrated != here:
-            raise UsageError(
-                f"{self.bundle.path} was calibrated {_where(calibrated)}, and other frames have other scores: "
-                f"calibrate {_where(here)}, or pass a threshold",
-                option="roi",
-            )
 
     def __repr__(self) -> str:
         where = f"device={self.backend.device!r}, precision={self.precision!r}"
@@ -275,7 +297,7 @@ class Predictor:
             )
         alarm = Alarm(votes, Drift(self.calibration.scores) if self.calibration else None)
         return Pipeline(
-            source, self, [_NoticeLogger(source.live)], alarm, batch=1 if source.total is None else self.batch
+            source, self, [_NoticeLogger(source.live)], alarm, batch=1 if source.total is None else self.frames_at_once
         ).records()
 
     def explain_threshold(self) -> str:
@@ -302,93 +324,114 @@ class Predictor:
             return f"{text}; calibrated ones are here, choose with --bundle: {', '.join(map(str, here))}"
         return self.calibration.explain(self.bundle, self.precision)
 
-    def prepare(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A frame uint8 (H, W, 3) RGB, or its region of interest, as the graph takes it: (1, H', W', 3).
+    def prepare(self, frame: NDArray[np.uint8], name: str = "") -> Prepared:
+        """A frame uint8 (H, W, 3) RGB on its way to the model.
+
+        Args:
+            name: of the frame, where it has one.
 
         Raises:
             ImageError: a frame of another size than the graph or the region of interest is for.
+            UsageError: one that would have too many tiles.
         """
+        taken = self.view.take(frame)
+        batch = self._batch_of(taken.shown)
+        unusable = find_blindness(batch)
+        layout = None if unusable or taken.absent else self.view.layout(taken.shown, self.bundle.manifest.grid)
+        return Prepared(frame, taken.shown, batch, layout, taken.pose, taken.absent, unusable, name)
+
+    def _batch_of(self, shown: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """What is inspected, or a tile of it, as the graph takes it: (1, H', W', 3)."""
         manifest = self.bundle.manifest
-        if self.roi:
-            frame = self.roi.crop(frame)
         if manifest.frame_size is None:
-            return in_order(resize(frame, manifest.image_size), manifest.channel_order)[None]
-        if frame.shape[:2] != manifest.frame_size:
-            built, here = (f"{height}x{width}" for height, width in (manifest.frame_size, frame.shape[:2]))
+            return in_order(resize(shown, manifest.image_size), manifest.channel_order)[None]
+        if shown.shape[:2] != manifest.frame_size:
+            built, here = (f"{height}x{width}" for height, width in (manifest.frame_size, shown.shape[:2]))
             raise ImageError(
                 f"{self.bundle.path} takes frames of {built} (height x width) only; got {here}: "
                 f"set the camera to that, or export for frames of {here}, or of any size"
             )
-        return in_order(frame, manifest.channel_order)[None]
+        return in_order(shown, manifest.channel_order)[None]
 
-    def run(self, batch: NDArray[np.uint8], name: object) -> tuple[float, NDArray[np.float32]]:
-        """What the model says of a prepared frame: score and map (H', W'), both 0..1.
+    def views(self, frame: Prepared) -> Iterator[NDArray[np.uint8]]:
+        """What the model is shown of a frame, each (1, H', W', 3): the whole, then its tiles, cut when their turn comes."""
+        if frame.layout is None:
+            return iter([frame.batch])
+        return frame.layout.views(frame.shown, lambda pictures: self._batch_of(pictures[0]))
 
-        Args:
-            name: of the image, for the message.
+    @property
+    def frames_at_once(self) -> int:
+        """Prepared frames that `run` and `run_each` take at once; one where each is a batch of tiles itself."""
+        return 1 if self.tiles else self.batch
+
+    def run(self, frames: Sequence[Prepared]) -> Results:
+        """What the model says of prepared frames: scores (B,) and maps (B, H', W'), both 0..1.
 
         Raises:
             FBClipError: they are not (see `require_probabilities`).
         """
-        scores, maps = self.backend.run(batch)
-        require_probabilities(scores, maps, [name])
-        return float(scores[0]), maps[0]
+        (results,) = self._run_each([frames], self.backend.run)
+        return results
 
-    def run_each(self, batches: Iterable[tuple[NDArray[np.uint8], Sequence[object]]]) -> Iterator[Results]:
-        """What the model says of batch after batch, as `Backend.run_each` has it: scores (B,) and maps (B, H', W').
+    def run_each(self, groups: Iterable[Sequence[Prepared]]) -> Iterator[Results]:
+        """The same of group after group, as `Backend.run_each` has it: the next is taken before a result is given."""
+        if self.tiles:
+            return self._run_each(groups, self.backend.run)
+        return self._run_ahead(groups)
 
-        Args:
-            batches: prepared frames uint8 (B, H', W', 3), and the images' names for the message.
+    def _run_each(
+        self, groups: Iterable[Sequence[Prepared]], run: Callable[[NDArray[np.uint8]], Results]
+    ) -> Iterator[Results]:
+        """One after the other, with or without tiles."""
+        for group in groups:
+            if layout := group[0].layout:
+                score, anomaly_map = self._inspect(group[0], layout)
+                yield np.array([score], np.float32), anomaly_map[None]
+                continue
+            scores, maps = run(_stacked(group))
+            require_probabilities(scores, maps, _names(group))
+            yield scores, maps
 
-        Raises:
-            FBClipError: as `run`.
-        """
-        names: deque[Sequence[object]] = deque()
+    def _run_ahead(self, groups: Iterable[Sequence[Prepared]]) -> Iterator[Results]:
+        names: deque[list[str]] = deque()
 
         def images() -> Iterator[NDArray[np.uint8]]:
-            for batch, called in batches:
-                names.append(called)
-                yield batch
+            for group in groups:
+                names.append(_names(group))
+                yield _stacked(group)
 
         for scores, maps in self.backend.run_each(images()):
             require_probabilities(scores, maps, names.popleft())
             yield scores, maps
 
+    def _inspect(self, frame: Prepared, layout: Layout) -> tuple[float, NDArray[np.float32]]:
+        """A frame by its tiles."""
+        by_place = None
+        if self.memory and self.memory.about.views > 1:
+            self.memory.require_views(1 + len(layout))
+            by_place = self.memory.tensors_of
+        with self._turn if by_place else nullcontext():
+            return inspect(self.backend, self.views(frame), layout, self.batch, by_place, frame.name)
+
+    def judge(self, frame: Prepared) -> tuple[float, NDArray[np.float32]]:
+        """Score and map of one prepared frame, the map (H', W') in the pixels of what is inspected of it."""
+        (score,), (model_map,) = self.run([frame])
+        return float(score), _resized(model_map, frame.shown.shape[:2])
+
     def conclude(
-        self,
-        frame: NDArray[np.uint8],
-        score: float,
-        model_map: NDArray[np.float32],
-        timings_ms: dict[str, float],
-        unusable: str | None = None,
-        name: str = "",
+        self, frame: Prepared, score: float, model_map: NDArray[np.float32], timings_ms: dict[str, float]
     ) -> Prediction:
         """From what the model says of a prepared frame to a prediction.
 
         Args:
-            frame: uint8 (H, W, 3) RGB, as `prepare` took it.
-            score: the class token's, 0..1.
-            model_map: float32 (H', W'), 0..1.
+            score: of the image, 0..1.
+            model_map: float32 (H', W'), 0..1, of what is inspected.
             timings_ms: milliseconds of the stages so far; postprocess is added.
-            unusable: why the frame shows nothing to judge, if so.
-            name: of the frame, where it has one.
         """
         start = time.perf_counter()
         threshold = self.threshold  # may be set anew meanwhile, from another thread
-        height, width = frame.shape[:2]
-        x0, y0, x1, y1 = self.roi.box if self.roi else (0, 0, width, height)
-        part = model_map
-        if part.shape != (y1 - y0, x1 - x0):
-            enlarged = cv2.resize(model_map, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
-            part = np.asarray(enlarged, np.float32).reshape(y1 - y0, x1 - x0)
-        inside = self.roi.inside if self.roi else None
         marked_from = threshold if self.map_threshold is None else self.map_threshold
-        regions, overruled = find_evidence(part, inside, score >= threshold, marked_from, self.min_area)
-        anomaly_map = part
-        if self.roi:
-            anomaly_map = np.zeros((height, width), np.float32)
-            anomaly_map[y0:y1, x0:x1] = part if inside is None else part * inside
-            regions = tuple(region.moved(x0, y0) for region in regions)
+        anomaly_map, regions, overruled = self._evidence(frame, model_map, score >= threshold, marked_from)
         timings_ms = {**timings_ms, "postprocess": (time.perf_counter() - start) * 1e3}
         return Prediction(
             score=score,
@@ -397,48 +440,70 @@ class Predictor:
             model_map=model_map,
             regions=regions,
             timings_ms=timings_ms,
-            image=frame,
+            image=frame.image,
             map_scale=self.map_scale,
             map_threshold=marked_from,
             overruled=overruled,
-            unusable=unusable,
-            name=name,
+            unusable=frame.unusable,
+            name=frame.name,
             memory=self.memory.name if self.memory else None,
+            absent=frame.absent,
+            part=frame.pose.corners() if frame.pose else None,
         )
 
-    def _predict(self, images: Sequence[One], channel_order: str) -> Iterator[Prediction]:
-        """Predictions of images in their order, `batch` at once."""
-        waiting: deque[_Shown] = deque()
-        preparing = 0.0  # seconds of the wait for results that were spent on images to come
+    def _evidence(
+        self, frame: Prepared, model_map: NDArray[np.float32], reached: bool, line: float
+    ) -> tuple[NDArray[np.float32], tuple[Region, ...], str | None]:
+        """The map in the frame's own pixels, its regions, and why these overrule the score, if they do."""
+        height, width = frame.image.shape[:2]
+        if frame.absent:
+            return np.zeros((height, width), np.float32), (), None
+        part = _resized(model_map, frame.shown.shape[:2])
+        roi = self.roi
+        if frame.pose:
+            part, inside = self.view.onto_frame(part, frame.pose, (height, width))
+            regions, overruled = find_evidence(part, inside, reached, line, self.min_area)
+            return part * inside, regions, overruled
+        mask = roi.inside if roi else None
+        regions, overruled = find_evidence(part, mask, reached, line, self.min_area)
+        if roi is None:
+            return part, regions, overruled
+        x0, y0, x1, y1 = roi.box
+        anomaly_map = np.zeros((height, width), np.float32)
+        anomaly_map[y0:y1, x0:x1] = part if mask is None else part * mask
+        return anomaly_map, tuple(region.moved(x0, y0) for region in regions), overruled
 
-        def batches() -> Iterator[tuple[NDArray[np.uint8], list[str]]]:
+    def _predict(self, images: Sequence[One], channel_order: str) -> Iterator[Prediction]:
+        """Predictions of images in their order, as many at once as the model takes."""
+        waiting: deque[tuple[Prepared, dict[str, float]]] = deque()
+        preparing = 0.0  # seconds of the wait for results that were spent on images to come
+        size = self.frames_at_once
+
+        def groups() -> Iterator[list[Prepared]]:
             nonlocal preparing
-            for first in range(0, len(images), self.batch):
+            for first in range(0, len(images), size):
                 start = time.perf_counter()
-                shown = [self._show(image, channel_order) for image in images[first : first + self.batch]]
+                shown = [self._show(image, channel_order) for image in images[first : first + size]]
                 waiting.extend(shown)
-                batch = np.concatenate([each.batch for each in shown])
                 preparing += time.perf_counter() - start
-                yield batch, [each.name or "an image" for each in shown]
+                yield [frame for frame, _ in shown]
 
         start = time.perf_counter()
-        for scores, maps in self.run_each(batches()):
+        for scores, maps in self.run_each(groups()):
             model_ms = (time.perf_counter() - start - preparing) * 1e3 / len(scores)
             for score, model_map in zip(scores, maps, strict=True):
-                frame, _, unusable, name, timings_ms = waiting.popleft()
-                timings_ms = {**timings_ms, "model": model_ms}
-                yield self.conclude(frame, float(score), model_map, timings_ms, unusable, name)
+                frame, timings_ms = waiting.popleft()
+                yield self.conclude(frame, float(score), model_map, {**timings_ms, "model": model_ms})
             start, preparing = time.perf_counter(), 0.0
 
-    def _show(self, image: One, channel_order: str) -> _Shown:
-        """Read an image, and bring it to what the model is shown."""
+    def _show(self, image: One, channel_order: str) -> tuple[Prepared, dict[str, float]]:
+        """Read an image, and bring it to what the model is shown; and the milliseconds of both."""
         start = time.perf_counter()
         frame = as_frame(image, channel_order)
         read = time.perf_counter()
-        batch = self.prepare(frame)
-        timings_ms = {"read": (read - start) * 1e3, "preprocess": (time.perf_counter() - read) * 1e3}
         name = printable(image) if isinstance(image, (str, Path)) else ""
-        return _Shown(frame, batch, find_blindness(batch), name, timings_ms)
+        prepared = self.prepare(frame, name)
+        return prepared, {"read": (read - start) * 1e3, "preprocess": (time.perf_counter() - read) * 1e3}
 
 
 class _NoticeLogger:
@@ -461,21 +526,46 @@ class _NoticeLogger:
         """Nothing to release."""
 
 
-class _Shown(NamedTuple):
-    """An image on its way: the frame, what the model is shown of it, and what is known so far."""
+class Prepared(NamedTuple):
+    """A frame on its way to the model.
 
-    frame: NDArray[np.uint8]
+    Attributes:
+        image: uint8 (H, W, 3) RGB, the frame itself.
+        shown: uint8 (H', W', 3), what is inspected of it.
+        batch: the same as the graph takes it, (1, S, S, 3).
+        layout: of the tiles that the model sees as well; None for none.
+        pose, absent: see `fbclip.runtime.view.Taken`.
+        unusable: as in a `Prediction`.
+        name: of the frame; "" where it has none.
+    """
+
+    image: NDArray[np.uint8]
+    shown: NDArray[np.uint8]
     batch: NDArray[np.uint8]
+    layout: Layout | None
+    pose: Pose | None
+    absent: bool
     unusable: str | None
     name: str
-    timings_ms: dict[str, float]
+
+
+def _stacked(group: Sequence[Prepared]) -> NDArray[np.uint8]:
+    return group[0].batch if len(group) == 1 else np.concatenate([frame.batch for frame in group])
+
+
+def _names(group: Sequence[Prepared]) -> list[str]:
+    return [frame.name or "an image" for frame in group]
+
+
+def _resized(model_map: NDArray[np.float32], size_hw: tuple[int, ...]) -> NDArray[np.float32]:
+    height, width = size_hw
+    if model_map.shape == (height, width):
+        return model_map
+    enlarged = cv2.resize(model_map, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(enlarged, np.float32).reshape(height, width)
 
 
 def _count(rule: str, value: int, least: int, option: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise UsageError(f"{rule}, {least} or more; got {value!r:.50}", option=option)
     return int(value)
-
-
-def _where(roi: str | None) -> str:
-    return f"for the region {roi}" if roi else "for whole frames"

@@ -57,7 +57,15 @@ class Roi:
             return cls(text, (x0, y0, x1, y1))
         if not Path(text).exists():
             raise UsageError(f"a region is x0,y0,x1,y1 in pixels, or the path of a mask; got {text!r}", option="roi")
-        mask = read_mask(Path(text))
+        return cls.of_mask(read_mask(Path(text)), text)
+
+    @classmethod
+    def of_mask(cls, mask: NDArray[np.uint8], text: str) -> Roi:
+        """What a mask uint8 (H, W) of 0 and 1 leaves of frames of its size.
+
+        Raises:
+            UsageError: nothing.
+        """
         x, y, width, height = cv2.boundingRect(mask)
         if not width:
             raise UsageError(

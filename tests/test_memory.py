@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fbclip.errors import BundleError, UsageError
-from fbclip.learning import Learned, Seen, add_up, coreset, learn
+from fbclip.learning import Learned, Seen, add_up, coreset, learn, one_view
 from fbclip.memory import (
     ABOUT,
     FIXED,
@@ -48,7 +48,9 @@ def seen(count: int, recipe: Recipe, seed: int = 0) -> list[Seen]:
         parts = SHAPE.grouped(rng.standard_normal((1, SHAPE.grid**2, SHAPE.features)) + 1)
         unit = np.concatenate(list(parts / np.linalg.norm(parts, axis=-1, keepdims=True)), axis=-1).astype(np.float32)
         logits = rng.standard_normal(1 + SHAPE.grid**2).astype(np.float32)
-        found.append(Seen(f"{seed}-{number}.png", f"{number:064x}", unit[0], logits, add_up(recipe, SHAPE, unit)))
+        found.append(
+            Seen(f"{seed}-{number}.png", f"{number:064x}", one_view(unit[0], logits), add_up(recipe, SHAPE, unit))
+        )
     return found
 
 
@@ -237,7 +239,8 @@ def test_one_reference_can_be_compared_with_nothing() -> None:
 
 def test_a_reference_that_stands_out_is_odd_and_counts_for_no_line() -> None:
     usual = seen(6, WHITENED)
-    far = usual[2]._replace(name="odd.png", logits=usual[2].logits + 200)
+    ((features, logits),) = usual[2].views()
+    far = usual[2]._replace(name="odd.png", views=one_view(features, logits + 200))
     learned = learn(WHITENED, SHAPE, IMAGE_SIZE, [*usual, far])
     assert [each.name for each in learned.references if each.odd] == ["odd.png"]
     assert learned.score_line < learned.references[-1].score

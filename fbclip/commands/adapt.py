@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from fbclip.commands.calibrate import TargetGroup
-from fbclip.commands.groups import ROI
+from fbclip.commands.groups import AreaGroup, TilesGroup
 from fbclip.commands.mount import mounted, option
 
 
@@ -52,6 +52,8 @@ class LearningGroup:
 def adapt(
     target: TargetGroup,
     learning: LearningGroup,
+    area: AreaGroup,
+    tiles: TilesGroup,
     good: Annotated[
         list[str] | None,
         typer.Argument(
@@ -71,7 +73,6 @@ def adapt(
     add: Annotated[bool, option("Go on from what was learned; the old images aren't needed.", "--add")] = False,
     forget: Annotated[bool, option("Forget what was learned: zero-shot again.", "--forget")] = False,
     out: Annotated[Path | None, option("Write into a copy of the bundle, NAME.fbclip.", metavar="PATH")] = None,
-    roi: Annotated[str | None, option(ROI, metavar="AREA", panel=TargetGroup.PANEL)] = None,
 ) -> None:
     """Teach a bundle from a handful of good parts what this line makes."""
     from fbclip.parsing import parse_positions
@@ -92,8 +93,8 @@ def adapt(
         out=out,
         device=target.device,
         precision=target.precision,
-        roi=roi,
         console=console,
+        **area.settings(tiles),
     )
     path = done.bundle.path
     if done.memory:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import BundleOption, MemoryOption, RunGroup, frame_hw
+from fbclip.commands.groups import BundleOption, MemoryOption, RunGroup, TilesGroup, frame_hw
 from fbclip.commands.mount import mounted, option
 from fbclip.parsing import parse_names, parse_numbers
 
@@ -67,6 +67,7 @@ class TorchGroup:
 def bench(
     timing: TimingGroup,
     torch: TorchGroup,
+    tiles: TilesGroup,
     run: RunGroup,
     bundle: BundleOption = None,
     compare: Annotated[
@@ -100,7 +101,7 @@ def bench(
         raise typer.Exit(compare_files(*compare, fail_over, console))
     if fail_over:
         raise UsageError("--fail-over goes with --compare; got none")
-    options = _options(timing, torch)
+    options = _options(timing, torch, tiles)
     loaded = Bundle.load(bundle)
     require_file(json)
     folder = run.folder("bench")
@@ -113,7 +114,7 @@ def bench(
     say(console, f"results are in {folder}")
 
 
-def _options(timing: TimingGroup, torch: TorchGroup) -> Options:
+def _options(timing: TimingGroup, torch: TorchGroup, tiles: TilesGroup) -> Options:
     from fbclip.runtime.bench.run import Options
 
     return Options(
@@ -124,6 +125,7 @@ def _options(timing: TimingGroup, torch: TorchGroup) -> Options:
         timing.runs,
         timing.profile,
         timing.memory,
+        tiles.cut(),
         torch.checkpoint,
         torch.clip,
         torch.clip_weights,

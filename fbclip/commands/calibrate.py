@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import DEVICE, ROI
+from fbclip.commands.groups import DEVICE, AreaGroup, TilesGroup
 from fbclip.commands.mount import mounted, option
 
 
@@ -43,6 +43,8 @@ class TakingGroup:
 def calibrate(
     target: TargetGroup,
     taking: TakingGroup,
+    area: AreaGroup,
+    tiles: TilesGroup,
     good: Annotated[
         list[str],
         typer.Argument(
@@ -65,7 +67,6 @@ def calibrate(
             metavar="PATH",
         ),
     ] = None,
-    roi: Annotated[str | None, option(ROI, metavar="AREA")] = None,
     name: Annotated[
         str | None,
         option("Calibrate a copy of the bundle here, NAME.fbclip: one for each product line.", metavar="NAME"),
@@ -83,12 +84,12 @@ def calibrate(
         defects=defects,
         device=target.device,
         precision=target.precision,
-        roi=roi,
         every=taking.every,
         max_frames=taking.max_frames,
         skip_first=taking.skip_first,
         name=name,
         console=console,
+        **area.settings(tiles),
     )
     path = done.bundle.path
     say(console, f"wrote {path / 'calibration.json'} and its picture, calibration.png: use it with --bundle {path}")

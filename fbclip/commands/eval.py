@@ -12,7 +12,7 @@ import typer
 from fbclip.checkpoints import find_checkpoint, require_training_packages
 from fbclip.commands.adapt import LearningGroup
 from fbclip.commands.data import LAYOUT
-from fbclip.commands.groups import BundleGroup, ModelGroup, RunGroup
+from fbclip.commands.groups import BundleGroup, ModelGroup, RunGroup, TilesGroup
 from fbclip.commands.mount import is_chosen, is_given, mounted, option
 from fbclip.parsing import parse_names, parse_positions, parse_seeds, parse_threshold
 
@@ -68,6 +68,7 @@ def eval_(
     model: ModelGroup,
     test: TestGroup,
     learning: LearningGroup,
+    tiles: TilesGroup,
     run: RunGroup,
     checkpoint: Annotated[
         Path | None,
@@ -90,7 +91,7 @@ def eval_(
     few_shot = _few_shot(context, test, learning, checkpoint)
     classes = parse_names(test.classes) if test.classes else None
     tests = [to_evaluate(open_dataset(place, test.layout), classes, few_shot) for place in path]
-    subject = _subject(checkpoint, deployed, model, test, few_shot)
+    subject = _subject(checkpoint, deployed, model, test, few_shot, tiles)
     folder = run.folder("eval")
     console = make_console()
     say(console, subject.threshold_from)
@@ -156,8 +157,14 @@ def _few_shot(
 
 
 def _subject(
-    checkpoint: Path | None, deployed: BundleGroup, model: ModelGroup, test: TestGroup, few_shot: FewShot | None
+    checkpoint: Path | None,
+    deployed: BundleGroup,
+    model: ModelGroup,
+    test: TestGroup,
+    few_shot: FewShot | None,
+    tiles: TilesGroup,
 ) -> Subject:
+    from fbclip.errors import UsageError
     from fbclip.runtime.evaluation.evaluate import bundle_subject
 
     threshold = parse_threshold(test.threshold)
@@ -170,7 +177,10 @@ def _subject(
             test.batch,
             few_shot,
             deployed.memory,
+            tiles.cut(),
         )
+    if tiles.cut():
+        raise UsageError("--tiles are for a bundle; got a checkpoint: export it, and pass --bundle")
     require_training_packages()
     from fbclip.training.evaluation import checkpoint_subject
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from fbclip.commands.mount import STREAMS, option
 from fbclip.errors import UsageError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fbclip.runtime.live.sinks import SinkOptions
     from fbclip.runtime.live.sources import CaptureOptions
     from fbclip.runtime.predictor import Predictor
-    from fbclip.runtime.roi import Roi
+    from fbclip.runtime.tiles import Tiles
 
 BUNDLE = "Bundle to use: a folder NAME.fbclip that export or calibrate wrote. Default: the embedded model."
 DEVICE = "Where the model runs: auto (what works here of: an engine of the bundle, cuda, cpu), cpu, cuda, tensorrt or tensorrt-rtx (an engine of the bundle) or ort-tensorrt (TensorRT inside ONNX Runtime)."
@@ -22,11 +22,11 @@ PRECISION = "Graph of the bundle to run: auto, fp32, fp16 or int8."
 THRESHOLD = (
     "Scores from here on are defects: 0 to 1. auto: the calibrated threshold, or the model's own without calibration."
 )
-ROI = "Inspect only this part of the frame: x0,y0,x1,y1 in pixels, or a mask picture."
 MEMORY = (
     "What good parts taught: auto, the bundle's own where it has one; off, the zero-shot model; or a memory.npz of the same "
     "model."
 )
+DETAIL = 32  # fbclip.runtime.tiles.DETAIL, which the help doesn't wait for
 BATCH_NAMES = ("--batch", "--batch-size")
 
 BundleOption = Annotated[Path | None, option(BUNDLE, metavar="PATH", envvar="FBCLIP_BUNDLE")]
@@ -46,12 +46,90 @@ class BundleGroup:
 
 
 @dataclass(frozen=True)
+class TilesGroup:
+    """How large pictures are cut."""
+
+    PANEL: ClassVar[str] = "What is inspected of a picture"
+    tiles: Annotated[
+        str | None,
+        option(
+            "Small defects in large pictures: look at overlapping tiles, too. 3x4 (rows x columns), a side in pixels, or auto.",
+            metavar="RxC|N|auto",
+        ),
+    ] = None
+    overlap: Annotated[float, option("Overlap of neighbouring tiles: a share of their side.", metavar="SHARE")] = 0.25
+    detail: Annotated[
+        float | None,
+        option(
+            f"With --tiles auto: pixels of the picture that a patch of the model covers at most; fewer for smaller defects, "
+            f"and more time. Default: {DETAIL}.",
+            metavar="PIXELS",
+        ),
+    ] = None
+
+    def cut(self) -> Tiles | None:
+        """The tiles; None for none.
+
+        Raises:
+            UsageError: what goes with them alone.
+        """
+        from fbclip.runtime.tiles import OVERLAP, Tiles
+
+        if self.tiles is not None:
+            return Tiles.parse(self.tiles, self.overlap, self.detail)
+        if self.detail is not None or self.overlap != OVERLAP:
+            raise UsageError("an overlap and a detail are of tiles; got none", option="tiles")
+        return None
+
+
+@dataclass(frozen=True)
+class AreaGroup:
+    """Which part of a picture is inspected, and where it lies."""
+
+    PANEL: ClassVar[str] = TilesGroup.PANEL
+    roi: Annotated[
+        str | None,
+        option("Inspect only this part of the picture: x0,y0,x1,y1 in pixels, or a mask picture.", metavar="AREA"),
+    ] = None
+    align: Annotated[
+        Path | None,
+        option(
+            "Parts that move: a picture of the part in place. It is found in each picture; where it isn't, the verdict is "
+            "absent. --roi is in this picture's pixels.",
+            metavar="PATH",
+        ),
+    ] = None
+    mask: Annotated[
+        Path | None,
+        option(
+            "With --align: a picture of the same size, white where the part is. Nothing else counts.", metavar="PATH"
+        ),
+    ] = None
+
+    def settings(self, tiles: TilesGroup) -> dict[str, Any]:
+        """What a `Predictor` and the functions that make one take: roi, tiles and align.
+
+        Raises:
+            UsageError: a mask without a part to align to.
+        """
+        from fbclip.runtime.align import Align
+        from fbclip.runtime.roi import Roi
+
+        if self.mask and not self.align:
+            raise UsageError("a mask of the part goes with a picture of it; got none", option="align")
+        return {
+            "roi": Roi.parse(self.roi) if self.roi else None,
+            "tiles": tiles.cut(),
+            "align": Align.parse(self.align, self.mask) if self.align else None,
+        }
+
+
+@dataclass(frozen=True)
 class VerdictGroup:
     """What counts as a defect, and as an alarm."""
 
     PANEL: ClassVar[str] = "Verdict"
     threshold: Annotated[str, option(THRESHOLD, metavar="NUMBER")] = "auto"
-    roi: Annotated[str | None, option(ROI, metavar="AREA")] = None
     min_area: Annotated[
         int,
         option("Ignore marked regions smaller than N pixels; an image without a larger one is good.", metavar="N"),
@@ -62,13 +140,7 @@ class VerdictGroup:
         STREAMS,
     ] = "1/1"
 
-    @property
-    def region(self) -> Roi | None:
-        from fbclip.runtime.roi import Roi
-
-        return Roi.parse(self.roi) if self.roi else None
-
-    def predictor(self, model: BundleGroup, batch: int = 1) -> Predictor:
+    def predictor(self, model: BundleGroup, area: AreaGroup, tiles: TilesGroup, batch: int = 1) -> Predictor:
         from fbclip.runtime.predictor import Predictor
 
         threshold = parse_threshold(self.threshold)
@@ -78,9 +150,9 @@ class VerdictGroup:
             precision=model.precision,
             threshold=threshold,
             memory=model.memory,
-            roi=self.region,
             min_area=self.min_area,
             batch=batch,
+            **area.settings(tiles),
         )
 
 

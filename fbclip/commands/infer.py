@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import BundleGroup, SinkGroup, SourceGroup, VerdictGroup
+from fbclip.commands.groups import AreaGroup, BundleGroup, SinkGroup, SourceGroup, TilesGroup, VerdictGroup
 from fbclip.commands.mount import IMAGES, STREAMS, mounted, option, refuse
 
 if TYPE_CHECKING:
@@ -73,7 +73,12 @@ class WorkGroup:
 
     PANEL: ClassVar[str] = "Model and device"
     max_frames: Annotated[int | None, option("End after N images or frames.", metavar="N", min=1)] = None
-    batch: Annotated[int, option("Images given to the model at once, of files alone.", metavar="N", min=1)] = 1
+    batch: Annotated[
+        int,
+        option(
+            "Images given to the model at once, of files alone; with --tiles, tiles of one image.", metavar="N", min=1
+        ),
+    ] = 1
 
 
 @mounted(first=("bundle", "threshold", "json", "watch", "events"))
@@ -82,6 +87,8 @@ def infer(
     model: BundleGroup,
     work: WorkGroup,
     verdict: VerdictGroup,
+    area: AreaGroup,
+    tiles: TilesGroup,
     reading: SourceGroup,
     view: ViewGroup,
     results: SinkGroup,
@@ -110,7 +117,7 @@ def infer(
         texts = [str(SAMPLES)]
     with open_source(texts, capture) as opened:
         refuse(context, IMAGES if opened.still else STREAMS, verdict, reading, view, results)
-        with verdict.predictor(model, work.batch) as predictor:
+        with verdict.predictor(model, area, tiles, work.batch) as predictor:
             if verdict.threshold == "auto":
                 say(console, predictor.explain_threshold())
             say(console, predictor.explain_device())

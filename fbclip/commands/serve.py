@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import BundleGroup, SinkGroup, SourceGroup, VerdictGroup
+from fbclip.commands.groups import AreaGroup, BundleGroup, SinkGroup, SourceGroup, TilesGroup, VerdictGroup
 from fbclip.commands.mount import NOTHING, mounted, option, refuse
 from fbclip.errors import require_package
 
@@ -36,6 +36,8 @@ def serve(
     context: typer.Context,
     model: BundleGroup,
     verdict: VerdictGroup,
+    area: AreaGroup,
+    tiles: TilesGroup,
     server: ServerGroup,
     reading: SourceGroup,
     results: SinkGroup,
@@ -63,7 +65,7 @@ def serve(
         inspection = Inspection(texts, reading.capture, results.sinks, Vote.parse(verdict.vote))
     else:
         refuse(context, NOTHING, verdict, reading, results)
-    with verdict.predictor(model) as predictor:
+    with verdict.predictor(model, area, tiles) as predictor:
         if verdict.threshold == "auto":
             say(console, predictor.explain_threshold())
         say(console, predictor.explain_device())

@@ -176,17 +176,28 @@ class Samples:
 
     def __getitem__(self, index: int) -> Sample:
         """Raises ImageError for a file that can't be read."""
-        item, size = self.items[index], self.image_size
-        image = resize(read_image(item.image), size)
-        mask: NDArray[np.uint8] | None = None
-        if item.mask is not None:
-            smooth = Image.fromarray(union_of_masks(item.masks) * np.uint8(255)).resize(
-                (size, size), Image.Resampling.BILINEAR
-            )
-            mask = (np.asarray(smooth) > 127).astype(np.uint8)  # binarised at a half (docs/method.md, section 1)
-        elif not item.label:
-            mask = np.zeros((size, size), np.uint8)
-        return Sample(image, mask, item.label)
+        return read_sample(self.items[index], self.image_size)
+
+
+def read_sample(item: Item, image_size: int | None) -> Sample:
+    """An item of a data set, image and mask in this size, or in the image's own without one.
+
+    Raises:
+        ImageError: a file that can't be read.
+    """
+    image = read_image(item.image)
+    if image_size is not None:
+        image = resize(image, image_size)
+    height, width = image.shape[:2]
+    mask: NDArray[np.uint8] | None = None
+    if item.mask is not None:
+        smooth = Image.fromarray(union_of_masks(item.masks) * np.uint8(255)).resize(
+            (width, height), Image.Resampling.BILINEAR
+        )
+        mask = (np.asarray(smooth) > 127).astype(np.uint8)  # binarised at a half (docs/method.md, section 1)
+    elif not item.label:
+        mask = np.zeros((height, width), np.uint8)
+    return Sample(image, mask, item.label)
 
 
 def file_digest(path: Path) -> str:

@@ -25,6 +25,7 @@ class Contender:
     Attributes:
         name: of the backend as users name it.
         worker: its process, which serves a `Runner`.
+        views: that the model is given in a run: images, or one image and its tiles.
         rounds: seconds of the timed runs, a list per round.
         wall, cpu, turns: of all turns: seconds, core-seconds, runs with the untimed ones.
         joules: by source, over `metered` runs.
@@ -34,6 +35,7 @@ class Contender:
     name: str
     spec: Spec
     worker: Worker
+    views: int
     warmup: Warmup
     rounds: list[list[float]] = field(default_factory=list)
     wall: float = 0.0
@@ -93,26 +95,26 @@ class Contender:
         """
         seconds = np.array([s for one in self.rounds for s in one])
         median, p90, p99 = (float(v) for v in np.percentile(seconds, (50, 90, 99)) * 1e3)
-        batch = self.spec.batch
-        least = self._least_ms(rates, operations * batch)
+        images, operations = self.spec.images, operations * self.views
+        least = self._least_ms(rates, operations)
         return BenchResult(
             backend=self.name,
             precision=self.spec.precision,
-            batch=batch,
+            batch=self.spec.batch,
             device=self.worker.ready["device"],
             rounds_ms=tuple(tuple(round(s * 1e3, 4) for s in one) for one in self.rounds),
             median_ms=median,
             p90_ms=p90,
             p99_ms=p99,
-            images_per_s=batch * len(seconds) / float(seconds.sum()),
+            images_per_s=images * len(seconds) / float(seconds.sum()),
             cold_start_s=self.worker.start_seconds,
             warmup=self.warmup,
             cores_used=self.cpu / self.wall,
             peak_host_mb=self.final["peak_host_mb"],
             device_mb=self.device_mb,
             device_ms=self.final["device_ms"],
-            joules_per_image={s: joules / (self.metered * batch) for s, joules in self.joules.items() if joules},
-            gflops=operations * batch / median / 1e6,
+            joules_per_image={s: joules / (self.metered * images) for s, joules in self.joules.items() if joules},
+            gflops=operations / median / 1e6,
             limit_ms=least,
             share_of_limit=least / median if least else None,
             deviation=deviation,

@@ -139,7 +139,7 @@ def remarks(report: BenchReport) -> list[str]:
     environment, conditions, rates = report.environment, report.conditions, report.rates
     place = environment.gpu or environment.device or environment.processor
     lines = [
-        f"{report.bundle.name}, frames {height}x{width}, {report.operations.total / 1e9:.3g} GFLOP per "
+        f"{report.bundle.name}, frames {height}x{width} ({report.frames.source}), {report.operations.total / 1e9:.3g} GFLOP per "
         f"image; at least {report.runs} runs each, in {len(report.order)} rounds; {place}, "
         f"{environment.cores} core{'s' * (environment.cores > 1)}"
     ]
@@ -231,7 +231,7 @@ def _write_png(report: BenchReport, path: Path, size: tuple[float, float]) -> No
 def draw(axes: Axes, report: BenchReport) -> None:
     """Milliseconds per image: bars to the median, a line to the 99th percentile, a mark at the machine's limit."""
     results = report.results
-    scale = [1 / result.batch for result in results]
+    scale = [1 / result.images for result in results]
     medians = [result.median_ms * s for result, s in zip(results, scale, strict=True)]
     beyond = [(r.p99_ms - r.median_ms) * s for r, s in zip(results, scale, strict=True)]
     places = range(len(results))

@@ -156,7 +156,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was measured of one subject; times are milliseconds per run, of `batch` images.
+    """What was measured of one subject; times are milliseconds per run, of `batch` images, or of one in tiles.
 
     Attributes:
         backend, precision, batch: see `Key`.
@@ -200,6 +200,12 @@ class BenchResult:
     @property
     def key(self) -> Key:
         return Key(self.backend, self.precision, self.batch)
+
+    @property
+    def images(self) -> int:
+        """Of a run: the batch, or one that is inspected in tiles."""
+        runs = [one for each in self.rounds_ms for one in each]
+        return max(1, round(self.images_per_s * sum(runs) / len(runs) / 1e3))
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ from fbclip.runtime.bench.results import (
 )
 from fbclip.runtime.bench.runner import ON_GPU, Spec
 from fbclip.runtime.host import ProcessFailed
+from fbclip.runtime.tiles import Layout, Tiles
 from fbclip.runtime.workers import Worker
 from fbclip.terminal import progress
 from fbclip.untrusted import build
@@ -75,6 +76,7 @@ class Options:
         frame_hw: height and width of the frames in memory; None for what the graph takes.
         runs: timed runs of each subject, at least.
         profile: also measure ONNX Runtime's operators.
+        tiles: that each frame is inspected in as well; None for none. `batches` are views of a frame then.
         memory: of good parts: "auto" for the bundle's own, "off", or a file.
         checkpoint, clip, clip_weights: that torch runs; the embedded model's if None.
         torch: the module that makes torch backends (`bundle_backend`) and products to time (`matrix_products`), such as
@@ -88,6 +90,7 @@ class Options:
     runs: int = 50
     profile: bool = False
     memory: str = "auto"
+    tiles: Tiles | None = None
     checkpoint: Path | None = None
     clip: str | None = None
     clip_weights: str | None = None
@@ -161,6 +164,7 @@ class Bench:
         self.memory_file = (chosen or bundle.memory_file) if self.memory else None
         self.progress, self.task, self.stack = progress, task, stack
         self.frames = sample_frames(bundle, options.frame_hw)
+        self.layout = self._layout()
         np.save(folder / "frames.npy", self.frames)
         self.rounds = min(ROUNDS, options.runs)
         self.contenders: list[Contender] = []
@@ -169,6 +173,28 @@ class Bench:
         self.order: list[list[int]] = []
         self.clocks: dict[str, list[float]] = defaultdict(list)
         self.slowed: set[str] = set()
+
+    def _layout(self) -> Layout | None:
+        """The tiles of the frames.
+
+        Raises:
+            UsageError: a bundle that sees no tiles, or a memory that expects others.
+        """
+        tiles, manifest = self.options.tiles, self.bundle.manifest
+        if tiles is None:
+            return None
+        if manifest.frame_size:
+            raise UsageError("tiles are for bundles that take pictures of any size", option="tiles")
+        if self.memory and self.memory.about.views > 1:
+            raise UsageError("where each place has expectations of its own, tiles aren't measured", option="tiles")
+        layout = tiles.cut(self.frames.shape[1], self.frames.shape[2], manifest.grid)
+        if layout is None:
+            raise UsageError(
+                f"frames of {self.frames.shape[2]}x{self.frames.shape[1]} (width x height) are no larger than a tile of "
+                f"{tiles.identity}: measure with the resolution of the camera",
+                option="resolution",
+            )
+        return layout
 
     def run(self) -> BenchReport:
         specs = self._specs()
@@ -244,6 +270,7 @@ class Bench:
             str(self.folder / "frames.npy"),
             str(self.folder / f"{number}.npz"),
             None if self.memory_file is None else str(self.memory_file),
+            self.options.tiles,
             None if options.checkpoint is None else str(options.checkpoint),
             options.clip,
             options.clip_weights,
@@ -259,7 +286,8 @@ class Bench:
         """First result and warm-up."""
         try:
             worker = self._worker("fbclip.runtime.bench.runner:Runner", asdict(spec))
-            self.contenders.append(Contender(name, spec, worker, build(Warmup, worker.ask("warm"))))
+            views = 1 + len(self.layout) if self.layout else spec.batch
+            self.contenders.append(Contender(name, spec, worker, views, build(Warmup, worker.ask("warm"))))
         except ProcessFailed as error:
             if self.options.named and error.usage:
                 raise UsageError(f"{name} can't run: {error}", option="backends") from error
@@ -336,7 +364,7 @@ class Bench:
                 graphs,
                 self.memory.name if self.memory else None,
             ),
-            frames=Frames((self.frames.shape[1], self.frames.shape[2]), count, "sample images"),
+            frames=Frames((self.frames.shape[1], self.frames.shape[2]), count, self._frames_described()),
             runs=self.options.runs,
             order=tuple(map(tuple, self.order)),
             conditions=conditions,
@@ -348,6 +376,14 @@ class Bench:
                 for c in self.contenders
             ),
             left_out=tuple(self.left_out),
+        )
+
+    def _frames_described(self) -> str:
+        tiles = self.options.tiles
+        return (
+            f"sample images, whole and in {len(self.layout)} tiles ({tiles.identity})"
+            if tiles and self.layout
+            else "sample images"
         )
 
     def _reference(self) -> tuple[Key | None, str]:

@@ -23,6 +23,8 @@ from fbclip.resample import in_order, resize
 from fbclip.runtime.backends import DEVICES, Backend, make_backend, require_probabilities
 from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from fbclip.runtime.host import peak_memory
+from fbclip.runtime.tiles import Tiles, inspect
+from fbclip.untrusted import build
 
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -48,6 +50,7 @@ class Spec:
         frames: .npy file of uint8 (F, H, W, 3) RGB, which every subject gets.
         outputs: .npz file to write for the comparison.
         memory: file of what good parts taught; None for the zero-shot model.
+        tiles: each frame is inspected in these, too, `batch` of its views at once: a run is one frame.
         checkpoint, clip, clip_weights: of the torch backends; the embedded model's if None.
         torch: the module whose `bundle_backend` makes those.
     """
@@ -59,10 +62,16 @@ class Spec:
     frames: str
     outputs: str
     memory: str | None = None
+    tiles: Tiles | None = None
     checkpoint: str | None = None
     clip: str | None = None
     clip_weights: str | None = None
     torch: str | None = None
+
+    @property
+    def images(self) -> int:
+        """Frames of a run."""
+        return 1 if self.tiles else self.batch
 
 
 class Runner:
@@ -70,7 +79,8 @@ class Runner:
     frames' size in host memory, float32. Resizes where the backend does not."""
 
     def __init__(self, values: dict[str, Any]) -> None:
-        self.spec = spec = Spec(**values)
+        tiles = values.pop("tiles", None)
+        self.spec = spec = Spec(**values, tiles=build(Tiles, tiles) if tiles else None)
         self.bundle = bundle = Bundle.load(spec.bundle)
         manifest = bundle.manifest
         order, self.taken_hw = manifest.channel_order, manifest.input_size
@@ -86,7 +96,7 @@ class Runner:
             self.backend.set_memory(self.memory.tensors if self.memory else None)
         frames = in_order(np.load(spec.frames, allow_pickle=False), order)
         self.frame_hw = frames.shape[1:3]
-        indices = np.arange(len(frames) * spec.batch).reshape(-1, spec.batch) % len(frames)
+        indices = np.arange(len(frames) * spec.images).reshape(-1, spec.images) % len(frames)
         self.inputs = [np.ascontiguousarray(frames[i]) for i in indices]
         self.outputs: dict[int, Results] = {}
         self.done = 0
@@ -105,9 +115,13 @@ class Runner:
         shape = self.bundle.manifest.memory_shape
         memory = shape.numbers * 4 if shape else 0
         frame_and_map = math.prod(self.frame_hw) * (3 + 4)
-        return weights + memory + self.spec.batch * frame_and_map
+        return weights + memory + self.spec.images * frame_and_map
 
     def work(self, images: NDArray[np.uint8]) -> Results:
+        height, width = self.frame_hw
+        if self.spec.tiles and (layout := self.spec.tiles.cut(height, width, self.bundle.manifest.grid)):
+            score, anomaly_map = inspect(self.backend, layout.views(images[0], self._taken), layout, self.spec.batch)
+            return np.array([score], np.float32), anomaly_map[None]
         scores, maps = self.backend.run(self._taken(images))
         if maps.shape[1:] != self.frame_hw:
             import cv2
@@ -118,7 +132,7 @@ class Runner:
 
     def _taken(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Frames in the size that the backend takes."""
-        if self.frame_hw == self.taken_hw:
+        if images.shape[1:3] == self.taken_hw:
             return images
         return np.stack([resize(image, self.taken_hw) for image in images])
 

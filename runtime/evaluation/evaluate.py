@@ -16,20 +16,21 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from fbclip.bundle import Bundle
-from fbclip.data.dataset import Dataset, Item, Sample, Samples, parallel_map
+from fbclip.data.dataset import Dataset, Item, Sample, parallel_map, read_sample
 from fbclip.data.holdout import Seen
 from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.files import sha256
 from fbclip.images import encode_image, pixels_sha256
 from fbclip.memory import MEMORY_LINE, Memory
 from fbclip.metrics import PRO_LIMITS, Metrics, PixelMetrics, image_metrics
-from fbclip.resample import in_order
-from fbclip.runtime.backends import Backend, require_probabilities
+from fbclip.resample import in_order, resize
+from fbclip.runtime.backends import Backend, Results, require_probabilities
 from fbclip.runtime.evaluation.few_shot import FewShot, References, draw, good_training_images, learn, require_enough
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.regions import find_evidence
 from fbclip.runtime.sight import EXPLAINED, find_blindness
+from fbclip.runtime.tiles import Tiles
 from fbclip.terminal import progress, warn
 
 VALUES = (
@@ -78,6 +79,11 @@ class Subject:
     seen: Seen | None = None
     predictor: Predictor | None = field(default=None, repr=False)
 
+    @property
+    def in_tiles(self) -> bool:
+        """Whether images are inspected in tiles, and maps and masks compared in the images' own pixels."""
+        return self.predictor is not None and self.predictor.tiles is not None
+
     def taught(self, references: References, few_shot: FewShot) -> Subject:
         """The same, judging by what references teach: its backend from now on, its threshold and its heat maps."""
         assert self.predictor is not None
@@ -99,6 +105,7 @@ def bundle_subject(
     batch_size: int = 1,
     few_shot: FewShot | None = None,
     memory: Memory | str | Path | None = "auto",
+    tiles: Tiles | str | int | None = None,
 ) -> Subject:
     """A deployed bundle, the embedded one without a path, for that many images at once.
 
@@ -133,6 +140,7 @@ def bundle_subject(
         batch=batch_size,
         calibrated=not few_shot,
         memory=None if few_shot else memory,
+        tiles=tiles,
     )
     taught, threshold_from = predictor.memory, predictor.explain_threshold()
     if few_shot:
@@ -148,6 +156,7 @@ def bundle_subject(
         "prompts": list(manifest.prompts),
         "memory": taught.explain(predictor.precision) if taught else None,
         "few_shot": few_shot and few_shot.description,
+        **({"tiles": predictor.tiles.identity} if predictor.tiles else {}),
     }
     return Subject(
         predictor.backend,
@@ -382,17 +391,16 @@ def _judge(
     return tuple(found), skipped
 
 
-def _load(items: tuple[Item, ...], image_size: int) -> Iterator[Read]:
-    """Samples in order, read by threads a little ahead of their use."""
-    samples = Samples(items, image_size)
+def _load(items: tuple[Item, ...], image_size: int | None) -> Iterator[Read]:
+    """Samples in order, read by threads a little ahead of their use; of their own size without another."""
 
-    def read(index: int) -> Read:
+    def read(item: Item) -> Read:
         try:
-            return items[index], samples[index]
+            return item, read_sample(item, image_size)
         except ImageError as error:
-            return items[index], error
+            return item, error
 
-    return parallel_map(read, range(len(items)))
+    return parallel_map(read, items)
 
 
 def _unusable(batch: list[Read]) -> list[str]:
@@ -421,7 +429,9 @@ class _Class:
     def run_all(self, batch_size: int, console: Console, advance: Callable[[int], None]) -> list[tuple[Item, str]]:
         """Score all images; returns those that could not be read, with the reason."""
         skipped: list[tuple[Item, str]] = []
-        for batch in _batches(_load(self.items, self.subject.image_size), batch_size):
+        subject = self.subject
+        samples = _load(self.items, None if subject.in_tiles else subject.image_size)
+        for batch in _batches(samples, 1 if subject.in_tiles else batch_size):
             refused = self.run(batch)
             skipped += [(item, str(error)) for item, error in refused]
             for text in [f"skipped: {error}" for _, error in refused] + _unusable(batch):
@@ -433,16 +443,26 @@ class _Class:
         """Score what could be read of a batch and is no reference; returns what could not be read."""
         good = [(item, sample) for item, sample in batch if isinstance(sample, Sample)]
         if self.references:
-            known = [pixels_sha256(sample.image) in self.references.digests for _, sample in good]
+            size = self.subject.image_size  # as the references were
+            known = [pixels_sha256(resize(sample.image, size)) in self.references.digests for _, sample in good]
             self.left_out += [item for (item, _), same in zip(good, known, strict=True) if same]
             good = [read for read, same in zip(good, known, strict=True) if not same]
         if good:
-            images = in_order(np.stack([sample.image for _, sample in good]), self.subject.channel_order)
-            scores, maps = self.subject.backend.run(images)
-            require_probabilities(scores, maps, [item.image for item, _ in good])
+            scores, maps = self._inspect(good)
             for (item, sample), score, anomaly_map in zip(good, scores, maps, strict=True):
                 self.add(item, sample, float(score), anomaly_map)
         return [(item, error) for item, error in batch if isinstance(error, ImageError)]
+
+    def _inspect(self, good: list[tuple[Item, Sample]]) -> Results:
+        if not self.subject.in_tiles:
+            images = in_order(np.stack([sample.image for _, sample in good]), self.subject.channel_order)
+            scores, maps = self.subject.backend.run(images)
+            require_probabilities(scores, maps, [item.image for item, _ in good])
+            return scores, maps
+        assert self.subject.predictor is not None
+        ((item, sample),) = good
+        score, model_map = self.subject.predictor.judge(self.subject.predictor.prepare(sample.image, str(item.image)))
+        return np.array([score], np.float32), model_map[None]
 
     def add(self, item: Item, sample: Sample, score: float, anomaly_map: NDArray[np.float32]) -> None:
         scored = Scored(item, score)

@@ -20,15 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import ImageError
-from fbclip.runtime.backends import Results, require_probabilities
+from fbclip.runtime.backends import Results
 from fbclip.runtime.live.alarm import Alarm
 from fbclip.runtime.live.delivery import PAUSES_S, STUCK_S, Delivery
 from fbclip.runtime.live.records import Frame, Notice, Record, Sink, Source
 from fbclip.runtime.live.status import SourceStatus, Status, Summary
 from fbclip.runtime.live.timing import Percentiles, Rate
 from fbclip.runtime.prediction import Prediction
-from fbclip.runtime.predictor import Predictor
-from fbclip.runtime.sight import EXPLAINED, Repetition, find_blindness
+from fbclip.runtime.predictor import Predictor, Prepared
+from fbclip.runtime.sight import EXPLAINED, Repetition
 
 STAGES = ("read", "wait", "preprocess", "model", "postprocess")
 LARGE = 12_000_000  # pixels: larger pictures of files are inspected one at a time, some 30 bytes a pixel each
@@ -61,16 +61,15 @@ class Limits:
 
 class _Prepared(NamedTuple):
     frame: Frame
-    batch: NDArray[np.uint8]
-    unusable: str | None
+    shown: Prepared
     preprocess_ms: float
 
 
 class _Scored(NamedTuple):
     frame: Frame
+    shown: Prepared
     score: float
     model_map: NDArray[np.float32]
-    unusable: str | None
     timings_ms: dict[str, float]
 
 
@@ -229,7 +228,7 @@ class Pipeline:
                 return
             start = time.perf_counter()
             try:
-                batch = self.predictor.prepare(frame.image)
+                shown = self.predictor.prepare(frame.image, frame.name)
             except ImageError as error:
                 self._reject(error, frame, first=taken == 0)
                 continue
@@ -238,16 +237,16 @@ class Pipeline:
                 self._notify_source("live", "frames can be inspected again")
             if not self.source.live and self._state == "connecting":  # files don't say that they are there
                 self._state = "live"
-            unusable = self._look(frame, batch)
-            yield _Prepared(frame, batch, unusable, (time.perf_counter() - start) * 1e3)
+            shown = shown._replace(unusable=self._look(frame, shown))
+            yield _Prepared(frame, shown, (time.perf_counter() - start) * 1e3)
             taken += 1
             if taken == self.limits.max_frames:
                 return
 
-    def _look(self, frame: Frame, batch: NDArray[np.uint8]) -> str | None:
+    def _look(self, frame: Frame, shown: Prepared) -> str | None:
         """Why a frame shows nothing, if so; told where the source begins to, and where it ends."""
         frozen = self.source.live and self._repetition.is_frozen(frame.image, frame.captured)
-        self._blindness = find_blindness(batch) or ("frozen" if frozen else None)
+        self._blindness = shown.unusable or ("frozen" if frozen else None)
         was_blind = self._state == "blind"
         if self.source.still:
             return self._blindness  # it says nothing of the next one
@@ -283,7 +282,7 @@ class Pipeline:
         waiting: deque[tuple[list[_Prepared], float, float]] = deque()
         ended = 0.0
         while first := next(jobs, None):
-            for scores, maps in self._run_each(self._batches(first, jobs, waiting)):
+            for scores, maps in self._run_each(self._groups(first, jobs, waiting)):
                 group, began, now = waiting.popleft()
                 before, ended = ended, time.perf_counter()
                 model_ms = (ended - max(began, before)) * 1e3 / len(group)
@@ -291,11 +290,11 @@ class Pipeline:
                     waited_ms = (now - job.frame.captured) * 1e3 - job.preprocess_ms
                     timings = (job.frame.read_ms, waited_ms, job.preprocess_ms, model_ms)
                     timings_ms = dict(zip(STAGES[:-1], timings, strict=True))
-                    yield _Scored(job.frame, float(score), model_map, job.unusable, timings_ms)
+                    yield _Scored(job.frame, job.shown, float(score), model_map, timings_ms)
 
-    def _batches(
+    def _groups(
         self, first: _Prepared, jobs: Iterator[_Prepared], waiting: deque[tuple[list[_Prepared], float, float]]
-    ) -> Iterator[tuple[NDArray[np.uint8], list[object]]]:
+    ) -> Iterator[list[Prepared]]:
         """Jobs in batches, up to a large one: its result is given out before the next is waited for, since that is read
         when the large one is delivered."""
         job: _Prepared | None = first
@@ -304,30 +303,23 @@ class Pipeline:
             while len(group) < self._batch and not _is_large(group[-1].frame) and (job := next(jobs, None)):
                 group.append(job)
             waiting.append((group, time.perf_counter(), time.monotonic()))
-            images = group[0].batch if len(group) == 1 else np.concatenate([each.batch for each in group])
-            yield images, [each.frame.name for each in group]
+            yield [each.shown for each in group]
             job = None if _is_large(group[-1].frame) else next(jobs, None)
 
-    def _run_each(self, batches: Iterator[tuple[NDArray[np.uint8], list[object]]]) -> Iterator[Results]:
+    def _run_each(self, groups: Iterator[list[Prepared]]) -> Iterator[Results]:
         """Of a camera, whose next frame is yet to come, each result at once; of files the next batch goes ahead of it."""
-        if not self.source.live:
-            yield from self.predictor.run_each(batches)
-            return
-        for images, names in batches:
-            scores, maps = self.predictor.backend.run(images)
-            require_probabilities(scores, maps, names)
-            yield scores, maps
+        return map(self.predictor.run, groups) if self.source.live else self.predictor.run_each(groups)
 
     def _conclude(
         self,
         frame: Frame,
+        shown: Prepared,
         score: float,
         model_map: NDArray[np.float32],
-        unusable: str | None,
         timings_ms: dict[str, float],
     ) -> Record:
         """Judge one frame and hand it to every sink."""
-        prediction = self.predictor.conclude(frame.image, score, model_map, timings_ms, unusable, frame.name)
+        prediction = self.predictor.conclude(shown, score, model_map, timings_ms)
         was_on, was_steady = self.alarm.on, self._drift_state
         is_on = prediction.verdict == "defect" if self.source.still else self.alarm.decide(prediction)
         files = self._name_files(frame, prediction, is_on) if self._name_files else (None, None)

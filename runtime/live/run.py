@@ -114,7 +114,7 @@ def insist_on_all(summary: Summary) -> None:
 
 def make_pipeline(source: Source, predictor: Predictor, inspection: Inspection, *sinks: Sink) -> Pipeline:
     """The pipeline of a source that is open, with the sinks that were asked for and these."""
-    if inspection.batch > 1 and (source.live or isinstance(source, WatchSource)):
+    if inspection.batch > 1 and not predictor.view.tiles and (source.live or isinstance(source, WatchSource)):
         raise UsageError(
             f"several images at once are for files; {source.name} gives one after the other, which would wait",
             option="batch",
@@ -129,7 +129,7 @@ def make_pipeline(source: Source, predictor: Predictor, inspection: Inspection, 
         [*sinks, *asked],
         alarm,
         inspection.limits,
-        inspection.batch,
+        predictor.frames_at_once,
         pictures.name_files if pictures else None,
     )
 

@@ -18,7 +18,7 @@ from rich.console import Console
 import fbclip
 from fbclip.assets import EMBEDDED
 from fbclip.errors import BundleError, FBClipError, UsageError
-from fbclip.learning import Seen, add_up, judge, learn
+from fbclip.learning import Seen, add_up, judge, learn, one_view
 from fbclip.memory import ANY, FIXED, FLIPS, NEAREST, POSITIONS, WHITEN, About, Memory, Recipe, hashes
 from fbclip.resample import resize, upsampling_matrix
 from fbclip.runtime.adapt import VIEWS, _views
@@ -145,7 +145,7 @@ def views(predictor: Predictor, good: list[Path]) -> list[tuple[NDArray[np.float
     """Features (8, L, F) of three good parts in all views, and the logits of the first."""
     found = []
     for path in good[:3]:
-        seen = [predictor.backend.describe(view) for view in _views(predictor.prepare(rgb(path)), VIEWS[ANY])]
+        seen = [predictor.backend.describe(view) for view in _views(predictor.prepare(rgb(path)).batch, VIEWS[ANY])]
         found.append((np.concatenate([each.features for each in seen]), seen[0].logits[0]))
     return found
 
@@ -162,7 +162,12 @@ def test_the_graph_judges_as_numpy_does(
     shape = manifest.memory_shape
     assert shape
     seen = [
-        Seen(path.name, "0" * 64, features[0], logits, add_up(recipe, shape, features[: VIEWS[recipe.orientation]]))
+        Seen(
+            path.name,
+            "0" * 64,
+            one_view(features[0], logits),
+            add_up(recipe, shape, features[: VIEWS[recipe.orientation]]),
+        )
         for path, (features, logits) in zip(good, views, strict=False)
     ]
     learned = learn(recipe, shape, manifest.image_size, seen)
@@ -172,7 +177,7 @@ def test_the_graph_judges_as_numpy_does(
     rise = upsampling_matrix(manifest.image_size, manifest.grid)
     try:
         for path in (good[5], parts / "bad" / "0.png"):
-            batch = predictor.prepare(rgb(path))
+            batch = predictor.prepare(rgb(path)).batch
             features, logits = predictor.backend.describe(batch)
             (judged,) = judge(recipe, shape, manifest.image_size, memory.tensors, features, logits)
             predictor.backend.set_memory(memory.tensors)
@@ -404,7 +409,7 @@ def test_every_report_knows_the_memory(predictor: Predictor, adapted: Path, good
         (check,) = [check for check in check_bundle(Machine(), path) if check.name == "good parts"]
         assert told in check.found
         assert check.status == ("info" if "not" in told else "ok")
-    np.save(tmp_path / "frames.npy", predictor.prepare(rgb(good[0])))
+    np.save(tmp_path / "frames.npy", predictor.prepare(rgb(good[0])).batch)
     measured = []
     for file in (str(adapted / "memory.npz"), None):
         spec = Spec("cpu", "fp32", 1, str(EMBEDDED), str(tmp_path / "frames.npy"), str(tmp_path / "a.npz"), file)
@@ -414,7 +419,7 @@ def test_every_report_knows_the_memory(predictor: Predictor, adapted: Path, good
 
 
 def test_what_takes_turns_passes_a_memory_on(predictor: Predictor, good: list[Path]) -> None:
-    batch = predictor.prepare(rgb(good[0]))
+    batch = predictor.prepare(rgb(good[0])).batch
     turns = InTurn(predictor.backend)
     with_memory = turns.run(batch)[0]
     turns.set_memory(None)
