@@ -22,7 +22,7 @@ from fbclip.runtime.backends import Results, make_backend, require_probabilities
 from fbclip.runtime.calibration import Calibration, calibrated_bundles, checked_threshold
 from fbclip.runtime.inputs import One, as_frame, listed
 from fbclip.runtime.prediction import Prediction
-from fbclip.runtime.regions import find_evidence
+from fbclip.runtime.regions import Rules, find_evidence
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
 from fbclip.terminal import printable
@@ -383,7 +383,7 @@ class Predictor:
             part = np.asarray(enlarged, np.float32).reshape(y1 - y0, x1 - x0)
         inside = self.roi.inside if self.roi else None
         marked_from = threshold if self.map_threshold is None else self.map_threshold
-        regions, overruled = find_evidence(part, inside, score >= threshold, marked_from, self.min_area)
+        regions, overruled = find_evidence(part, inside, score >= threshold, marked_from, Rules(self.min_area))
         anomaly_map = part
         if self.roi:
             anomaly_map = np.zeros((height, width), np.float32)
