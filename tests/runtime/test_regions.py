@@ -9,12 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from fbclip.errors import UsageError
 from fbclip.runtime import regions
-from fbclip.runtime.regions import Rules, find_evidence, find_regions
+from fbclip.runtime.regions import Rules, find_regions
 
 
 def literally(anomaly_map: NDArray[np.float32], line: float, rules: Rules) -> list[tuple[object, ...]]:
