@@ -16,22 +16,18 @@ from PIL import Image, ImageShow
 
 from fbclip.errors import UsageError
 from fbclip.files import replacing
+from fbclip.runtime.canvas import MARK, WHITE, Canvas, corners, strip
 from fbclip.runtime.regions import Region
 
 MIN_SIDE = 320  # smaller frames are enlarged, so that the text stays legible
-GOOD, BAD = (46, 160, 67), (218, 54, 51)  # RGB
-BARS = {"good": GOOD, "defect": BAD, "unusable": (158, 106, 3), "absent": (87, 96, 106)}
+BARS = {"good": (46, 160, 67), "defect": MARK, "unusable": (158, 106, 3), "absent": (87, 96, 106)}  # RGB
 AGAINST = {"min_area": "regions too small", "roi": "outside the mask"}  # a verdict that the score alone would give
-LEVELS = np.arange(256, dtype=np.uint8)[:, None]
-COLOURS = cv2.applyColorMap(LEVELS, cv2.COLORMAP_TURBO)[..., ::-1]  # (256, 1, 3) RGB
-# of a colour at each level: the surface stays visible where the map is low, the colour where it is high
-ALPHA = 0.15 + 0.5 * LEVELS[..., None] / 255
-HEAT = (COLOURS * ALPHA).round().astype(np.uint8)
-SURFACE = np.repeat((255 * (1 - ALPHA)).round(), 3, axis=2).astype(np.uint8)  # 255ths that stay of the frame
-SUBPIXEL = 4  # binary digits of an outline's coordinates
+PART, INK = (31, 111, 235), (32, 32, 32)  # RGB of the part's frame, and of what points to a region
 JPEG_QUALITY = 92
 SHOWN_SIDE = 1280  # pixels of the longer side of what a notebook shows
-DASH, GAP = 8, 6  # of a weak region's outline, in widths of its line
+LARGE_SIDE = 2000  # pixels of a frame's longer side: in larger ones a region is shown enlarged
+SMALL = 0.02  # if it is shorter than this share of that side
+CONTEXT, LEAST_SHOWN = 3, 64  # that is shown then: times the region's longer side, and pixels at least
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +49,8 @@ class Prediction:
         unusable: why the image shows nothing to judge: "black", "uniform", or of a live source "frozen" (see
             `fbclip.runtime.sight`); None where it does.
         absent: whether the part that frames are aligned to is not in this one (see `fbclip.runtime.align`).
+        tiles: boxes (x0, y0, x1, y1) in pixels of the frame that it was inspected in one by one; x1 and y1 are exclusive.
+            Empty where it was inspected as a whole.
         part: the corners of the reference in this frame, float64 (4, 2) of x and y in pixels, clockwise from its upper
             left one; None where frames are not aligned, or the part is absent.
         map_threshold: map values from here on are regions; None for `threshold`.
@@ -76,6 +74,7 @@ class Prediction:
     memory: str | None = None
     absent: bool = False
     part: NDArray[np.float64] | None = field(default=None, repr=False)
+    tiles: tuple[tuple[int, int, int, int], ...] = field(default=(), repr=False)
 
     @property
     def verdict(self) -> str:
@@ -91,13 +90,17 @@ class Prediction:
         """Whether the image is not known to be good: a defect, unusable, or without the part."""
         return self.verdict != "good"
 
-    def overlay(self, longest: int | None = None) -> NDArray[np.uint8]:
+    def overlay(
+        self, longest: int | None = None, *, tiles: bool = False, zoom: bool | None = None
+    ) -> NDArray[np.uint8]:
         """The frame with heat map, regions, score and verdict, drawn anew: uint8 (H', W', 3) RGB.
 
         Args:
             longest: pixels; a frame with a longer side is shrunk to it.
+            tiles: whether to draw the tiles that the frame was inspected in.
+            zoom: whether to show the worst region enlarged, in a corner; None: where it is small in a large frame.
         """
-        return draw_overlay(self, longest)
+        return draw_overlay(self, longest, tiles=tiles, zoom=zoom)
 
     @property
     def label(self) -> str:
@@ -122,12 +125,22 @@ class Prediction:
     def _inside(self, region: Region) -> NDArray[np.bool_]:
         """The pixels of a region in its box; of a weak one with its holes."""
         x0, y0, x1, y1 = region.box
-        filled = cv2.fillPoly(np.zeros((y1 - y0, x1 - x0), np.uint8), [region.outline], (1,), offset=(-x0, -y0))
-        if region.weak:
+        inside = np.zeros((y1 - y0, x1 - x0), bool)
+        for outline in region.outlines:
+            x, y, width, height = cv2.boundingRect(outline)
+            inside[y - y0 :, x - x0 :][:height, :width] |= self._within(outline, region.weak)
+        return inside
+
+    def _within(self, outline: NDArray[np.int32], is_weak: bool) -> NDArray[np.bool_]:
+        """The pixels of the connected part with this outline, in the outline's box."""
+        x0, y0, width, height = cv2.boundingRect(outline)
+        filled = cv2.fillPoly(np.zeros((height, width), np.uint8), [outline], (1,), offset=(-x0, -y0))
+        if is_weak:
             return filled > 0
         line = self.threshold if self.map_threshold is None else self.map_threshold
-        _, parts = cv2.connectedComponents(filled * (self.anomaly_map[y0:y1, x0:x1] >= line), connectivity=8)
-        x, y = region.outline[0]
+        values = self.anomaly_map[y0 : y0 + height, x0 : x0 + width]
+        _, parts = cv2.connectedComponents(filled * (values >= line), connectivity=8)
+        x, y = outline[0]
         return np.asarray(parts == parts[y - y0, x - x0])  # without what lies in its holes
 
     def save(self, path: str | Path) -> None:
@@ -197,7 +210,6 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the arrays."""
-        regions = [{"box": list(r.box), "peak": r.peak, "area": r.area, "weak": r.weak} for r in self.regions]
         return {
             "score": self.score,
             "threshold": self.threshold,
@@ -206,56 +218,103 @@ class Prediction:
             "overruled": self.overruled,
             "unusable": self.unusable,
             "memory": self.memory,
-            "regions": regions,
+            "regions": [region.to_dict() for region in self.regions],
             "timings_ms": {k: round(v, 3) for k, v in self.timings_ms.items()},
         }
 
 
-def draw_overlay(prediction: Prediction, longest: int | None = None) -> NDArray[np.uint8]:
+def draw_overlay(
+    prediction: Prediction, longest: int | None = None, *, tiles: bool = False, zoom: bool | None = None
+) -> NDArray[np.uint8]:
     """Heat map (a fixed scale, never the image's own), outlines of the regions, and a bar with score and verdict.
 
-    The outline of a weak region is dashed: the score has a verdict there that the map alone would not have.
+    The outline of a weak region is dashed: the score has a verdict there that the map alone would not have. The frame of
+    the part that was found is drawn, too.
 
     Args:
         prediction: all that is drawn is its own: a verdict or a region is never found again here.
         longest: pixels of the longer side; larger frames are shrunk before anything is drawn. None: none is.
+        tiles, zoom: as of `Prediction.overlay`.
 
     Returns:
         uint8 (H', W', 3) RGB: the frame, enlarged where it is small, with the bar above it.
     """
     height, width = prediction.anomaly_map.shape
     size = _canvas_size(height, width, longest)
-    image, anomaly_map = (_resized(array, size) for array in (prediction.image, prediction.anomaly_map))
-    low, high = prediction.map_scale
-    level = ((anomaly_map - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
-    # by tables of 256 levels: in floating point it takes seven times as long
-    surface = cv2.multiply(image, cv2.applyColorMap(level, SURFACE), scale=1 / 255)
-    canvas = cv2.add(surface, cv2.applyColorMap(level, HEAT))
+    bar = _bar(size[0], prediction)
+    picture = np.empty((len(bar) + size[1], size[0], 3), np.uint8)
+    picture[: len(bar)] = bar
+    canvas = Canvas(picture[len(bar) :], (0, 0, width, height))
+    canvas.show_heat(prediction.image, prediction.anomaly_map, prediction.map_scale)
     line = max(1, round(min(size) / 300))
-    factor = np.divide(size, (width, height))
-    closed = [_scaled(region.outline, factor) for region in prediction.regions if not region.weak]
-    open_ = [dash for region in prediction.regions if region.weak for dash in _dashes(region, factor, line)]
-    for thickness, colour in ((line + 2, (255, 255, 255)), (line, BAD)):
-        for outlines, is_closed in ((closed, True), (open_, False)):
-            cv2.polylines(canvas, outlines, is_closed, colour, thickness, cv2.LINE_AA, SUBPIXEL)
-    return np.vstack([_bar(size[0], prediction), canvas]).astype(np.uint8)
+    if tiles:
+        canvas.draw([corners(box) for box in prediction.tiles], max(1, line // 4), WHITE)
+    if prediction.part is not None:
+        canvas.draw([prediction.part], max(1, line // 2), PART, edge=True)
+    canvas.mark(prediction.regions, line)
+    if prediction.regions and zoom is not False:
+        _magnify(canvas, prediction, line, zoom is True)
+    return picture
 
 
-def _dashes(region: Region, factor: NDArray[np.float64], line: int) -> list[NDArray[np.int32]]:
-    """A region's outline on a canvas that is larger by a factor (2,), in pieces."""
-    points = _scaled(region.outline, factor)
-    steps = np.linalg.norm(np.diff(points, axis=0, append=points[:1]), axis=1) / 2**SUBPIXEL
-    along = np.concatenate([[0.0], np.cumsum(steps)[:-1]])  # pixels from the first point to each
-    place, piece = along % ((DASH + GAP) * line), along // ((DASH + GAP) * line)
-    drawn = place < DASH * line
-    return [points[drawn & (piece == number)] for number in np.unique(piece[drawn])]
+def _magnify(canvas: Canvas, prediction: Prediction, line: int, always: bool) -> None:
+    """Show the worst region enlarged in a corner of the canvas, as photographed and as marked, with a line to its place.
+
+    Unless `always`, only where it is small in a large frame, and where a corner has room that no region is in.
+    """
+    height, width = prediction.anomaly_map.shape
+    worst = max(prediction.regions, key=lambda region: region.peak)
+    x0, y0, x1, y1 = worst.box
+    extent = max(x1 - x0, y1 - y0)
+    if not always and (max(height, width) <= LARGE_SIDE or extent >= SMALL * max(height, width)):
+        return
+    side = min(max(CONTEXT * extent, LEAST_SHOWN), height, width)  # pixels of the frame
+    left, top = (int(np.clip((a + b - side) // 2, 0, end - side)) for a, b, end in ((x0, x1, width), (y0, y1, height)))
+    seen = left, top, left + side, top + side
+    shorter = min(canvas.pixels.shape[:2])
+    panel = _close_up(prediction, worst, seen, max(shorter // 4, MIN_SIDE // 2 - 4 * line))
+    size = np.array(panel.shape[1::-1])
+    at, is_free = _corner(canvas, prediction.boxes, seen, size, 2 * line)
+    if not is_free and not always:
+        return
+    first, last = canvas.place(np.reshape(seen, (2, 2)))
+    near = np.clip(at + size / 2, first, last)
+    pointer = Canvas(canvas.pixels, (0, 0, *canvas.pixels.shape[1::-1]))
+    pointer.draw([np.array((near, np.clip(near, at, at + size)))], max(1, line // 2), INK, edge=True, closed=False)
+    canvas.draw([corners(seen)], max(1, line // 2), INK, edge=True)
+    canvas.pixels[at[1] :, at[0] :][: size[1], : size[0]] = panel
 
 
-def _scaled(outline: NDArray[np.int32], factor: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Points (N, 2) of the frame on a canvas that is larger by a factor (2,), with fixed binary digits."""
-    # steps from pixel to pixel would be stairs on a larger canvas; centres of pixels stay centres
-    smooth = (np.roll(outline, 1, axis=0) + 2 * outline + np.roll(outline, -1, axis=0)) / 4
-    return np.asarray((((smooth + 0.5) * factor - 0.5) * 2**SUBPIXEL).round(), np.int32)
+def _corner(
+    canvas: Canvas, boxes: NDArray[np.int64], seen: tuple[int, int, int, int], size: NDArray[np.int64], margin: int
+) -> tuple[NDArray[np.int64], bool]:
+    """Where a panel of a size (w, h) goes in a corner that covers least of the boxes (N, 4), and near the one seen; and
+    whether it covers none."""
+    firsts, lasts = canvas.place(boxes.reshape(-1, 2, 2)).transpose(1, 0, 2)  # (N, 2) each
+    middle = canvas.place(np.reshape(seen, (2, 2))).mean(axis=0)
+    room = np.array(canvas.pixels.shape[1::-1]) - size - margin
+
+    def cost(at: NDArray[np.int64]) -> tuple[float, float]:
+        common = np.minimum(lasts, at + size + margin) - np.maximum(firsts, at - margin)
+        return float(common.clip(0).prod(axis=1).sum()), float(np.linalg.norm(at + size / 2 - middle))
+
+    at = min((np.array((x, y)) for x in (margin, room[0]) for y in (margin, room[1])), key=cost)
+    return at, cost(at)[0] == 0
+
+
+def _close_up(prediction: Prediction, region: Region, seen: tuple[int, int, int, int], size: int) -> NDArray[np.uint8]:
+    """A square of the frame as photographed and as marked, side by side, each `size` pixels wide, below a caption."""
+    line = max(1, size // 120)
+    pair = np.full((size + line, 2 * size + 3 * line, 3), WHITE, np.uint8)
+    photograph, marked = (Canvas(pair[:size, x : x + size], seen) for x in (line, size + 2 * line))
+    photograph.show(prediction.image)
+    marked.show_heat(prediction.image, prediction.anomaly_map, prediction.map_scale)
+    marked.mark(prediction.regions, line)
+    length, area = f"{region.length:.0f} px", f"{region.area} px"
+    if region.length_mm is not None:
+        length, area = f"{region.length_mm:.3g} mm", f"{region.area_mm2:.3g} mm2"
+    caption = f"peak {region.peak:.2f}  length {length}  area {area}"
+    return np.vstack([strip(caption, pair.shape[1], size / 260, INK), pair])
 
 
 def _bar(width: int, prediction: Prediction) -> NDArray[np.uint8]:
@@ -263,22 +322,13 @@ def _bar(width: int, prediction: Prediction) -> NDArray[np.uint8]:
     text = f"{verdict.upper()}  {score:.3f} {'>=' if score >= threshold else '<'} {threshold:.3f}"
     if prediction.unusable:
         text = f"{verdict.upper()}  {prediction.unusable}"
+    elif prediction.absent:
+        text = f"{verdict.upper()}  the part is not in the frame"
     elif prediction.overruled:
         text += f", {AGAINST[prediction.overruled]}"
     if prediction.memory:
         text += f"  memory {prediction.memory[:6]}"
-    scale = min(max(width / 640, 0.5), 3.0)
-    thickness = max(1, round(1.6 * scale))
-    (text_width, text_height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
-    if text_width > width - 12:
-        scale *= (width - 12) / text_width
-        thickness = max(1, round(1.6 * scale))
-        (text_width, text_height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
-    bar = np.full((text_height + base + 12, width, 3), BARS[verdict], np.uint8)
-    cv2.putText(
-        bar, text, (6, text_height + 6), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), thickness, cv2.LINE_AA
-    )
-    return bar
+    return strip(text, width, min(max(width / 640, 0.5), 3.0), BARS[verdict])
 
 
 def _canvas_size(height: int, width: int, longest: int | None) -> tuple[int, int]:
@@ -287,11 +337,3 @@ def _canvas_size(height: int, width: int, longest: int | None) -> tuple[int, int
     if longest:
         factor = min(factor, longest / max(height, width))
     return max(MIN_SIDE, round(width * factor)), max(MIN_SIDE, round(height * factor))
-
-
-def _resized(array: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    height, width = array.shape[:2]
-    if size == (width, height):
-        return array
-    shrinks = size[0] < width or size[1] < height
-    return cv2.resize(array, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, overload
@@ -25,7 +26,7 @@ from fbclip.runtime.backends import Results, make_backend, require_probabilities
 from fbclip.runtime.calibration import Calibration, calibrated_bundles, checked_threshold
 from fbclip.runtime.inputs import One, as_frame, listed
 from fbclip.runtime.prediction import Prediction
-from fbclip.runtime.regions import Region, find_evidence
+from fbclip.runtime.regions import Region, Rules, find_evidence
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.sight import find_blindness
 from fbclip.runtime.tiles import Layout, Tiles, inspect
@@ -55,8 +56,11 @@ class Predictor:
             the zero-shot model; a `Memory` or a file memory.npz of the same model is another product's.
         roi: where frames are inspected: a `Roi`, (x0, y0, x1, y1) in pixels, or what `Roi.parse` takes; None for all of
             them.
-        min_area: pixels of the frame: smaller regions don't count, and where all that reach the map's threshold are
-            smaller, the image is good. Where none reaches it, the score decides alone.
+        min_area: pixels of the frame, or mm2 with `mm_per_pixel`: smaller regions don't count, and where all that reach
+            the map's threshold are smaller, the image is good. Where none reaches it, the score decides alone.
+        mm_per_pixel: how much of the part a pixel of the frame shows, in mm; with `align` a pixel of the reference.
+        merge: regions with fewer pixels than so many between them are one.
+        max_regions: so many are told at most, the largest first; None for all, the highest peak first.
         batch: images that the model is given at once where a call has several; with tiles, views of one image.
         tiles: how frames are cut into tiles, which the model sees beside the whole: "3x4", a side in pixels, "auto", or a
             `Tiles`; None for the whole alone.
@@ -87,7 +91,10 @@ class Predictor:
         calibrated: bool = True,
         memory: Memory | str | Path | None = "auto",
         roi: Roi | str | Path | Sequence[int] | None = None,
-        min_area: int = 0,
+        min_area: float = 0,
+        mm_per_pixel: float | None = None,
+        merge: int = 0,
+        max_regions: int | None = None,
         batch: int = 1,
         tiles: Tiles | str | int | None = None,
         align: Align | str | Path | NDArray[np.uint8] | None = None,
@@ -101,7 +108,7 @@ class Predictor:
         self.roi, self.tiles, self.align = self.view.roi, self.view.tiles, self.view.align
         self._require_tileable()
         self._turn = Lock()  # of frames whose views each have a memory of their own
-        self.min_area = _count("a least area is a number of pixels", min_area, 0, "min_area")
+        self.rules = Rules(min_area, mm_per_pixel, merge, max_regions)
         self.batch = _count("a batch is a number of images", batch, 1, "batch")
         self._given, self._calibrated = None if threshold is None else checked_threshold(threshold), calibrated
         self._judge_by(self._chosen(memory))
@@ -449,6 +456,7 @@ class Predictor:
             memory=self.memory.name if self.memory else None,
             absent=frame.absent,
             part=frame.pose.corners() if frame.pose else None,
+            tiles=self.view.boxes(frame.layout) if frame.layout and frame.pose is None else (),
         )
 
     def _evidence(
@@ -462,10 +470,12 @@ class Predictor:
         roi = self.roi
         if frame.pose:
             part, inside = self.view.onto_frame(part, frame.pose, (height, width))
-            regions, overruled = find_evidence(part, inside, reached, line, self.min_area)
+            regions, overruled = find_evidence(part, inside, reached, line, self.rules, frame.pose.scale)
+            regions = tuple(replace(each, place=self.view.place_of(each.centre, frame.pose)) for each in regions)
             return part * inside, regions, overruled
         mask = roi.inside if roi else None
-        regions, overruled = find_evidence(part, mask, reached, line, self.min_area)
+        regions, overruled = find_evidence(part, mask, reached, line, self.rules)
+        regions = tuple(_placed(each, part.shape) for each in regions)
         if roi is None:
             return part, regions, overruled
         x0, y0, x1, y1 = roi.box
@@ -547,6 +557,12 @@ class Prepared(NamedTuple):
     absent: bool
     unusable: str | None
     name: str
+
+
+def _placed(region: Region, size_hw: tuple[int, ...]) -> Region:
+    """With its place in a map of this size."""
+    x, y = region.centre
+    return replace(region, place=(x / size_hw[1], y / size_hw[0]))
 
 
 def _stacked(group: Sequence[Prepared]) -> NDArray[np.uint8]:

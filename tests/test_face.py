@@ -24,7 +24,7 @@ from fbclip.bundle import Bundle
 from fbclip.errors import DeviceError, ImageError, UsageError
 from fbclip.images import read_image
 from fbclip.runtime.live.sources import CaptureOptions, open_source
-from fbclip.runtime.regions import find_evidence
+from fbclip.runtime.regions import Rules, find_evidence
 from helpers.good_parts import write_good
 from helpers.own_data import make_own
 from helpers.predicted import predicted
@@ -282,7 +282,7 @@ def made(line: float = 0.5, min_area: int = 0, score: float = 0.9) -> fbclip.Pre
     anomaly_map[8:17, 8:17] = 0.1
     anomaly_map[12, 12] = 0.95
     anomaly_map[30:33, 40:50] = 0.8
-    regions, _ = find_evidence(anomaly_map, None, True, line, min_area)
+    regions, _ = find_evidence(anomaly_map, None, True, line, Rules(min_area))
     image = np.full((40, 60, 3), 90, np.uint8)
     return predicted(score, anomaly_map, image, regions=regions, map_threshold=line, name="part.png")
 

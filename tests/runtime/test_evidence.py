@@ -26,7 +26,7 @@ from fbclip.runtime.calibrate import calibrate
 from fbclip.runtime.calibration import WARM
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.run import status_text
-from fbclip.runtime.regions import find_evidence
+from fbclip.runtime.regions import Rules, find_evidence
 from fbclip.runtime.roi import Roi
 from helpers.delivered import drawn_verdict, has_outlines
 from helpers.good_parts import write_good
@@ -59,7 +59,7 @@ def test_evidence_by_its_words(
     drawn: tuple[NDArray[np.float32], NDArray[np.uint8] | None], reached: bool, line: float, min_area: int
 ) -> None:
     anomaly_map, inside = drawn
-    regions, overruled = find_evidence(anomaly_map, inside, reached, line, min_area)
+    regions, overruled = find_evidence(anomaly_map, inside, reached, line, Rules(min_area))
     counts = np.ones(anomaly_map.shape, bool) if inside is None else inside != 0
     at_line = counts & (anomaly_map >= np.float32(line))
     if reached:

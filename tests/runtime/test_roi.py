@@ -18,8 +18,7 @@ import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import ImageError, UsageError
 from fbclip.runtime import regions
-from fbclip.runtime.prediction import Region
-from fbclip.runtime.regions import find_regions
+from fbclip.runtime.regions import Region, Rules, find_regions
 from fbclip.runtime.roi import Roi
 from helpers.delivered import drawn_verdict, has_outlines
 
@@ -36,7 +35,8 @@ def labelled_regions(anomaly_map: NDArray[np.float32], threshold: float, min_are
         ys, xs = np.nonzero(labels == label)
         box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
         if len(ys) >= min_area:
-            found.add(Region(box, float(anomaly_map[ys, xs].max()), len(ys), np.empty((0, 2), np.int32)))
+            peak, mean = float(anomaly_map[ys, xs].max()), float(anomaly_map[ys, xs].mean())
+            found.add(Region(box, peak, len(ys), mean, np.empty((0, 2), np.int32)))
     return found
 
 
@@ -56,7 +56,7 @@ def test_regions_are_the_labelled_ones(
     levels = np.random.default_rng(seed).integers(0, 6, (height, width))
     anomaly_map = (levels / 5).astype(np.float32)  # holes, islands in holes, single pixels, lines
     with patch.object(regions, "MAX_EDGES", -1 if is_noise else regions.MAX_EDGES):  # both ways
-        found = find_regions(anomaly_map, threshold, min_area)
+        found = find_regions(anomaly_map, threshold, Rules(min_area))
     assert len(found) == len(set(found))
     assert set(found) == labelled_regions(anomaly_map, threshold, min_area)
     assert [region.peak for region in found] == sorted((region.peak for region in found), reverse=True)

@@ -352,9 +352,9 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     made: list[int | None] = []
     draw = prediction.draw_overlay
 
-    def counted(prediction: Any, longest: int | None = None) -> NDArray[np.uint8]:
+    def counted(prediction: Any, longest: int | None = None, **options: Any) -> NDArray[np.uint8]:
         made.append(longest)
-        return draw(prediction, longest)
+        return draw(prediction, longest, **options)
 
     monkeypatch.setattr(prediction, "draw_overlay", counted)
     return made
