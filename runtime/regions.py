@@ -77,7 +77,7 @@ class Rules:
             )
         _require_whole("regions are merged with fewer pixels between them than", self.merge, 0, MAX_MERGE, "merge")
         if self.most is not None:
-            _require_whole("the most regions to tell are a number", self.most, 1, MAX_REGIONS, "most")
+            _require_whole("the most regions to tell are a number", self.most, 1, MAX_REGIONS, "max_regions")
 
     def at_scale(self, scale: float) -> Rules:
         """The same rules where the reference's pixel takes up `scale` pixels of the frame, along a side."""

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from fbclip.commands.calibrate import TargetGroup
-from fbclip.commands.groups import AreaGroup, TilesGroup
+from fbclip.commands.groups import AreaGroup
 from fbclip.commands.mount import mounted, option
 
 
@@ -53,7 +53,6 @@ def adapt(
     target: TargetGroup,
     learning: LearningGroup,
     area: AreaGroup,
-    tiles: TilesGroup,
     good: Annotated[
         list[str] | None,
         typer.Argument(
@@ -94,7 +93,7 @@ def adapt(
         device=target.device,
         precision=target.precision,
         console=console,
-        **area.settings(tiles),
+        **area.settings(),
     )
     path = done.bundle.path
     if done.memory:

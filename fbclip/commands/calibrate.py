@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import DEVICE, AreaGroup, TilesGroup
+from fbclip.commands.groups import DEVICE, AreaGroup
 from fbclip.commands.mount import mounted, option
 
 
@@ -44,7 +44,6 @@ def calibrate(
     target: TargetGroup,
     taking: TakingGroup,
     area: AreaGroup,
-    tiles: TilesGroup,
     good: Annotated[
         list[str],
         typer.Argument(
@@ -89,7 +88,7 @@ def calibrate(
         skip_first=taking.skip_first,
         name=name,
         console=console,
-        **area.settings(tiles),
+        **area.settings(),
     )
     path = done.bundle.path
     say(console, f"wrote {path / 'calibration.json'} and its picture, calibration.png: use it with --bundle {path}")

@@ -83,10 +83,9 @@ class TilesGroup:
 
 
 @dataclass(frozen=True)
-class AreaGroup:
-    """Which part of a picture is inspected, and where it lies."""
+class AreaGroup(TilesGroup):
+    """Which part of a picture is inspected, where it lies, and how it is cut."""
 
-    PANEL: ClassVar[str] = TilesGroup.PANEL
     roi: Annotated[
         str | None,
         option("Inspect only this part of the picture: x0,y0,x1,y1 in pixels, or a mask picture.", metavar="AREA"),
@@ -106,7 +105,7 @@ class AreaGroup:
         ),
     ] = None
 
-    def settings(self, tiles: TilesGroup) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What a `Predictor` and the functions that make one take: roi, tiles and align.
 
         Raises:
@@ -119,7 +118,7 @@ class AreaGroup:
             raise UsageError("a mask of the part goes with a picture of it; got none", option="align")
         return {
             "roi": Roi.parse(self.roi) if self.roi else None,
-            "tiles": tiles.cut(),
+            "tiles": self.cut(),
             "align": Align.parse(self.align, self.mask) if self.align else None,
         }
 
@@ -131,16 +130,33 @@ class VerdictGroup:
     PANEL: ClassVar[str] = "Verdict"
     threshold: Annotated[str, option(THRESHOLD, metavar="NUMBER")] = "auto"
     min_area: Annotated[
-        int,
-        option("Ignore marked regions smaller than N pixels; an image without a larger one is good.", metavar="N"),
+        float,
+        option(
+            "Ignore marked regions smaller than N pixels, or mm² with --mm-per-pixel; an image without a larger one is good.",
+            metavar="N",
+        ),
     ] = 0
+    mm_per_pixel: Annotated[
+        float | None,
+        option(
+            "How much of the part a pixel shows, in mm: regions are told in mm, too. With --align a pixel of that picture.",
+            metavar="MM",
+        ),
+    ] = None
+    merge: Annotated[
+        int, option("Marked regions with fewer pixels than this between them are one.", metavar="PIXELS")
+    ] = 0
+    max_regions: Annotated[
+        int | None,
+        option("Report at most N regions, the largest first. Default: all, the highest peak first.", metavar="N"),
+    ] = None
     vote: Annotated[
         str,
         option("Raise an alarm when K of the last N frames have a defect; it ends at K/2 or fewer.", metavar="K/N"),
         STREAMS,
     ] = "1/1"
 
-    def predictor(self, model: BundleGroup, area: AreaGroup, tiles: TilesGroup, batch: int = 1) -> Predictor:
+    def predictor(self, model: BundleGroup, area: AreaGroup, batch: int = 1) -> Predictor:
         from fbclip.runtime.predictor import Predictor
 
         threshold = parse_threshold(self.threshold)
@@ -151,8 +167,11 @@ class VerdictGroup:
             threshold=threshold,
             memory=model.memory,
             min_area=self.min_area,
+            mm_per_pixel=self.mm_per_pixel,
+            merge=self.merge,
+            max_regions=self.max_regions,
             batch=batch,
-            **area.settings(tiles),
+            **area.settings(),
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import AreaGroup, BundleGroup, SinkGroup, SourceGroup, TilesGroup, VerdictGroup
+from fbclip.commands.groups import AreaGroup, BundleGroup, SinkGroup, SourceGroup, VerdictGroup
 from fbclip.commands.mount import IMAGES, STREAMS, mounted, option, refuse
 
 if TYPE_CHECKING:
@@ -88,7 +88,6 @@ def infer(
     work: WorkGroup,
     verdict: VerdictGroup,
     area: AreaGroup,
-    tiles: TilesGroup,
     reading: SourceGroup,
     view: ViewGroup,
     results: SinkGroup,
@@ -117,7 +116,7 @@ def infer(
         texts = [str(SAMPLES)]
     with open_source(texts, capture) as opened:
         refuse(context, IMAGES if opened.still else STREAMS, verdict, reading, view, results)
-        with verdict.predictor(model, area, tiles, work.batch) as predictor:
+        with verdict.predictor(model, area, work.batch) as predictor:
             if verdict.threshold == "auto":
                 say(console, predictor.explain_threshold())
             say(console, predictor.explain_device())

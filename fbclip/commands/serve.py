@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import AreaGroup, BundleGroup, SinkGroup, SourceGroup, TilesGroup, VerdictGroup
+from fbclip.commands.groups import AreaGroup, BundleGroup, SinkGroup, SourceGroup, VerdictGroup
 from fbclip.commands.mount import NOTHING, mounted, option, refuse
 from fbclip.errors import require_package
 
@@ -37,7 +37,6 @@ def serve(
     model: BundleGroup,
     verdict: VerdictGroup,
     area: AreaGroup,
-    tiles: TilesGroup,
     server: ServerGroup,
     reading: SourceGroup,
     results: SinkGroup,
@@ -65,7 +64,7 @@ def serve(
         inspection = Inspection(texts, reading.capture, results.sinks, Vote.parse(verdict.vote))
     else:
         refuse(context, NOTHING, verdict, reading, results)
-    with verdict.predictor(model, area, tiles) as predictor:
+    with verdict.predictor(model, area) as predictor:
         if verdict.threshold == "auto":
             say(console, predictor.explain_threshold())
         say(console, predictor.explain_device())

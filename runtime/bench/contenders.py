@@ -25,7 +25,7 @@ class Contender:
     Attributes:
         name: of the backend as users name it.
         worker: its process, which serves a `Runner`.
-        views: that the model is given in a run: images, or one image and its tiles.
+        tiles: of a frame that the model is given beside the whole of it; 0 where a run is of images as they are.
         rounds: seconds of the timed runs, a list per round.
         wall, cpu, turns: of all turns: seconds, core-seconds, runs with the untimed ones.
         joules: by source, over `metered` runs.
@@ -35,8 +35,8 @@ class Contender:
     name: str
     spec: Spec
     worker: Worker
-    views: int
     warmup: Warmup
+    tiles: int = 0
     rounds: list[list[float]] = field(default_factory=list)
     wall: float = 0.0
     cpu: float = 0.0
@@ -95,7 +95,7 @@ class Contender:
         """
         seconds = np.array([s for one in self.rounds for s in one])
         median, p90, p99 = (float(v) for v in np.percentile(seconds, (50, 90, 99)) * 1e3)
-        images, operations = self.spec.images, operations * self.views
+        images, operations = self.spec.images, operations * (1 + self.tiles if self.tiles else self.spec.batch)
         least = self._least_ms(rates, operations)
         return BenchResult(
             backend=self.name,

@@ -286,8 +286,8 @@ class Bench:
         """First result and warm-up."""
         try:
             worker = self._worker("fbclip.runtime.bench.runner:Runner", asdict(spec))
-            views = 1 + len(self.layout) if self.layout else spec.batch
-            self.contenders.append(Contender(name, spec, worker, views, build(Warmup, worker.ask("warm"))))
+            warmup = build(Warmup, worker.ask("warm"))
+            self.contenders.append(Contender(name, spec, worker, warmup, len(self.layout or ())))
         except ProcessFailed as error:
             if self.options.named and error.usage:
                 raise UsageError(f"{name} can't run: {error}", option="backends") from error
