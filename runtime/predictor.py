@@ -471,7 +471,7 @@ class Predictor:
         if frame.pose:
             part, inside = self.view.onto_frame(part, frame.pose, (height, width))
             regions, overruled = find_evidence(part, inside, reached, line, self.rules, frame.pose.scale)
-            regions = tuple(replace(each, place=self.view.place_of(each.centre, frame.pose)) for each in regions)
+            regions = tuple(replace(each, place=frame.pose.place(each.centre)) for each in regions)
             return part * inside, regions, overruled
         mask = roi.inside if roi else None
         regions, overruled = find_evidence(part, mask, reached, line, self.rules)

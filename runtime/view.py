@@ -141,13 +141,6 @@ class View:
         whole[y0:y1, x0:x1] = part
         return pose.onto_frame(whole, frame_hw), pose.onto_frame(counts, frame_hw)
 
-    def place_of(self, point: tuple[float, float], pose: Pose) -> tuple[float, float]:
-        """Where a point (x, y) of the frame lies on the reference, in 0..1 of its width and height."""
-        assert self.align is not None
-        height, width = self.align.image.shape[:2]
-        x, y, w = np.linalg.inv(pose.matrix) @ (*point, 1.0)
-        return float(x / w / width), float(y / w / height)
-
     @property
     def _box(self) -> Box:
         assert self.align is not None
