@@ -169,7 +169,7 @@ def measure(name: str, scenes: int, turn: float, masked: bool) -> dict[str, obje
             continue
         likenesses.append(found.likeness)
         start = time.perf_counter()
-        found.onto_reference(frame)
+        found.onto_reference(frame, (0, 0, WIDTH, HEIGHT))
         warps.append(time.perf_counter() - start)
         errors.append(float(np.linalg.norm(_project(found.matrix @ MIDDLE, box) - _project(place, box), axis=1).max()))
         kind = number % 3

@@ -61,10 +61,11 @@ class Pose:
     reference_hw: tuple[int, int]
     likeness: float
 
-    def corners(self) -> Points:
-        """The reference's corners in the frame, float64 (4, 2) of x and y, clockwise from its upper left one."""
-        height, width = self.reference_hw
-        return _project(self.matrix, np.array([(0, 0), (width, 0), (width, height), (0, height)]) - 0.5) + 0.5
+    def corners(self, box: tuple[int, int, int, int]) -> Points:
+        """The corners of a box (x0, y0, x1, y1) of the reference in the frame, float64 (4, 2) of x and y, clockwise from its
+        upper left one."""
+        x0, y0, x1, y1 = box
+        return _project(self.matrix, np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]) - 0.5) + 0.5
 
     def place(self, point: tuple[float, float]) -> tuple[float, float]:
         """Where a point (x, y) of the frame lies on the reference, in 0..1 of its width and height."""
@@ -79,13 +80,15 @@ class Pose:
         origin, right, down = _project(self.matrix, np.array([(0, 0), (1, 0), (0, 1)]) + np.array((width, height)) / 2)
         return float(np.sqrt(abs(np.linalg.det([right - origin, down - origin]))))
 
-    def onto_reference(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """A frame uint8 (H, W, 3) as if the part lay as in the reference, in the reference's size; edges are repeated."""
-        height, width = self.reference_hw
+    def onto_reference(self, frame: NDArray[np.uint8], box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+        """A box (x0, y0, x1, y1) of the reference as the frame uint8 (H, W, 3) shows it: (y1 - y0, x1 - x0, 3); the frame's
+        edges are repeated."""
+        x0, y0, x1, y1 = box
+        matrix = self.matrix @ np.array([(1, 0, x0), (0, 1, y0), (0, 0, 1)])
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        size = x1 - x0, y1 - y0
         return np.asarray(
-            cv2.warpPerspective(frame, self.matrix, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE),
-            np.uint8,
+            cv2.warpPerspective(frame, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE), np.uint8
         )
 
     def onto_frame(self, values: Pixels, frame_hw: tuple[int, int]) -> Pixels:

@@ -51,8 +51,8 @@ class Prediction:
         absent: whether the part that frames are aligned to is not in this one (see `fbclip.runtime.align`).
         tiles: boxes (x0, y0, x1, y1) in pixels of the frame that it was inspected in one by one; x1 and y1 are exclusive.
             Empty where it was inspected as a whole.
-        part: the corners of the reference in this frame, float64 (4, 2) of x and y in pixels, clockwise from its upper
-            left one; None where frames are not aligned, or the part is absent.
+        part: the corners of what is inspected of the reference, in this frame: float64 (4, 2) of x and y in pixels,
+            clockwise from its upper left one; None where frames are not aligned, or the part is absent.
         map_threshold: map values from here on are regions; None for `threshold`.
         name: the image's path, or a source's name and the frame's number; "" of an array.
         memory: the name of the memory of good parts that it was scored with (`fbclip.memory.Memory.name`); None of the

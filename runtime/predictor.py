@@ -455,7 +455,7 @@ class Predictor:
             name=frame.name,
             memory=self.memory.name if self.memory else None,
             absent=frame.absent,
-            part=frame.pose.corners() if frame.pose else None,
+            part=frame.pose.corners(self.view.box) if frame.pose else None,
             tiles=self.view.boxes(frame.layout) if frame.layout and frame.pose is None else (),
         )
 
