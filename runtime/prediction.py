@@ -39,8 +39,8 @@ class Prediction:
         threshold: scores from here on are anomalous.
         anomaly_map: float32 (H, W), 0..1, in the frame's own size; 0 outside the region of interest.
         model_map: float32 (S, S), the map as the model gives it; (H, W) where the graph takes whole frames.
-        regions: of the map at or above its threshold and not smaller than `min_area`, the highest peak first. A defect
-            always has one: where no part of the map reaches its threshold, a weak one.
+        regions: of the map at or above its threshold, as `Rules` have them: not smaller than `min_area`, the highest peak
+            first, or the largest. A defect always has one: where no part of the map reaches its threshold, a weak one.
         timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
         image: the frame itself, uint8 (H, W, 3) RGB.
         map_scale: map values (low, high) of the first and the last colour of the overlay.
