@@ -380,14 +380,17 @@ def _tallied(
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
     """A strip's labels (rows, W) from 1 on, and of each area, peak, -x0, -y0, x1, y1 and the number of one pixel."""
     strip, width = marked[top : top + rows], marked.shape[1]
-    number, labels, stats, _ = cv2.connectedComponentsWithStats(strip, connectivity=8, ltype=cv2.CV_32S)
-    label, counted = labels.ravel(), (strip == COUNTED).ravel()
-    areas = np.bincount(label, counted, number)
-    peaks, seeds = np.full(number, -np.inf, np.float32), np.zeros(number, np.int64)
-    np.maximum.at(peaks, label[counted], anomaly_map[top : top + rows].ravel()[counted])
-    seeds[label] = np.arange(top * width, top * width + len(label))
-    x, y, w, h, _ = stats.T
-    return np.asarray(labels, np.int32), np.stack([areas, peaks, -x, -(top + y), x + w, top + y + h, seeds], axis=1)[1:]
+    number, found = cv2.connectedComponents(strip, connectivity=8, ltype=cv2.CV_32S)
+    labels, at = np.asarray(found, np.int32), np.flatnonzero(strip)
+    label, (y, x), counted = labels.ravel()[at], divmod(at, width), strip.ravel()[at] == COUNTED
+    values = np.where(counted, anomaly_map[top : top + rows].ravel()[at], -np.inf)
+    tally = np.full((number, 7), -np.inf)
+    tally[:, 0] = np.bincount(label, counted, number)
+    for column, highest in ((1, values), (2, -x), (4, x + 1)):
+        np.maximum.at(tally[:, column], label, highest.astype(np.float64))
+    tally[label[::-1], 3] = -(top + y[::-1])  # the first of its pixels is its highest
+    tally[label, 5], tally[label, 6] = top + y + 1, top * width + at
+    return labels, tally[1:]
 
 
 def _joined(above: NDArray[np.int64], first: NDArray[np.int32], before: int, new: int) -> NDArray[np.int64]:
