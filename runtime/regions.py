@@ -352,7 +352,7 @@ def _by_labels(anomaly_map: NDArray[np.float32], marked: NDArray[np.uint8], rule
     """Those that the rules tell first, of any number. Labels are a strip's, for the map's would be its size."""
     height, width = marked.shape
     rows = max(1, BLOCK // width)
-    told = going_on = np.empty((0, 7))  # see _tallied
+    told = going_on = np.empty((0, 6))  # see _tallied
     above = np.zeros(width, np.int64)  # of the row above the strip: 1 + each pixel's place in going_on, or 0
     for top in range(0, height, rows):
         labels, tally = _tallied(anomaly_map, marked, top, rows)
@@ -366,9 +366,10 @@ def _by_labels(anomaly_map: NDArray[np.float32], marked: NDArray[np.uint8], rule
         told = _first(np.concatenate([told, np.delete(tally, last, axis=0)]), rules)
         going_on = tally[last]
     found = []
-    for x0, y0, x1, y1, seed in _first(np.concatenate([told, going_on]), rules)[:, 2:].astype(int) * (-1, -1, 1, 1, 1):
-        filled = (marked[y0:y1, x0:x1] > 0).view(np.uint8)
-        cv2.floodFill(filled, None, (seed % width - x0, seed // width - y0), 2, flags=8)
+    for x0, x1, y0, seed in _first(np.concatenate([told, going_on]), rules)[:, 2:].astype(int) * (-1, 1, -1, 1):
+        y, x = divmod(seed, width)
+        filled = (marked[y0 : y + 1, x0:x1] > 0).view(np.uint8)
+        cv2.floodFill(filled, None, (x - x0, y - y0), 2, flags=8)
         np.equal(filled, 2, out=filled.view(bool))
         if region := _region(anomaly_map, marked, filled, (x0, y0), rules):
             found.append(region)
@@ -378,28 +379,27 @@ def _by_labels(anomaly_map: NDArray[np.float32], marked: NDArray[np.uint8], rule
 def _tallied(
     anomaly_map: NDArray[np.float32], marked: NDArray[np.uint8], top: int, rows: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """A strip's labels (rows, W) from 1 on, and of each area, peak, -x0, -y0, x1, y1 and the number of one pixel."""
+    """A strip's labels (rows, W) from 1 on, and of each area, peak, -x0, x1, -y0 and the number of its last pixel."""
     strip, width = marked[top : top + rows], marked.shape[1]
     number, found = cv2.connectedComponents(strip, connectivity=8, ltype=cv2.CV_32S)
     labels, at = np.asarray(found, np.int32), np.flatnonzero(strip)
     label, (y, x), counted = labels.ravel()[at], divmod(at, width), strip.ravel()[at] == COUNTED
     values = np.where(counted, anomaly_map[top : top + rows].ravel()[at], -np.inf)
-    tally = np.full((number, 7), -np.inf)
-    tally[:, 0] = np.bincount(label, counted, number)
-    for column, highest in ((1, values), (2, -x), (4, x + 1)):
-        np.maximum.at(tally[:, column], label, highest.astype(np.float64))
-    tally[label[::-1], 3] = -(top + y[::-1])  # the first of its pixels is its highest
-    tally[label, 5], tally[label, 6] = top + y + 1, top * width + at
-    return labels, tally[1:]
+    tally = np.full((6, number), -np.inf)
+    tally[0] = np.bincount(label, counted, number)
+    for row, highest in ((1, values), (2, -x), (3, x + 1)):
+        np.maximum.at(tally[row], label, highest.astype(np.float64))
+    tally[4, label[::-1]] = -(top + y[::-1])  # the first of its pixels is its highest
+    tally[5, label] = top * width + at
+    return labels, tally.T[1:]
 
 
 def _joined(above: NDArray[np.int64], first: NDArray[np.int32], before: int, new: int) -> NDArray[np.int64]:
     """Which component each of those above a strip and in it is of, (before + new,) from 0 on: neighbours are of one."""
     width = len(above)
     touching = [(above[i : width - j], first[j : width - i]) for i, j in ((0, 0), (0, 1), (1, 0))]
-    pairs = np.concatenate([np.stack(pair) for pair in touching], axis=1)
-    ups, downs = np.unique(pairs[:, pairs.all(axis=0)], axis=1) - 1
-    downs = downs + before
+    pairs = np.unique(np.concatenate([(up * (1 + new) + down)[(up > 0) & (down > 0)] for up, down in touching]))
+    ups, downs = pairs // (1 + new) - 1, pairs % (1 + new) - 1 + before
     root = np.arange(before + new)
     while (root[ups] != root[downs]).any():
         lower = np.minimum(root[ups], root[downs])
