@@ -98,7 +98,8 @@ class Prediction:
         Args:
             longest: pixels; a frame with a longer side is shrunk to it.
             tiles: whether to draw the tiles that the frame was inspected in.
-            zoom: whether to show the worst region enlarged, in a corner; None: where it is small in a large frame.
+            zoom: whether to show the worst region enlarged, in a corner; None: where the frame's longer side has more than
+                2,000 pixels, the region has less than 2 % of them, and a corner is free of regions.
         """
         return draw_overlay(self, longest, tiles=tiles, zoom=zoom)
 
