@@ -39,8 +39,8 @@ class Prediction:
         threshold: scores from here on are anomalous.
         anomaly_map: float32 (H, W), 0..1, in the frame's own size; 0 outside the region of interest.
         model_map: float32 (S, S), the map as the model gives it; (H, W) where the graph takes whole frames.
-        regions: of the map at or above its threshold and not smaller than `min_area`, the highest peak first. A defect
-            always has one: where no part of the map reaches its threshold, a weak one.
+        regions: of the map at or above its threshold, as `Rules` have them: not smaller than `min_area`, the highest peak
+            first, or the largest. A defect always has one: where no part of the map reaches its threshold, a weak one.
         timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
         image: the frame itself, uint8 (H, W, 3) RGB.
         map_scale: map values (low, high) of the first and the last colour of the overlay.
@@ -98,7 +98,8 @@ class Prediction:
         Args:
             longest: pixels; a frame with a longer side is shrunk to it.
             tiles: whether to draw the tiles that the frame was inspected in.
-            zoom: whether to show the worst region enlarged, in a corner; None: where it is small in a large frame.
+            zoom: whether to show the worst region enlarged, in a corner; None: where the frame's longer side has more than
+                2,000 pixels, the region has less than 2 % of them, and a corner is free of regions.
         """
         return draw_overlay(self, longest, tiles=tiles, zoom=zoom)
 
