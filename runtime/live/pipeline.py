@@ -26,13 +26,12 @@ from fbclip.runtime.live.delivery import PAUSES_S, STUCK_S, Delivery
 from fbclip.runtime.live.records import Frame, Notice, Record, Sink, Source
 from fbclip.runtime.live.status import SourceStatus, Status, Summary
 from fbclip.runtime.live.timing import Percentiles, Rate
-from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor, Prepared
 from fbclip.runtime.sight import EXPLAINED, Repetition
 
 STAGES = ("read", "wait", "preprocess", "model", "postprocess")
 LARGE = 12_000_000  # pixels: larger pictures of files are inspected one at a time, some 30 bytes a pixel each
-NameFiles = Callable[[Frame, Prediction, bool], tuple[str | None, str | None]]
+NameFiles = Callable[[Frame, bool], tuple[str | None, str | None]]
 T = TypeVar("T")
 
 
@@ -83,7 +82,8 @@ class Pipeline:
         alarm: the verdict over time; of stills it is each picture's own.
         limits: when to end, and how much may pile up.
         batch: images that the model is given at once, of a source that waits.
-        name_files: the files where the picture and the map of a frame will be kept; None for nowhere.
+        name_files: the files where the picture and the map of a frame will be kept, also by whether it votes for an alarm
+            that is on; None for nowhere.
     """
 
     def __init__(
@@ -328,8 +328,7 @@ class Pipeline:
         prediction = self.predictor.conclude(shown, score, model_map, timings_ms)
         was_on, was_steady = self.alarm.on, self._drift_state
         is_on = prediction.verdict == "defect" if self.source.still else self.alarm.decide(prediction)
-        counts = is_on and self.alarm.is_for(prediction)
-        files = self._name_files(frame, prediction, counts) if self._name_files else (None, None)
+        files = self._name_files(frame, is_on and self.alarm.is_for(prediction)) if self._name_files else (None, None)
         record = Record(frame, prediction, is_on, is_on and not was_on, prediction.timings_ms, *files)
         self._count(record)
         for delivery in self._deliveries:
