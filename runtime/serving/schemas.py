@@ -8,7 +8,6 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from fbclip.runtime.regions import MAX_REGIONS
 
-
 VERDICT = "good, defect, unusable (it shows nothing) or absent (the part is not in it)."
 
 
