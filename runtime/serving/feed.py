@@ -33,6 +33,7 @@ RECORD = (
     "timings_ms",
 )  # of a Record
 LATER = ("verdict", "overruled", "unusable", "memory")  # of a Record too, which older events don't have
+MEASURED = ("length", "mean", "area_mm2", "length_mm")  # of a region, which older events don't have
 Point = tuple[float, float | None, bool]
 T = TypeVar("T")
 
@@ -186,11 +187,15 @@ def _is_whole(record: dict[str, Any]) -> bool:
     try:
         numbers = [*(record[name] for name in ("index", "time", "score", "threshold")), *record["timings_ms"].values()]
         numbers += [value for region in record["regions"] for value in (*region["box"], region["peak"], region["area"])]
+        numbers += [region[name] for region in record["regions"] for name in MEASURED if name in region]
+        places = [region["place"] for region in record["regions"] if "place" in region]
+        numbers += [value for place in places for value in place]
         flags = (record["is_anomalous"], record["alarm"])
         return (
             all(type(number) in (int, float) and isfinite(number) for number in numbers)
             and type(record["index"]) is int
             and all(len(region["box"]) == 4 for region in record["regions"])
+            and all(len(place) == 2 for place in places)
             and isinstance(record["source"], str)
             and all(isinstance(flag, bool) for flag in flags)
         )
