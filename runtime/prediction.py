@@ -21,6 +21,7 @@ from fbclip.runtime.regions import Region
 
 MIN_SIDE = 320  # smaller frames are enlarged, so that the text stays legible
 BARS = {"good": (46, 160, 67), "defect": MARK, "unusable": (158, 106, 3), "absent": (87, 96, 106)}  # RGB
+UNJUDGED = ("absent", "unusable")  # verdicts on frames that say nothing of a part: neither good nor defects
 AGAINST = {"min_area": "regions too small", "roi": "outside the mask"}  # a verdict that the score alone would give
 PART, INK = (31, 111, 235), (32, 32, 32)  # RGB of the part's frame, and of what points to a region
 JPEG_QUALITY = 92

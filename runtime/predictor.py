@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -275,7 +275,11 @@ class Predictor:
         return predictions[0] if is_one else predictions
 
     def stream(
-        self, source: BaseSource | str | int | Path | Sequence[str | Path], *, vote: Vote | str | None = None
+        self,
+        source: BaseSource | str | int | Path | Sequence[str | Path],
+        *,
+        vote: Vote | str | None = None,
+        alarm_on: str | Collection[str] | None = None,
     ) -> Generator[Record]:
         """Records of a camera, stream, video, folder or glob, one after the other; a camera drops what isn't in time.
 
@@ -285,24 +289,26 @@ class Predictor:
         Args:
             source: as `open_source` takes it, or what that returns; a number is a camera's.
             vote: "K/N", an alarm where K of the last N frames are defects (`Record.alarm`); None for 1/1.
+            alarm_on: "absent", "unusable" or "absent,unusable": such frames vote as defects do, else they have no vote.
 
         Raises:
-            UsageError: no such source or vote.
+            UsageError: no such source, vote or verdict to raise an alarm.
             ImageError: the first frame of a camera can't be inspected, so none will.
             FBClipError: as `run`.
         """
-        from fbclip.runtime.live.alarm import Alarm, Drift, Vote
+        from fbclip.runtime.live.alarm import Alarm, Drift, Vote, parse_kinds
         from fbclip.runtime.live.pipeline import Pipeline
         from fbclip.runtime.live.sources import BaseSource, open_source
 
-        votes = Vote.parse(vote) if isinstance(vote, str) else vote
+        votes, kinds = Vote.parse(vote) if isinstance(vote, str) else vote, parse_kinds(alarm_on)
         if not isinstance(source, BaseSource):
             source = open_source(source)
-        if votes and source.still:
+        if (votes or kinds) and source.still:
+            option = "vote" if votes else "alarm_on"
             raise UsageError(
-                f"a vote is over time, and {source.name} is images, each of which is its own", option="vote"
+                f"a vote is over time, and {source.name} is images, each of which is its own", option=option
             )
-        alarm = Alarm(votes, Drift(self.calibration.scores) if self.calibration else None)
+        alarm = Alarm(votes, Drift(self.calibration.scores) if self.calibration else None, kinds)
         return Pipeline(
             source, self, [_NoticeLogger(source.live)], alarm, batch=1 if source.total is None else self.frames_at_once
         ).records()

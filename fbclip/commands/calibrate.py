@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from fbclip.commands.groups import DEVICE, AreaGroup
+from fbclip.commands.groups import DEVICE, WARM_UP, WARM_UP_NAMES, AreaGroup
 from fbclip.commands.mount import mounted, option
 
 
@@ -36,7 +36,7 @@ class TakingGroup:
     PANEL: ClassVar[str] = "Images taken"
     every: Annotated[int, option("Take every Nth image or frame: neighbours are too alike.", metavar="N", min=1)] = 1
     max_frames: Annotated[int | None, option("Take N images or frames; a camera needs it.", metavar="N", min=1)] = None
-    skip_first: Annotated[int, option("Leave out N frames after each connect to a camera.", metavar="N", min=0)] = 0
+    skip_first: Annotated[int, option(WARM_UP, *WARM_UP_NAMES, metavar="N", min=0)] = 0
 
 
 @mounted(first=("bundle", "false_alarm_rate", "defects", "roi", "name"))

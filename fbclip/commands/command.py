@@ -29,8 +29,10 @@ class Command(TyperCommand):
         super().__init__(*arguments, **settings)
         parameter: Any
         for parameter in self.params:  # FBCLIP_INFER_MIN_AREA for --min-area
-            own = f"FBCLIP_{self.name}_{flag_of(parameter).lstrip('-')}".replace("-", "_").upper()
-            parameter.envvar = [own, *([parameter.envvar] if parameter.envvar else [])]
+            older = [name for name in parameter.opts if name.startswith("--")]
+            names = dict.fromkeys([flag_of(parameter), *older])  # the newest first, which wins
+            own = [f"FBCLIP_{self.name}_{name.lstrip('-')}".replace("-", "_").upper() for name in names]
+            parameter.envvar = [*own, *([parameter.envvar] if parameter.envvar else [])]
 
     def invoke(self, ctx: Any) -> Any:
         from fbclip.errors import FBClipError

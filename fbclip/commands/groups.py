@@ -28,6 +28,8 @@ MEMORY = (
 )
 DETAIL = 32  # fbclip.runtime.tiles.DETAIL, which the help doesn't wait for
 BATCH_NAMES = ("--batch", "--batch-size")
+WARM_UP_NAMES = ("--warm-up", "--skip-first")
+WARM_UP = "Leave out N frames after each connect to a camera, until it has found its exposure."
 
 BundleOption = Annotated[Path | None, option(BUNDLE, metavar="PATH", envvar="FBCLIP_BUNDLE")]
 MemoryOption = Annotated[str, option(MEMORY, metavar="auto|off|PATH")]
@@ -155,6 +157,15 @@ class VerdictGroup:
         option("Raise an alarm when K of the last N frames have a defect; it ends at K/2 or fewer.", metavar="K/N"),
         STREAMS,
     ] = "1/1"
+    alarm_on: Annotated[
+        str | None,
+        option(
+            "Frames of these kinds count for the alarm as defects do: absent (without the part), unusable (black, frozen, …), "
+            "or both with a comma. Default: they neither raise nor clear it.",
+            metavar="KIND,…",
+        ),
+        STREAMS,
+    ] = None
 
     def predictor(self, model: BundleGroup, area: AreaGroup, batch: int = 1) -> Predictor:
         from fbclip.runtime.predictor import Predictor
@@ -189,9 +200,7 @@ class SourceGroup:
     ] = None
     fps: Annotated[float | None, option("Frames per second to ask the camera for.", metavar="N"), STREAMS] = None
     every: Annotated[int, option("Inspect every Nth frame.", metavar="N", min=1), STREAMS] = 1
-    skip_first: Annotated[
-        int, option("Leave out N frames after each connect to a camera.", metavar="N", min=0), STREAMS
-    ] = 0
+    skip_first: Annotated[int, option(WARM_UP, *WARM_UP_NAMES, metavar="N", min=0), STREAMS] = 0
     give_up: Annotated[
         float | None,
         option("Exit with code 1 after this long without a frame. Default: keep trying.", metavar="SECONDS"),

@@ -11,6 +11,7 @@ import typer
 
 from fbclip.commands.groups import AreaGroup, BundleGroup, SinkGroup, SourceGroup, VerdictGroup
 from fbclip.commands.mount import IMAGES, STREAMS, mounted, option, refuse
+from fbclip.errors import UsageError
 
 if TYPE_CHECKING:
     from fbclip.runtime.live.sinks import Saving
@@ -29,10 +30,11 @@ class PictureGroup:
     save: Annotated[
         bool | None,
         option(
-            "Write pictures with heat maps, or don't: of images all, else those of defects during an alarm. Default: yes, "
-            "but for cameras and streams."
+            "Write pictures with heat maps, or don't: of images all, else those of defects during an alarm, and "
+            "of what --alarm-on names. Default: yes, but for cameras and streams."
         ),
     ] = None
+    show_tiles: Annotated[bool, option("With --tiles: draw the tiles on the pictures.", "--show-tiles")] = False
     save_map: Annotated[bool, option("Also write anomaly maps, float32 .npy.", "--save-map")] = False
     map_size: Annotated[MapSize, option("Size of saved maps: the frame's or the model's.", metavar="frame|model")] = (
         MapSize.frame
@@ -41,16 +43,23 @@ class PictureGroup:
     name: Annotated[str, option("Name of this run's folder; exp2, exp3, … follow.", metavar="NAME")] = "exp"
     exist_ok: Annotated[bool, option("Write into the run's folder if it is there.", "--exist-ok")] = False
 
-    def saving(self, live: bool) -> Saving | None:
-        """What is written of a source, in a folder that is made for it; None for nothing."""
+    def saving(self, live: bool, in_tiles: bool) -> Saving | None:
+        """What is written of a source, in a folder that is made for it; None for nothing.
+
+        Raises:
+            UsageError: tiles to draw, and none, or no pictures of them.
+        """
         from fbclip.files import new_run
         from fbclip.runtime.live.sinks import Saving
 
         overlays = self.save if self.save is not None else not live
+        if self.show_tiles and not (overlays and in_tiles):
+            got, option = ("no tiles", "tiles") if overlays else ("no pictures", "save")
+            raise UsageError(f"tiles are drawn on the pictures of an inspection in tiles; got {got}", option=option)
         if not (overlays or self.save_map):
             return None
         folder = new_run(self.project, self.name, self.exist_ok)
-        return Saving(folder, overlays, self.save_map, self.map_size.value)
+        return Saving(folder, overlays, self.save_map, self.map_size.value, self.show_tiles)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def infer(
     """Find defects in images or in the frames of a camera, and draw where they are."""
     from fbclip.assets import SAMPLES
     from fbclip.files import require_file
-    from fbclip.runtime.live.alarm import Vote
+    from fbclip.runtime.live.alarm import Vote, parse_kinds
     from fbclip.runtime.live.pipeline import Limits
     from fbclip.runtime.live.run import Inspection, inspect
     from fbclip.runtime.live.sources import open_source
@@ -122,7 +131,13 @@ def infer(
             say(console, predictor.explain_device())
             for target in (results.json, results.csv):
                 require_file(target)
-            sinks = replace(results.sinks, saving=pictures.saving(opened.live), show=view.show, video=view.video)
+            sinks = replace(
+                results.sinks,
+                saving=pictures.saving(opened.live, area.tiles is not None),
+                show=view.show,
+                video=view.video,
+            )
             limits = Limits(work.max_frames, view.duration)
-            inspection = Inspection(texts, capture, sinks, Vote.parse(verdict.vote), limits, work.batch)
+            vote, alarm_on = Vote.parse(verdict.vote), parse_kinds(verdict.alarm_on)
+            inspection = Inspection(texts, capture, sinks, vote, alarm_on, limits, work.batch)
             inspect(predictor, opened, inspection, console)

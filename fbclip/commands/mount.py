@@ -23,7 +23,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from fbclip.commands.config import read_config
+from fbclip.commands.config import flag_of, read_config
 
 OTHERS = "Other options"
 
@@ -158,6 +158,6 @@ def is_given(context: typer.Context, name: str) -> bool:
 def _origin(context: typer.Context, name: str) -> str:
     """How an option was given, in the words of a message."""
     source = context.get_parameter_source(name)
-    flag = f"--{name.replace('_', '-')}"
+    flag = next(flag_of(parameter) for parameter in context.command.params if parameter.name == name)
     where = {"ENVIRONMENT": " (of the environment)", "DEFAULT_MAP": f" (of {context.params.get('config')})"}
     return flag + where.get(source.name if source else "", "")

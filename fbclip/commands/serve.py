@@ -52,7 +52,7 @@ def serve(
     """Watch a camera in a browser, and inspect images that are sent."""
     for package in ("fastapi", "uvicorn", "websockets", "prometheus_client"):
         require_package(package, "serve")
-    from fbclip.runtime.live.alarm import Vote
+    from fbclip.runtime.live.alarm import Vote, parse_kinds
     from fbclip.runtime.live.run import Inspection
     from fbclip.runtime.serving.run import Endpoint, serve
     from fbclip.terminal import make_console, say
@@ -61,7 +61,8 @@ def serve(
     texts = reading.texts(source)
     inspection = None
     if texts or reading.watch:
-        inspection = Inspection(texts, reading.capture, results.sinks, Vote.parse(verdict.vote))
+        vote, alarm_on = Vote.parse(verdict.vote), parse_kinds(verdict.alarm_on)
+        inspection = Inspection(texts, reading.capture, results.sinks, vote, alarm_on)
     else:
         refuse(context, NOTHING, verdict, reading, results)
     with verdict.predictor(model, area) as predictor:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.errors import UsageError
-from fbclip.runtime.prediction import Prediction
+from fbclip.runtime.prediction import UNJUDGED, Prediction
 
 FALSE_DRIFT = 1e-6  # probability that a window of unchanged parts is called drifting, at most
 UNLUCKY = 0.01  # share of calibrations that this isn't promised for
@@ -56,36 +56,63 @@ class Vote:
         return self.needed // 2
 
 
+def parse_kinds(kinds: str | Collection[str] | None) -> frozenset[str]:
+    """Verdicts besides "defect" that raise an alarm: "absent,unusable", or the same as a collection; None for neither.
+
+    Raises:
+        UsageError: another verdict, or an empty text.
+    """
+    given = [kind.strip() for kind in kinds.split(",")] if isinstance(kinds, str) else list(kinds or ())
+    if others := [kind for kind in given if kind not in UNJUDGED]:
+        raise UsageError(
+            f"an alarm is raised by defects, and if asked by {' or '.join(UNJUDGED)} frames, with a comma between both; "
+            f"got {others[0]!r:.50}",
+            option="alarm_on",
+        )
+    return frozenset(given)
+
+
 class Alarm:
-    """Keeps the alarm. Frames count as they are inspected; those that a live source dropped or that are unusable don't.
+    """Keeps the alarm. Frames vote as they are inspected. Those that a live source dropped, and those that are absent or
+    unusable, neither raise nor clear it, unless asked.
+
+    Args:
+        alarm_on: "absent", "unusable" or both: frames of this verdict vote as defects do.
 
     Attributes:
         on: whether it is.
         drift: what watches the scores; None without a calibration.
     """
 
-    def __init__(self, vote: Vote | None = None, drift: Drift | None = None) -> None:
-        self.vote, self.drift = vote or Vote(), drift
+    def __init__(
+        self, vote: Vote | None = None, drift: Drift | None = None, alarm_on: Collection[str] | None = None
+    ) -> None:
+        self.vote, self.drift, self._alarm_on = vote or Vote(), drift, parse_kinds(alarm_on)
         self.on = False
         self._votes: deque[bool] = deque(maxlen=self.vote.of)
 
     def decide(self, prediction: Prediction) -> bool:
         """Take the next frame's prediction; returns whether the alarm is on now."""
-        if prediction.unusable:
+        is_judged, is_for = prediction.verdict not in UNJUDGED, self.is_for(prediction)
+        if not (is_judged or is_for):
             return self.on
-        self._votes.append(prediction.verdict == "defect")
+        self._votes.append(is_for)
         count = sum(self._votes)
         self.on = count > self.vote.off if self.on else count >= self.vote.needed
-        if self.drift:
+        if self.drift and is_judged:
             self.drift.add(prediction.score, prediction.threshold)
         return self.on
 
+    def is_for(self, prediction: Prediction) -> bool:
+        """Whether a frame votes for an alarm."""
+        return prediction.verdict == "defect" or prediction.verdict in self._alarm_on
+
     def explain(self, prediction: Prediction) -> str:
         """The last verdict in one line."""
-        return (
-            f"{sum(self._votes)} of the last {len(self._votes)} frames "
-            f"anomalous, this one {prediction.score:.3f} with threshold {prediction.threshold:.3f}"
-        )
+        this = f"{prediction.score:.3f} with threshold {prediction.threshold:.3f}"
+        if prediction.verdict in UNJUDGED:
+            this = prediction.verdict
+        return f"{sum(self._votes)} of the last {len(self._votes)} frames anomalous, this one {this}"
 
 
 class Drift:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fbclip.runtime.live.records import Notice, Record
 from fbclip.runtime.live.status import Percents, Status, Summary
+from fbclip.runtime.prediction import UNJUDGED
 from fbclip.runtime.sight import EXPLAINED
 from fbclip.terminal import cell, printable, say
 
@@ -26,7 +27,7 @@ COLOURS = {
     "on": "red",
     "connecting": "yellow",
 }
-VERDICTS = {"good": "green", "defect": "red", "unusable": "yellow"}
+VERDICTS = {"good": "green", "defect": "red", "unusable": "yellow", "absent": "yellow"}
 OVERRULED = {
     "min_area": "all regions are smaller than the least area",
     "roi": "what is anomalous lies outside the mask",
@@ -81,6 +82,8 @@ class ImageTable:
         prediction = record.prediction
         if prediction.unusable:
             say(self.console, f"unusable: {record.frame.name} is {EXPLAINED[prediction.unusable]}", "yellow")
+        elif prediction.absent:
+            say(self.console, f"absent: the part is not in {record.frame.name}", "yellow")
         if prediction.overruled:
             self.overruled[prediction.overruled] += 1
         regions = f"{len(prediction.regions)}{' weak' if any(region.weak for region in prediction.regions) else ''}"
@@ -135,8 +138,9 @@ def status_text(status: Status) -> Text:
     if status.drift == "drifting":
         parts.append(Text("drifting", "yellow"))
     losses = {name: count for name, count in source.counters.items() if name != "frames" and count}
-    losses |= {name: getattr(status, name) for name in ("rejected", "unusable", "overruled") if getattr(status, name)}
-    parts += [Text(f"{name} {count}", "yellow") for name, count in losses.items()]
+    counted = {name: getattr(status, name) for name in ("rejected", "unusable", "absent", "overruled")}
+    losses |= {name: count for name, count in counted.items() if count}
+    parts += [Text(f"{name.replace('_', '-')} {count}", "yellow") for name, count in losses.items()]
     for name, sink in status.sinks.items():
         if sink.state == "failing" or sink.dropped:
             lost = f", {sink.dropped} dropped" if sink.dropped else ""
@@ -149,10 +153,11 @@ def _live_parts(status: Status, age_ms: Percents) -> list[Text]:
     age = "/".join(f"{age_ms[percent]:.0f}" for percent in ("p50", "p95", "p99"))
     medians = " ".join(f"{stage} {values['p50']:.0f}" for stage, values in status.stages_ms.items() if values)
     score = status.score or 0.0
+    judged = f"{score:.3f} {'≥' if score >= status.threshold else '<'} {status.threshold:.3f}"
     return [
         Text(f"age {age} ms"),
         Text(medians, "dim"),
-        Text(f"{score:.3f} {'≥' if score >= status.threshold else '<'} {status.threshold:.3f}"),
+        Text(status.verdict if status.verdict in UNJUDGED else judged),
         Text("ALARM", "bold red") if status.alarm else Text("no alarm"),
     ]
 
@@ -162,12 +167,13 @@ def print_summary(summary: Summary, console: Console) -> None:
     status = summary.status
     rate = status.frames / summary.seconds if summary.seconds else 0.0
     ages = f"; age {status.age_ms['p50']:.0f} ms, at p99 {status.age_ms['p99']:.0f}" if status.age_ms else ""
-    unusable = f", {status.unusable} unusable" if status.unusable else ""
+    warm_up = status.source.counters.get("warm_up", 0)
+    left_out = f", {warm_up} left out to warm up" if warm_up else ""
     overruled = f", {status.overruled} good against their score" if status.overruled else ""
     say(
         console,
         f"{status.frames} frames in {summary.seconds:.1f} s ({rate:.1f}/s{ages}): {status.anomalous} anomalous, "
-        f"{status.alarms} alarms{unusable}{overruled}",
+        f"{status.alarms} alarms{_unjudged(status)}{overruled}{left_out}",
     )
     print_losses(status, console)
 
@@ -176,13 +182,18 @@ def print_images(status: Status, table: ImageTable, console: Console) -> None:
     """The table of images, and what was done in one line."""
     table.print()
     skipped = status.source.counters.get("garbage", 0) + status.rejected
-    good = status.frames - status.anomalous - status.unusable
-    more = f", {status.unusable} unusable" if status.unusable else ""
-    more += f", {skipped} skipped" if skipped else ""
+    good = status.frames - status.anomalous - status.unusable - status.absent
+    more = _unjudged(status) + (f", {skipped} skipped" if skipped else "")
     say(console, f"{status.frames} images: {status.anomalous} with defects, {good} good{more}")
     for reason, count in table.overruled.items():
         say(console, f"good against their score, which reaches the threshold: {count}; {OVERRULED[reason]}", "yellow")
     print_losses(status, console)
+
+
+def _unjudged(status: Status) -> str:
+    """How many frames are neither good nor defects, for the end of a list."""
+    counts = {"unusable": status.unusable, "absent": status.absent}
+    return "".join(f", {count} {kind}" for kind, count in counts.items() if count)
 
 
 def print_losses(status: Status, console: Console) -> None:

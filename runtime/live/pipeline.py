@@ -26,13 +26,12 @@ from fbclip.runtime.live.delivery import PAUSES_S, STUCK_S, Delivery
 from fbclip.runtime.live.records import Frame, Notice, Record, Sink, Source
 from fbclip.runtime.live.status import SourceStatus, Status, Summary
 from fbclip.runtime.live.timing import Percentiles, Rate
-from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor, Prepared
 from fbclip.runtime.sight import EXPLAINED, Repetition
 
 STAGES = ("read", "wait", "preprocess", "model", "postprocess")
 LARGE = 12_000_000  # pixels: larger pictures of files are inspected one at a time, some 30 bytes a pixel each
-NameFiles = Callable[[Frame, Prediction, bool], tuple[str | None, str | None]]
+NameFiles = Callable[[Frame, bool], tuple[str | None, str | None]]
 T = TypeVar("T")
 
 
@@ -83,7 +82,8 @@ class Pipeline:
         alarm: the verdict over time; of stills it is each picture's own.
         limits: when to end, and how much may pile up.
         batch: images that the model is given at once, of a source that waits.
-        name_files: the files where the picture and the map of a frame will be kept; None for nowhere.
+        name_files: the files where the picture and the map of a frame will be kept, also by whether it votes for an alarm
+            that is on; None for nowhere.
     """
 
     def __init__(
@@ -104,14 +104,16 @@ class Pipeline:
         self._began, self._seconds = time.monotonic(), 0.0
         self._ages, self._rate = Percentiles(), Rate()
         self._stages = {stage: Percentiles() for stage in STAGES}
-        self._frames = self._anomalous = self._alarms = self._overruled = self._unusable = self._rejected = 0
+        self._frames = self._anomalous = self._alarms = self._overruled = self._rejected = 0
+        self._unusable = self._absent = 0
         self._large = 0  # pictures that are judged or rejected
         self._rejecting, self._rejection = False, ""
         self._repetition = Repetition()
         self._blindness: str | None = None  # of the last frame
         self._lost_at, self._loss = 0.0, ""  # since when the source is lost, and why; "" while it is not
         self._failure = ""  # of the sink that ended a run of stills
-        self._score: float | None = None  # of the last result
+        self._verdict: str | None = None  # of the last result
+        self._score: float | None = None  # of the same
         self._progress = threading.Condition()  # of frames that were judged or rejected
         self._deliveries = [
             Delivery(
@@ -192,10 +194,12 @@ class Pipeline:
             alarms=self._alarms,
             overruled=self._overruled,
             unusable=self._unusable,
+            absent=self._absent,
             rejected=self._rejected,
             fps=round(self._rate.per_second(), 2),
             age_ms=self._ages.summary(),
             stages_ms={stage: values.summary() for stage, values in self._stages.items()},
+            verdict=self._verdict,
             score=self._score,
             threshold=self.predictor.threshold,
             memory=self.predictor.memory.name if self.predictor.memory else None,
@@ -259,8 +263,10 @@ class Pipeline:
     def _absence(self) -> str:
         """`Summary.absence`."""
         blind = f"the last frame is {EXPLAINED[self._blindness]}" if self._blindness else ""
-        if self._frames == self._unusable:
-            return self._loss or blind or f"none came from {self.source.name}"
+        if self._frames == self._unusable + self._absent:
+            but = f", and {self._unusable} of them are unusable" if self._unusable else ""
+            without = f"the part was in none of {self._frames} frames{but}" if self._absent else ""
+            return self._loss or blind or without or f"none came from {self.source.name}"
         gone = self._loss if time.monotonic() - self._lost_at >= self.limits.lost_s else ""
         return gone or (blind if self.source.live else "")  # of files each frame is one that was asked for
 
@@ -322,7 +328,7 @@ class Pipeline:
         prediction = self.predictor.conclude(shown, score, model_map, timings_ms)
         was_on, was_steady = self.alarm.on, self._drift_state
         is_on = prediction.verdict == "defect" if self.source.still else self.alarm.decide(prediction)
-        files = self._name_files(frame, prediction, is_on) if self._name_files else (None, None)
+        files = self._name_files(frame, is_on and self.alarm.is_for(prediction)) if self._name_files else (None, None)
         record = Record(frame, prediction, is_on, is_on and not was_on, prediction.timings_ms, *files)
         self._count(record)
         for delivery in self._deliveries:
@@ -342,9 +348,10 @@ class Pipeline:
         prediction = record.prediction
         self._anomalous += prediction.verdict == "defect"
         self._overruled += prediction.overruled is not None
-        self._unusable += prediction.unusable is not None
+        self._unusable += prediction.verdict == "unusable"
+        self._absent += prediction.verdict == "absent"
         self._alarms += record.alarm_began
-        self._score = prediction.score
+        self._verdict, self._score = prediction.verdict, prediction.score
         with self._progress:
             self._frames += 1
             self._large += _is_large(record.frame)

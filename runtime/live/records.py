@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 
 from fbclip.runtime.prediction import Prediction
 
+LARGE, LARGE_SIDE = (
+    25_000_000,
+    4096,
+)  # pixels of a frame above which its pictures are shrunk, and their longer side then
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -82,20 +87,26 @@ class Record:
     overlay: str | None = None
     map: str | None = None
     _drawing: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
-    _drawn: dict[int | None, NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _drawn: dict[tuple[int | None, bool], NDArray[np.uint8]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __repr__(self) -> str:
         prediction = self.prediction
         return f"Record({self.frame.name!r}, {prediction.verdict} {prediction.score:.3f}, alarm={self.alarm})"
 
-    def draw(self, longest: int | None = None) -> NDArray[np.uint8]:
-        """`Prediction.overlay`, drawn when the first sink asks and shared by all: nothing may be drawn on it."""
-        if longest and longest >= max(self.frame.image.shape[:2]):
+    def draw(self, longest: int | None = None, tiles: bool = False) -> NDArray[np.uint8]:
+        """`Prediction.overlay`, drawn when the first sink asks and shared by all: nothing may be drawn on it. Of a frame of
+        more than `LARGE` pixels its longer side has `LARGE_SIDE` at most."""
+        sides = self.frame.image.shape[:2]
+        if sides[0] * sides[1] > LARGE:
+            longest = min(longest or LARGE_SIDE, LARGE_SIDE)
+        if longest and longest >= max(sides):
             longest = None  # the same picture
         with self._drawing:
-            if longest not in self._drawn:
-                self._drawn[longest] = self.prediction.overlay(longest)
-            return self._drawn[longest]
+            if (longest, tiles) not in self._drawn:
+                self._drawn[longest, tiles] = self.prediction.overlay(longest, tiles=tiles)
+            return self._drawn[longest, tiles]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the arrays."""

@@ -40,6 +40,7 @@ class Inspection:
 
     Attributes:
         source: as `open_source` takes it.
+        alarm_on: see `Alarm`.
         batch: images that the model is given at once, of files alone.
     """
 
@@ -47,6 +48,7 @@ class Inspection:
     capture: CaptureOptions = field(default_factory=CaptureOptions)
     sinks: SinkOptions = field(default_factory=SinkOptions)
     vote: Vote = field(default_factory=Vote)
+    alarm_on: frozenset[str] = frozenset()
     limits: Limits = field(default_factory=Limits)
     batch: int = 1
 
@@ -88,7 +90,7 @@ def insist_on_all(summary: Summary) -> None:
     """Raise where less was done than was asked for.
 
     Raises:
-        ImageError: frames or files that could not be inspected; of stills those that show nothing, too.
+        ImageError: frames or files that could not be inspected; of stills those that show nothing or no part, too.
         FBClipError: nothing was inspected, the source showed nothing any more at the end, a sink failed till the end, or
             one that keeps results lost some.
     """
@@ -96,13 +98,16 @@ def insist_on_all(summary: Summary) -> None:
     if summary.failure:
         raise FBClipError(summary.failure)
     unread = 0 if source.live else source.counters.get("garbage", 0)
-    if source.still and (failed := unread + status.rejected + status.unusable):
-        raise ImageError(f"{failed} of {status.frames + unread + status.rejected} images could not be inspected")
+    if source.still and (failed := unread + status.rejected + status.unusable + status.absent):
+        without = f"; the part is not in {status.absent} of these" if status.absent else ""
+        raise ImageError(
+            f"{failed} of {status.frames + unread + status.rejected} images could not be inspected{without}"
+        )
     if status.rejected:
         raise ImageError(f"{status.rejected} frames could not be inspected: {summary.rejection}")
     if unread:
         raise ImageError(f"{unread} images of {source.name} could not be read; the notices name them")
-    if status.frames == status.unusable:
+    if status.frames == status.unusable + status.absent:
         raise FBClipError(f"no image was inspected: {summary.absence}")
     if summary.absence:
         raise FBClipError(f"{source.name} showed nothing at the end: {summary.absence}")
@@ -120,7 +125,7 @@ def make_pipeline(source: Source, predictor: Predictor, inspection: Inspection, 
             option="batch",
         )
     calibration = predictor.calibration
-    alarm = Alarm(inspection.vote, Drift(calibration.scores) if calibration else None)
+    alarm = Alarm(inspection.vote, Drift(calibration.scores) if calibration else None, inspection.alarm_on)
     asked = make_sinks(inspection.sinks, source)
     pictures = next((sink for sink in asked if isinstance(sink, Pictures)), None)
     return Pipeline(

@@ -18,7 +18,8 @@ class SourceStatus:
         message: the last that it said, one line.
         live: whether it drops frames that nobody takes in time.
         still: whether its pictures don't follow each other in time.
-        counters: running totals: frames, dropped, reconnects, and one for each kind of fault.
+        counters: running totals: frames, dropped, reconnects, one for each kind of fault, and warm_up, frames left out
+            after a connect, where that was asked for.
     """
 
     name: str
@@ -60,14 +61,14 @@ class Status:
         source: where frames come from.
         total: how many pictures there are to inspect; None where nobody knows.
         frames: results handed to the sinks; of these
-        anomalous, overruled, unusable: defects; good ones whose score reaches the threshold (see
-            `Prediction.overruled`); such that show nothing.
+        anomalous, overruled, unusable, absent: defects; good ones whose score reaches the threshold (see
+            `Prediction.overruled`); such that show nothing; such without the part (see `Prediction.absent`).
         alarms: raised.
         rejected: frames that could not be inspected, like one of another size than the graph takes.
         fps: results per second, over the last five.
         age_ms: from capture until handed to the sinks.
         stages_ms: by stage.
-        score: of the last result; None before the first.
+        verdict, score: of the last result; None before the first.
         threshold: scores from here on are anomalous.
         memory: the name of the memory of good parts that scores; None of the zero-shot model.
         alarm: whether it is on.
@@ -83,10 +84,12 @@ class Status:
     alarms: int
     overruled: int
     unusable: int
+    absent: int
     rejected: int
     fps: float
     age_ms: Percents | None
     stages_ms: dict[str, Percents | None]
+    verdict: str | None
     score: float | None
     threshold: float
     memory: str | None

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from fbclip.images import encode_image
 from fbclip.runtime.live.records import Notice, Record
 from fbclip.runtime.live.sinks.events import event_folders
+from fbclip.runtime.prediction import UNJUDGED
 
 SCORES = 4096  # results that the graph goes back
 NOTICES = 200
@@ -32,6 +33,8 @@ RECORD = (
     "timings_ms",
 )  # of a Record
 LATER = ("verdict", "overruled", "unusable", "memory")  # of a Record too, which older events don't have
+MEASURED = ("length", "mean", "area_mm2", "length_mm")  # of a region, which older events don't have
+Point = tuple[float, float | None, bool]
 T = TypeVar("T")
 
 
@@ -59,12 +62,13 @@ class Update:
 
     Attributes:
         position: to ask from the next time.
-        scores: (seconds since 1970, score 0..1, whether the alarm was on), oldest first.
+        scores: (seconds since 1970, score 0..1, whether the alarm was on), oldest first; no score of what is neither good
+            nor a defect.
         notices, alarms: oldest first.
     """
 
     position: int
-    scores: list[tuple[float, float, bool]]
+    scores: list[Point]
     notices: list[Notice]
     alarms: list[Event]
 
@@ -83,7 +87,7 @@ class Feed:
         self._drawing = threading.Lock()
         self._listeners: set[Callable[[], object]] = set()
         self._position = 1  # of what is there from the start
-        self._scores: deque[tuple[int, tuple[float, float, bool]]] = deque(maxlen=SCORES)
+        self._scores: deque[tuple[int, Point]] = deque(maxlen=SCORES)
         self._notices: deque[tuple[int, Notice]] = deque(maxlen=NOTICES)
         self._alarms: deque[tuple[int, Event]] = deque(maxlen=EVENTS)
         self._raised = 0
@@ -98,8 +102,8 @@ class Feed:
         with self._lock:
             self._position += 1
             self._latest = result
-            score = (round(result.frame.wall, 3), round(result.prediction.score, 4), result.alarm)
-            self._scores.append((self._position, score))
+            score = None if result.prediction.verdict in UNJUDGED else round(result.prediction.score, 4)
+            self._scores.append((self._position, (round(result.frame.wall, 3), score, result.alarm)))
             if jpeg:
                 self._remember(result.to_dict(), jpeg)
         self._call()
@@ -183,11 +187,15 @@ def _is_whole(record: dict[str, Any]) -> bool:
     try:
         numbers = [*(record[name] for name in ("index", "time", "score", "threshold")), *record["timings_ms"].values()]
         numbers += [value for region in record["regions"] for value in (*region["box"], region["peak"], region["area"])]
+        numbers += [region[name] for region in record["regions"] for name in MEASURED if name in region]
+        places = [region["place"] for region in record["regions"] if "place" in region]
+        numbers += [value for place in places for value in place]
         flags = (record["is_anomalous"], record["alarm"])
         return (
             all(type(number) in (int, float) and isfinite(number) for number in numbers)
             and type(record["index"]) is int
             and all(len(region["box"]) == 4 for region in record["regions"])
+            and all(len(place) == 2 for place in places)
             and isinstance(record["source"], str)
             and all(isinstance(flag, bool) for flag in flags)
         )

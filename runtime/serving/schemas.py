@@ -8,6 +8,8 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from fbclip.runtime.regions import MAX_REGIONS
 
+VERDICT = "good, defect, unusable (it shows nothing) or absent (the part is not in it)."
+
 
 class Problem(BaseModel):
     detail: str = Field(description="One line: what was wrong.")
@@ -28,13 +30,21 @@ class RegionBody(BaseModel):
     peak: float = Field(description="Highest value of the map in it, 0 to 1.")
     area: int = Field(description="In pixels.")
     weak: bool = Field(False, description="Below the map's threshold: where it is highest, for the score reaches its.")
+    length: float | None = Field(None, description="The longest it extends, in pixels.")
+    mean: float | None = Field(None, description="Of the map's values in it, 0 to 1.")
+    area_mm2: float | None = Field(None, description="In mm2, where it is known how much a pixel shows.")
+    length_mm: float | None = Field(None, description="In mm, likewise.")
+    place: tuple[float, float] | None = Field(
+        None,
+        description="Its centre, x and y in 0 to 1 of the part's width and height: beyond that it is beside the part.",
+    )
 
 
 class ScoredBody(BaseModel):
     score: float = Field(allow_inf_nan=False, description="Abnormal probability of the image, 0 to 1.")
     threshold: float
-    is_anomalous: bool = Field(description="Not known to be good: a defect, or unusable.")
-    verdict: str = Field(description="good, defect or unusable.")
+    is_anomalous: bool = Field(description="Not known to be good: a defect, unusable or absent.")
+    verdict: str = Field(description=VERDICT)
     overruled: str | None = Field(description="Why it is good against its score: min_area or roi.")
     unusable: str | None = Field(description="Why there is nothing to see: black, uniform or frozen.")
     memory: str | None = Field(description="Name of the memory of good parts that scored; null of the zero-shot model.")
@@ -56,7 +66,7 @@ class EventBody(BaseModel):
     score: float
     threshold: float
     is_anomalous: bool
-    verdict: str = Field("defect", description="good, defect or unusable.")
+    verdict: str = Field("defect", description=VERDICT)
     overruled: str | None = None
     unusable: str | None = None
     memory: str | None = None

@@ -25,6 +25,7 @@ from websockets.sync.client import ClientConnection, connect
 from fbclip import Predictor
 from fbclip.assets import SAMPLES
 from fbclip.images import read_image
+from fbclip.runtime.live.alarm import Alarm
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.records import Frame, Notice
 from fbclip.runtime.live.sinks.metrics import Prometheus
@@ -116,12 +117,16 @@ def shared_predictor() -> Predictor:
 
 @contextmanager
 def running(
-    token: str | None = None, limits: UploadLimits | None = None, live: bool = True, predictor: Predictor | None = None
+    token: str | None = None,
+    limits: UploadLimits | None = None,
+    live: bool = True,
+    predictor: Predictor | None = None,
+    alarm: Alarm | None = None,
 ) -> Iterator[Server]:
     belt, feed, predictor = Belt(), Feed(), predictor or shared_predictor()
     predictor.set_threshold(0.6)
     metrics = Prometheus(lambda: belt.counters)
-    pipeline = Pipeline(belt, predictor, [feed, metrics]) if live else None
+    pipeline = Pipeline(belt, predictor, [feed, metrics], alarm) if live else None
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     app = create_app(predictor, Access("127.0.0.1", port, token), feed, pipeline, metrics, limits)

@@ -14,10 +14,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
 from fbclip.errors import UsageError
 from fbclip.files import new_folder, remove_folder, require_writable, sweep
 from fbclip.images import encode_image
-from fbclip.runtime.live.records import Notice, Record
+from fbclip.runtime.live.records import LARGE, LARGE_SIDE, Notice, Record
 
 BEFORE, AFTER = 10, 10  # frames kept around the one that raised an alarm
 LONGEST = 60  # frames of one event, however many alarms follow each other
@@ -101,7 +105,7 @@ class EventRecorder:
         self._save_all()
 
     def _take(self, record: Record) -> None:
-        shot = _Shot(record.to_dict(), encode_image(record.frame.image))
+        shot = _Shot(record.to_dict(), encode_image(_bounded(record.frame.image)))
         if record.alarm_began and self._event is None:
             self._event = _Event(list(self._ring))
         if self._event is None:
@@ -152,6 +156,16 @@ class EventRecorder:
                 return
             remove_folder(event)
             total -= size
+
+
+def _bounded(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A frame as it waits in memory: one of more than `LARGE` pixels is shrunk, as its overlay is."""
+    height, width = image.shape[:2]
+    if height * width <= LARGE:
+        return image
+    factor = LARGE_SIDE / max(height, width)
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def event_folders(folder: Path) -> list[Path]:

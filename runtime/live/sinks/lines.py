@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from fbclip.errors import UsageError
 from fbclip.files import lock, unlock, write_error
 from fbclip.runtime.live.records import Notice, Record
+from fbclip.runtime.prediction import Prediction
 
 LOOKED_AT = 4096  # bytes of a file that is there
 # of lines of records and notices; the others are those of earlier releases
@@ -210,7 +211,7 @@ def csv_row(record: Record) -> list[Any]:
         prediction.threshold,
         prediction.is_anomalous,
         prediction.verdict,
-        prediction.unusable or prediction.overruled or "",
+        _reason(prediction),
         len(regions),
         any(region.weak for region in regions),
         max((region.peak for region in regions), default=""),
@@ -218,6 +219,13 @@ def csv_row(record: Record) -> list[Any]:
         record.alarm,
         prediction.memory or "",
     ]
+
+
+def _reason(prediction: Prediction) -> str:
+    """Why the score did not decide; "" where it did."""
+    if prediction.verdict == "absent":
+        return "no_part"
+    return prediction.unusable or prediction.overruled or ""
 
 
 def columns_of(path: Path) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fbclip.errors import UsageError, require_package
 from fbclip.runtime.live.records import Notice, Record
+from fbclip.runtime.prediction import UNJUDGED
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -41,10 +42,13 @@ class Prometheus:
         self._results = Counter("fbclip_results", "Frames scored", registry=registry)
         self._anomalies = Counter("fbclip_anomalies", "Frames with a defect", registry=registry)
         self._unusable = Counter("fbclip_unusable", "Frames that show nothing", registry=registry)
+        self._absent = Counter("fbclip_absent", "Frames without the part", registry=registry)
         self._alarms = Counter("fbclip_alarms", "Alarms raised", registry=registry)
         self._alarm = Gauge("fbclip_alarm", "1 while an alarm is on", registry=registry)
         self._threshold = Gauge("fbclip_threshold", "Scores from here on are anomalous", registry=registry)
-        self._scores = Histogram("fbclip_score", "Anomaly scores", buckets=SCORES, registry=registry)
+        self._scores = Histogram(
+            "fbclip_score", "Anomaly scores of good and defect frames", buckets=SCORES, registry=registry
+        )
         self._ages = Histogram("fbclip_age_seconds", "From capture to here", buckets=SECONDS, registry=registry)
         self._stages = Histogram(
             "fbclip_stage_seconds", "Time by stage", ["stage"], buckets=(0.001, *SECONDS), registry=registry
@@ -68,10 +72,12 @@ class Prometheus:
         self._results.inc()
         self._anomalies.inc(prediction.verdict == "defect")
         self._unusable.inc(prediction.verdict == "unusable")
+        self._absent.inc(prediction.verdict == "absent")
         self._alarms.inc(record.alarm_began)
         self._alarm.set(record.alarm)
         self._threshold.set(prediction.threshold)
-        self._scores.observe(prediction.score)
+        if prediction.verdict not in UNJUDGED:
+            self._scores.observe(prediction.score)
         self._ages.observe(time.monotonic() - record.frame.captured)
         for stage, milliseconds in record.timings_ms.items():
             self._stages.labels(stage).observe(milliseconds / 1e3)

@@ -17,7 +17,6 @@ from fbclip.errors import UsageError
 from fbclip.files import replacing
 from fbclip.images import encode_image
 from fbclip.runtime.live.records import Frame, Notice, Record
-from fbclip.runtime.prediction import Prediction
 
 LONGEST_NAME = 255  # bytes, of a file
 RESERVE_BYTES = 200_000_000  # of the disk that pictures of a source without end leave to everything else
@@ -30,15 +29,18 @@ class Saving:
 
     Attributes:
         folder: where they go; it is there.
-        overlays: whether pictures are kept: of stills all, of other sources those of defects while an alarm is on.
+        overlays: whether pictures are kept: of stills all, of other sources those of frames that vote for an alarm
+            (defects, and what `Alarm` is asked to take for them) while it is on.
         maps: the same of anomaly maps, float32 .npy.
         map_size: "frame", or "model" for the map as the model gives it.
+        tiles: whether the tiles are drawn.
     """
 
     folder: Path
     overlays: bool = True
     maps: bool = False
     map_size: str = "frame"
+    tiles: bool = False
 
 
 class Pictures:
@@ -60,10 +62,10 @@ class Pictures:
         if stills is not None:
             self._spare(stills)
 
-    def name_files(self, frame: Frame, prediction: Prediction, alarm: bool) -> tuple[str | None, str | None]:
+    def name_files(self, frame: Frame, is_for_alarm: bool) -> tuple[str | None, str | None]:
         """The files of a frame's picture and map; None for those that aren't kept."""
         if self._names is None:
-            if not (alarm and prediction.is_anomalous):
+            if not is_for_alarm:
                 return None, None
             name = f"{shortened(Path(frame.name).stem)}-{frame.index:06d}"
         else:
@@ -81,7 +83,7 @@ class Pictures:
         if record.overlay:
             self._leave_room()
             with replacing(Path(record.overlay), durable=False) as file:
-                file.write(encode_image(record.draw(), quality=QUALITY))
+                file.write(encode_image(record.draw(tiles=self._saving.tiles), quality=QUALITY))
 
     def notify(self, notice: Notice) -> None:
         """A picture has no place for notices."""

@@ -79,13 +79,14 @@ class BaseSource:
     def __init__(self, name: str, options: CaptureOptions) -> None:
         self.name = name
         self.options = options
-        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._counters = dict.fromkeys(COUNTERS, 0) | ({"warm_up": 0} if options.skip_first else {})
         self._listeners: list[Callable[[Notice], None]] = []
         self._closed = Event()
 
     @property
     def counters(self) -> dict[str, int]:
-        """frames (handed out), dropped, reconnects, and a count per fault: missing, refused, cut, stalled, garbage, resized."""
+        """frames (handed out), dropped, reconnects, and a count per fault: missing, refused, cut, stalled, garbage, resized;
+        warm_up, frames left out after a connect, where `skip_first` asks for that."""
         return dict(self._counters)
 
     def listen(self, callback: Callable[[Notice], None]) -> None:
@@ -287,6 +288,7 @@ class LiveSource(BaseSource):
                 if not link.abandoned:
                     self._index += 1
                     link.skipped += 1
+                    self._counters["warm_up"] += 1
                     link.last = captured
             return
         image = fault = None

@@ -83,17 +83,33 @@ function show(news) {
   if (news.result) showResult(news.result, news.age_ms);
   showVerdict();
   for (const event of news.events) addEvent(event);
-  if (news.events.length && state.started) announce(`Alarm, score ${news.events.at(-1).score.toFixed(3)}`);
+  if (news.events.length && state.started) announce(`Alarm, ${scored(news.events.at(-1))}`);
   state.started = true;
   drawSoon();
 }
 
-const VERDICTS = { good: ["good", "✓ Good"], defect: ["bad", "✕ Defect"], unusable: ["bad", "! Unusable"] };
+const VERDICTS = { good: ["good", "✓ Good"], defect: ["bad", "✕ Defect"], unusable: ["bad", "! Unusable"], absent: ["absent", "○ No part"] };
+const UNJUDGED = new Set(["unusable", "absent"]); // their scores say nothing of a part
 
 function verdictOf(result) {
   const name = result.verdict ?? (result.is_anomalous ? "defect" : "good");
   const [mood, word] = VERDICTS[name] ?? ["bad", `! ${capital(name)}`];
   return { name, mood, word };
+}
+
+/** What stands beside a verdict: the score, or why it says nothing. */
+function scoreOf(result) {
+  return UNJUDGED.has(result.verdict) ? result.unusable ?? "" : result.score.toFixed(3);
+}
+
+/** An event in words. */
+function scored(event) {
+  return UNJUDGED.has(event.verdict) ? event.verdict : `score ${event.score.toFixed(3)}`;
+}
+
+function altOf(result) {
+  const { name } = verdictOf(result);
+  return UNJUDGED.has(name) ? name : `${name}, score ${result.score.toFixed(2)}, ${count(result.regions, "region")}`;
 }
 
 function showResult(result, age) {
@@ -102,7 +118,7 @@ function showResult(result, age) {
   state.captured = performance.now() - age;
   $("alarm").hidden = !result.alarm;
   setText($("source"), result.source);
-  $("picture").alt = `Heat map of ${result.source}: ${verdictOf(result).name}, score ${result.score.toFixed(2)}, ${count(result.regions, "region")}`;
+  $("picture").alt = `Heat map of ${result.source}: ${altOf(result)}`;
 }
 
 function showVerdict() {
@@ -110,8 +126,8 @@ function showVerdict() {
   const { mood, word } = gone ?? verdictOf(state.result);
   $("verdict").dataset.state = mood;
   setText($("verdict-word"), word);
-  setText($("verdict-score"), gone ? "" : state.result.unusable ?? state.result.score.toFixed(3));
-  setText($("verdict-note"), gone?.note ?? "");
+  setText($("verdict-score"), gone ? "" : scoreOf(state.result));
+  setText($("verdict-note"), gone ? gone.note : state.result.verdict === "absent" ? "The part is not in the picture." : "");
   $("live").classList.toggle("stale", Boolean(gone));
   setText($("veil"), gone?.word ?? "");
 }
@@ -157,9 +173,10 @@ function showStatus(status) {
     ["frames", counters.frames ?? 0],
     ["dropped", counters.dropped ?? 0],
     ["reconnects", counters.reconnects ?? 0],
+    ...[["unusable", pipeline.unusable], ["no part", pipeline.absent], ["warm-up", counters.warm_up]].filter(([, value]) => value),
   ];
   const list = $("figures");
-  if (list.childElementCount !== rows.length) {
+  if (rows.some(([name], i) => list.children[i]?.firstChild.textContent !== name)) { // they only ever become more
     list.replaceChildren(...rows.map(([name]) => element("div", {}, element("dt", {}, name), element("dd"))));
   }
   rows.forEach(([, value], i) => setText(list.children[i].lastChild, String(value)));
@@ -263,9 +280,9 @@ function draw() {
 
   context.lineWidth = 1.5;
   context.strokeStyle = colour("accent");
-  line(context, points.map(([time, score]) => [x(time), y(score)]));
+  for (const run of runs(points)) line(context, run.map(([time, score]) => [x(time), y(score)]));
   context.fillStyle = colour("bad");
-  for (const [time, score] of points) if (score >= threshold) context.fillRect(x(time) - 1.5, y(score) - 1.5, 3, 3);
+  for (const [time, score] of points) if (score !== null && score >= threshold) context.fillRect(x(time) - 1.5, y(score) - 1.5, 3, 3);
 
   context.strokeStyle = colour("ink");
   context.setLineDash([6, 4]);
@@ -278,6 +295,16 @@ function line(context, points) {
   context.beginPath();
   points.forEach(([px, py], i) => (i ? context.lineTo(px, py) : context.moveTo(px, py)));
   context.stroke();
+}
+
+/** Points that follow each other with a score: the line has a gap where there is none. */
+function runs(points) {
+  const found = [[]];
+  for (const point of points) {
+    if (point[1] !== null) found.at(-1).push(point);
+    else if (found.at(-1).length) found.push([]);
+  }
+  return found;
 }
 
 function alarms(points) {
@@ -296,7 +323,7 @@ function alarms(points) {
 function describe(canvas, points, threshold) {
   if (!points.length) return;
   const highest = points.reduce((most, [, score]) => Math.max(most, score), 0);
-  const text = `Now ${points.at(-1)[1].toFixed(2)}, highest ${highest.toFixed(2)}, threshold ${threshold.toFixed(3)}, ${count(alarms(points).length, "alarm")}`;
+  const text = `Now ${points.at(-1)[1]?.toFixed(2) ?? "no score"}, highest ${highest.toFixed(2)}, threshold ${threshold.toFixed(3)}, ${count(alarms(points).length, "alarm")}`;
   if (canvas.getAttribute("aria-label") !== text) canvas.setAttribute("aria-label", text);
 }
 
@@ -326,13 +353,14 @@ async function inspect(file) {
 function showScored(name, found) {
   const { name: verdict, mood, word } = verdictOf(found);
   const why = { min_area: "smaller than --min-area", roi: "outside the mask" }[found.overruled];
-  const regions = why ?? count(found.regions.length, "region");
+  const regions = why ?? (UNJUDGED.has(verdict) ? "not judged" : count(found.regions.length, "region"));
   $("scored-picture").src = `data:image/png;base64,${found.overlay_png}`;
   $("scored-picture").alt = `Heat map of ${name}: ${verdict}, ${regions}`;
   const mark = element("span", { class: mood }, found.unusable ? `${word}: ${found.unusable}` : word);
+  const line = UNJUDGED.has(verdict) ? "" : `  ${found.score.toFixed(3)}, threshold ${found.threshold.toFixed(3)}`;
   const milliseconds = Object.values(found.timings_ms).reduce((sum, value) => sum + value, 0);
   $("scored-text").replaceChildren(
-    element("span", {}, mark, `  ${found.score.toFixed(3)}, threshold ${found.threshold.toFixed(3)}`),
+    element("span", {}, mark, line),
     element("span", { class: "quiet" }, `${name}, ${found.width} × ${found.height}, ${regions}, ${milliseconds.toFixed(0)} ms`),
   );
   $("scored").hidden = false;
@@ -359,12 +387,12 @@ let viewed = 0; // index in state.events, newest first
 function addEvent(event) {
   state.events.unshift(event);
   $("no-events").hidden = true;
-  const text = `Event at ${clock(event.time)}, score ${event.score.toFixed(3)}`;
+  const text = `Event at ${clock(event.time)}, ${scored(event)}`;
   const button = element(
     "button",
     { type: "button", "aria-label": text },
     element("img", { src: picture(event), alt: "", loading: "lazy" }),
-    element("span", {}, element("time", {}, clock(event.time)), element("b", {}, event.score.toFixed(3))),
+    element("span", {}, element("time", {}, clock(event.time)), element("b", {}, scored(event).replace("score ", ""))),
   );
   button.addEventListener("click", () => view(state.events.indexOf(event)));
   $("gallery").prepend(element("li", {}, button));
@@ -380,8 +408,8 @@ function view(index) {
   const event = state.events[index];
   setText($("viewer-title"), `Event ${event.id}, ${new Date(event.time * 1000).toLocaleString()}`);
   $("viewer-picture").src = picture(event);
-  $("viewer-picture").alt = `Heat map of ${event.source}, score ${event.score.toFixed(3)}`;
-  setText($("viewer-text"), `${event.source}: score ${event.score.toFixed(3)}, threshold ${event.threshold.toFixed(3)}, ${count(event.regions.length, "region")}`);
+  $("viewer-picture").alt = `Heat map of ${event.source}, ${scored(event)}`;
+  setText($("viewer-text"), `${event.source}: ${scored(event)}, threshold ${event.threshold.toFixed(3)}, ${count(event.regions.length, "region")}`);
   $("older").disabled = index === state.events.length - 1;
   $("newer").disabled = index === 0;
   if (!$("viewer").open) $("viewer").showModal();

@@ -437,7 +437,12 @@ def test_a_signal_finishes_and_closes_everything(tmp_path: Path, number: signal.
     ("arguments", "message"),
     [
         (["--vote", "2/3"], "--vote"),
-        (["--skip-first", "2"], "--skip-first: first frames are left out of cameras"),
+        (["--alarm-on", "absent"], "SOURCE is images, which --alarm-on can't be used with"),
+        (["--camera", "0", "--alarm-on", "good"], "--alarm-on: an alarm is raised by defects"),
+        (["--camera", "0", "--alarm-on", ""], "--alarm-on: an alarm is raised by defects"),
+        (["--show-tiles"], "--tiles: tiles are drawn on the pictures of an inspection in tiles; got no tiles"),
+        (["--tiles", "2x2", "--show-tiles", "--no-save"], "--save: tiles are drawn on the pictures"),
+        (["--warm-up", "2"], "--warm-up: first frames are left out of cameras"),
         (["--events", "e"], "--events"),
         (["--camera", "0", "--batch", "2"], "--batch: several images at once are for files"),
         (["0", "a.png"], "inspected alone"),

@@ -411,6 +411,7 @@ def test_events_that_are_torn_are_not_shown(tmp_path: Path) -> None:
     for number, text in enumerate(["{", "[]", '{"alarms": []}', json.dumps(whole), "\xff"]):
         (tmp_path / f"event-{number}").mkdir()
         (tmp_path / f"event-{number}" / "event.json").write_text(text, "latin-1")
+    region = {"box": [1, 2, 3, 4], "peak": 0.9, "area": 4}
     record = {
         "source": "belt",
         "index": 3,
@@ -419,7 +420,7 @@ def test_events_that_are_torn_are_not_shown(tmp_path: Path) -> None:
         "threshold": 0.6,
         "is_anomalous": True,
         "alarm": True,
-        "regions": [{"box": [1, 2, 3, 4], "peak": 0.9, "area": 4}],
+        "regions": [region, {**region, "length": 2.5, "mean": 0.8, "length_mm": 0.5, "place": [0.5, -0.1]}],
         "timings_ms": {"model": 30.0},
     }
     written = [
@@ -428,6 +429,9 @@ def test_events_that_are_torn_are_not_shown(tmp_path: Path) -> None:
         {"index": 0.5},
         {"source": 5},
         {"regions": [{"box": [1]}]},
+        {"regions": [{**region, "length": None}]},
+        {"regions": [{**region, "place": [0.5]}]},
+        {"regions": [{**region, "place": 0.5}]},
         {"timings_ms": []},
     ]
     for number, changes in enumerate([*written, {}]):

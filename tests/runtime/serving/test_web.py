@@ -12,7 +12,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from fbclip.runtime.live.alarm import Alarm
+from fbclip.runtime.serving.uploads import InTurn
+from helpers.missing import Missing, gap, part
 from helpers.serving import GOOD, SCRATCH, TOKEN, Server, running
+from helpers.tiny import tiny_bundle
 from helpers.waiting import PATIENCE_S, eventually
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -64,6 +68,39 @@ def test_a_camera_that_shows_nothing_is_not_good(server: Server, page: Page, tmp
     server.belt.turn("lost")
     expect(page.locator("#verdict")).to_contain_text("No picture")
     expect(page.locator("#verdict")).not_to_contain_text("Good")
+
+
+def test_a_part_that_is_not_there_is_neither_good_nor_a_defect(page: Page, tmp_path: Path) -> None:
+    files = {}
+    for name, picture in (("good", part(90)), ("gap", gap(200)), ("defect", part(220))):
+        files[name] = tmp_path / f"{name}.png"
+        Image.fromarray(picture).save(files[name])
+    predictor = Missing(tiny_bundle(tmp_path))
+    predictor.backend = InTurn(predictor.backend)
+    verdict = page.locator("#verdict")
+    with running(predictor=predictor, alarm=Alarm(alarm_on="absent")) as server:
+        page.goto(server.url)
+        server.belt.parts.put(files["good"])
+        expect(verdict).to_contain_text("Good")
+        expect(page.locator("#figures")).not_to_contain_text("no part")
+        server.belt.parts.put(files["gap"])
+        expect(verdict).to_contain_text("No part The part is not in the picture.")
+        expect(verdict).to_have_attribute("data-state", "absent")
+        expect(page.locator("#verdict-score")).to_be_empty()
+        expect(page.get_by_role("img", name="Heat map of belt, gap: absent")).to_be_visible()
+        expect(page.locator("#camera")).to_have_text("camera live")
+        expect(page.locator("#figures")).to_contain_text("no part1")
+        expect(page.locator("#gallery li")).to_have_count(1)  # which --alarm-on asks for
+        expect(page.locator("#gallery b")).to_have_text("absent")
+        expect(page.locator("#chart")).to_have_attribute("aria-label", re.compile(r"Now no score, highest 0\.3"))
+        page.set_input_files("#file", files["gap"])
+        expect(page.locator("#scored-text")).to_contain_text("No part")
+        expect(page.locator("#scored-text")).to_contain_text("not judged")
+        server.belt.parts.put(files["defect"])
+        expect(verdict).to_contain_text("Defect")
+        (event,) = server.json("/v1/events")
+        assert (event["verdict"], event["regions"]) == ("absent", [])
+        assert server.json("/v1/status")["pipeline"]["absent"] == 1
 
 
 def test_the_page_shows_the_belt(server: Server, page: Page) -> None:

@@ -744,7 +744,8 @@ def test_the_commands_leave_out_first_frames(fbclip: Run, mjpeg: Any) -> None:
     (image,) = good_images([url], 1, 1, lambda line: None, skip_first=5)
     assert isinstance(image, np.ndarray) and abs(image[..., 0].mean() - 5) < 3
     for command in (["serve"], ["calibrate", "."]):
-        assert "--skip-first" in fbclip(*command, "--skip-first", 1, code=2).stderr
+        for name in ("--warm-up", "--skip-first"):  # what releases before called it
+            assert "--warm-up" in fbclip(*command, name, 1, code=2).stderr
 
 
 def test_a_camera_of_which_only_first_frames_come_is_given_up(fake: Any) -> None:
