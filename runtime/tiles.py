@@ -165,8 +165,8 @@ def _layout(tiles: Tiles, height: int, width: int, grid: int) -> Layout:
             for length, count in zip((height, width), tiles.grid, strict=True)
         )
     else:  # square, as what the model sees is
-        side = min(height, width, tiles.side or max(1, int(tiles.detail * grid)))
-        tile_hw = side, side
+        side = tiles.side or max(1, int(tiles.detail * grid))
+        tile_hw = (height, width) if side >= max(height, width) else (min(height, width, side),) * 2
     counts = tiles.grid or tuple(
         1 if length <= side else math.ceil((length - side) / max(1.0, side * (1 - tiles.overlap))) + 1
         for length, side in zip((height, width), tile_hw, strict=True)

@@ -222,7 +222,10 @@ def test_a_checkpoint_on_the_command_line_wins_over_the_bundle_of_the_environmen
     ("arguments", "message"),
     [
         (["infer", "--min-area", "x"], "--min-area: a number; got 'x'; see fbclip infer -h"),
-        (["infer", "--min-area", "-1"], "--min-area: a least area is a number of pixels, or mm2, 0 or more; got -1"),
+        (
+            ["infer", "--min-area", "-1"],
+            "--min-area: a least area is a number of pixels, or of mm2, 0 or more; got -1.0",
+        ),
         (["infer", "--map-size", "x"], "--map-size: frame or model; got 'x'; see fbclip infer -h"),
         (["eval", "x", "--batch-size", "0"], r"--batch: a whole number, 1 or more; got '?0'?; see fbclip eval -h"),
         (["infer", "--thresh", "1"], "no such option: --thresh; the nearest is --threshold; see fbclip infer -h"),

@@ -139,7 +139,7 @@ def test_a_record_has_what_is_known() -> None:
     [({"min_area": value}, "min_area") for value in (-1, True, float("nan"), float("inf"), 0.5, "3", None)]
     + [({"mm_per_pixel": value}, "mm_per_pixel") for value in (0, -1.0, 1e-10, 1e7, float("nan"), True, "1")]
     + [({"merge": value}, "merge") for value in (-1, 1.5, True, 201, None)]
-    + [({"most": value}, "most") for value in (0, -1, 2.0, True, 1001)],
+    + [({"most": value}, "max_regions") for value in (0, -1, 2.0, True, 1001)],
 )
 def test_rules_that_are_none(wrong: dict[str, Any], option: str) -> None:
     with pytest.raises(UsageError, match=f"got {next(iter(wrong.values()))}|got '") as raised:
