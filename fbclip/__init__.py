@@ -25,6 +25,7 @@ TYPE_CHECKING = (
 
 __version__ = "0.1.0"
 __all__ = [
+    "Align",
     "Bundle",
     "BundleError",
     "CheckpointError",
@@ -37,6 +38,7 @@ __all__ = [
     "Predictor",
     "Region",
     "Roi",
+    "Tiles",
     "UsageError",
     "__version__",
     "adapt",
@@ -61,19 +63,23 @@ if TYPE_CHECKING:
         UsageError,
     )
     from fbclip.export import export
+    from fbclip.runtime.align import Align
     from fbclip.runtime.live.sources import open_source
     from fbclip.runtime.prediction import Prediction
     from fbclip.runtime.predictor import Predictor
     from fbclip.runtime.regions import Region
     from fbclip.runtime.roi import Roi
+    from fbclip.runtime.tiles import Tiles
     from fbclip.tasks import adapt, calibrate, evaluate
 
 _HOMES = {
+    "Align": "fbclip.runtime.align",
     "Bundle": "fbclip.bundle",
     "Prediction": "fbclip.runtime.prediction",
     "Predictor": "fbclip.runtime.predictor",
     "Region": "fbclip.runtime.regions",
     "Roi": "fbclip.runtime.roi",
+    "Tiles": "fbclip.runtime.tiles",
     "adapt": "fbclip.tasks",
     "calibrate": "fbclip.tasks",
     "evaluate": "fbclip.tasks",
