@@ -59,6 +59,7 @@ class Scores:
         copies: images left out because another has the same pixels.
         skipped: images left out because they can't be read.
         unusable: images left out because they show nothing.
+        absent: images left out because the part isn't in them.
         learned: images left out because the memory was learned from them.
     """
 
@@ -69,6 +70,7 @@ class Scores:
     copies: int = 0
     skipped: int = 0
     unusable: int = 0
+    absent: int = 0
     learned: int = 0
 
 
@@ -244,6 +246,11 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
             if isinstance(image, Path):  # of a camera's there may be thousands, which are counted
                 warn(console, f"left out: {image} is {EXPLAINED[prediction.unusable]}")
             continue
+        if prediction.absent:
+            found.absent += 1
+            if isinstance(image, Path):
+                warn(console, f"left out: {image} doesn't show the part")
+            continue
         digest = pixels_sha256(prediction.image)
         if digest in found.digests or digest in seen:
             found.copies += 1
@@ -292,6 +299,7 @@ def report(calibration: Calibration, good: Scores, bad: Scores, say: Say) -> Non
         (good.copies, "copied"),
         (good.skipped, "unreadable"),
         (good.unusable, "unusable"),
+        (good.absent, "without the part"),
         (good.learned if c.method == SPLIT else 0, "in the memory, which a promise needs other parts for"),
     )
     left_out = [f"{n} {what}" for n, what in without_use if n]
