@@ -271,3 +271,12 @@ def test_warm_up_by_its_names(fbclip: Run, mjpeg_url: str, tmp_path: Path, monke
 def test_the_command_takes_kinds(fbclip: Run, tmp_path: Path) -> None:
     write_video(tmp_path / "belt.avi", ["good"])
     fbclip("infer", "belt.avi", "--alarm-on", "absent,unusable", "--bundle", tiny_bundle(tmp_path), "--threshold", 1)
+    wrong = fbclip("serve", "0", "--alarm-on", "absent;unusable", code=2).stderr
+    assert wrong.startswith(
+        "fbclip: --alarm-on: an alarm is raised by defects, and if asked by absent or unusable frames"
+    )
+    assert "got 'absent;unusable'" in wrong and wrong.count("\n") == 1
+    assert (
+        "SOURCE is left out, which --alarm-on, --warm-up"
+        in fbclip("serve", "--alarm-on", "absent", "--skip-first", 3, code=2).stderr
+    )
