@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -59,8 +59,8 @@ class Canvas:
             kept = cv2.multiply(surface[rows], cv2.applyColorMap(level, SURFACE), scale=1 / 255)
             self.pixels[rows] = cv2.add(kept, cv2.applyColorMap(level, HEAT))
 
-    def mark(self, regions: Iterable[Region], line: int) -> None:
-        """Draw outlines of regions, `line` pixels wide: of weak ones dashed, and around what was merged its box."""
+    def mark(self, regions: Sequence[Region], line: int) -> None:
+        """Draw outlines of regions, `line` pixels wide: of weak ones dashed, and a box around what was merged."""
         closed, open_ = [], []
         for region in regions:
             for outline in region.outlines:
@@ -71,7 +71,8 @@ class Canvas:
                     open_ += _dashes(points, line)
                 else:
                     closed.append(points)
-        boxes = [corners(region.box) for region in regions if region.parts]
+        room = np.array(((-1, -1), (1, -1), (1, 1), (-1, 1))) * 3 * line / self._factor
+        boxes = [corners(region.box) + room for region in regions if region.parts]
         self.draw(boxes, max(1, line // 2), MARK, edge=True)
         for width, colour in ((line + 2, WHITE), (line, MARK)):
             for outlines, is_closed in ((closed, True), (open_, False)):

@@ -40,8 +40,8 @@ class Prediction:
         threshold: scores from here on are anomalous.
         anomaly_map: float32 (H, W), 0..1, in the frame's own size; 0 outside the region of interest.
         model_map: float32 (S, S), the map as the model gives it; (H, W) where the graph takes whole frames.
-        regions: of the map at or above its threshold and not smaller than `min_area`, the highest peak first. A defect
-            always has one: where no part of the map reaches its threshold, a weak one.
+        regions: of the map at or above its threshold, as `Rules` have them: not smaller than `min_area`, the highest peak
+            first, or the largest. A defect always has one: where no part of the map reaches its threshold, a weak one.
         timings_ms: milliseconds by stage: read, preprocess, model, postprocess.
         image: the frame itself, uint8 (H, W, 3) RGB.
         map_scale: map values (low, high) of the first and the last colour of the overlay.
@@ -52,8 +52,8 @@ class Prediction:
         absent: whether the part that frames are aligned to is not in this one (see `fbclip.runtime.align`).
         tiles: boxes (x0, y0, x1, y1) in pixels of the frame that it was inspected in one by one; x1 and y1 are exclusive.
             Empty where it was inspected as a whole.
-        part: the corners of the reference in this frame, float64 (4, 2) of x and y in pixels, clockwise from its upper
-            left one; None where frames are not aligned, or the part is absent.
+        part: the corners of what is inspected of the reference, in this frame: float64 (4, 2) of x and y in pixels,
+            clockwise from its upper left one; None where frames are not aligned, or the part is absent.
         map_threshold: map values from here on are regions; None for `threshold`.
         name: the image's path, or a source's name and the frame's number; "" of an array.
         memory: the name of the memory of good parts that it was scored with (`fbclip.memory.Memory.name`); None of the
@@ -99,7 +99,8 @@ class Prediction:
         Args:
             longest: pixels; a frame with a longer side is shrunk to it.
             tiles: whether to draw the tiles that the frame was inspected in.
-            zoom: whether to show the worst region enlarged, in a corner; None: where it is small in a large frame.
+            zoom: whether to show the worst region enlarged, in a corner; None: where the frame's longer side has more than
+                2,000 pixels, the region has less than 2 % of them, and a corner is free of regions.
         """
         return draw_overlay(self, longest, tiles=tiles, zoom=zoom)
 

@@ -461,7 +461,7 @@ class Predictor:
             name=frame.name,
             memory=self.memory.name if self.memory else None,
             absent=frame.absent,
-            part=frame.pose.corners() if frame.pose else None,
+            part=frame.pose.corners(self.view.box) if frame.pose else None,
             tiles=self.view.boxes(frame.layout) if frame.layout and frame.pose is None else (),
         )
 
@@ -477,7 +477,7 @@ class Predictor:
         if frame.pose:
             part, inside = self.view.onto_frame(part, frame.pose, (height, width))
             regions, overruled = find_evidence(part, inside, reached, line, self.rules, frame.pose.scale)
-            regions = tuple(replace(each, place=self.view.place_of(each.centre, frame.pose)) for each in regions)
+            regions = tuple(replace(each, place=frame.pose.place(each.centre)) for each in regions)
             return part * inside, regions, overruled
         mask = roi.inside if roi else None
         regions, overruled = find_evidence(part, mask, reached, line, self.rules)

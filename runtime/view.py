@@ -41,8 +41,8 @@ class Place(NamedTuple):
         Args:
             message: with "{learned}" and "{here}" for the two places.
         """
-        for name, here, there in zip(self._fields, self, learned, strict=True):
-            if here != there:
+        for name, here, there in reversed([*zip(self._fields, self, learned, strict=True)]):
+            if here != there:  # the part's mask makes a region, too
                 raise UsageError(message.format(learned=learned, here=self), option=name)
 
 
@@ -80,6 +80,7 @@ class View:
 
         Raises:
             UsageError: there is another one besides.
+            ImageError: the region doesn't fit the picture of the part.
         """
         if align and align.mask is not None:
             if roi:
@@ -88,6 +89,8 @@ class View:
                     option="roi",
                 )
             roi = Roi.of_mask(align.mask, "the part's mask")
+        if align and roi:
+            roi.crop(align.image)  # which it must fit
         return cls(roi, tiles, align)
 
     @property
@@ -107,7 +110,7 @@ class View:
         if self.align is None:
             return Taken(self._crop(frame))
         if pose := self.align.find(frame):
-            return Taken(self._crop(pose.onto_reference(frame)), pose)
+            return Taken(pose.onto_reference(frame, self.box), pose)
         height, width = self.align.image.shape[:2]
         return Taken(self._crop(np.asarray(cv2.resize(frame, (width, height)), np.uint8)), absent=True)
 
@@ -133,7 +136,7 @@ class View:
         """The map of what was shown, float32 (H', W'), on a frame whose part lies so: (H, W), 0 outside; and uint8 (H, W)
         of 0 and 1, what counts of it."""
         assert self.align is not None
-        x0, y0, x1, y1 = self._box
+        x0, y0, x1, y1 = self.box
         counts = np.zeros(self.align.image.shape[:2], np.uint8)
         inside = self.roi.inside if self.roi else None
         counts[y0:y1, x0:x1] = 1 if inside is None else inside
@@ -141,15 +144,9 @@ class View:
         whole[y0:y1, x0:x1] = part
         return pose.onto_frame(whole, frame_hw), pose.onto_frame(counts, frame_hw)
 
-    def place_of(self, point: tuple[float, float], pose: Pose) -> tuple[float, float]:
-        """Where a point (x, y) of the frame lies on the reference, in 0..1 of its width and height."""
-        assert self.align is not None
-        height, width = self.align.image.shape[:2]
-        x, y, w = np.linalg.inv(pose.matrix) @ (*point, 1.0)
-        return float(x / w / width), float(y / w / height)
-
     @property
-    def _box(self) -> Box:
+    def box(self) -> Box:
+        """What is inspected of the reference, in its pixels."""
         assert self.align is not None
         height, width = self.align.image.shape[:2]
         return self.roi.box if self.roi else (0, 0, width, height)
