@@ -88,7 +88,7 @@ function show(news) {
   drawSoon();
 }
 
-const VERDICTS = { good: ["good", "✓ Good"], defect: ["bad", "✕ Defect"], unusable: ["bad", "! Unusable"], absent: ["absent", "○ No part"] };
+const VERDICTS = { good: ["good", "✓ Good"], defect: ["bad", "✕ Defect"], unusable: ["bad", "! Unusable"], absent: ["absent", "○ Absent"] };
 const UNJUDGED = new Set(["unusable", "absent"]); // their scores say nothing of a part
 
 function verdictOf(result) {
@@ -173,7 +173,7 @@ function showStatus(status) {
     ["frames", counters.frames ?? 0],
     ["dropped", counters.dropped ?? 0],
     ["reconnects", counters.reconnects ?? 0],
-    ...[["unusable", pipeline.unusable], ["no part", pipeline.absent], ["warm-up", counters.warm_up]].filter(([, value]) => value),
+    ...[["unusable", pipeline.unusable], ["absent", pipeline.absent], ["warm-up", counters.warm_up]].filter(([, value]) => value),
   ];
   const list = $("figures");
   if (rows.some(([name], i) => list.children[i]?.firstChild.textContent !== name)) { // they only ever become more
@@ -280,9 +280,14 @@ function draw() {
 
   context.lineWidth = 1.5;
   context.strokeStyle = colour("accent");
-  for (const run of runs(points)) line(context, run.map(([time, score]) => [x(time), y(score)]));
+  const dot = ([time, score]) => context.fillRect(x(time) - 1.5, y(score) - 1.5, 3, 3);
+  context.fillStyle = colour("accent");
+  for (const run of runs(points)) {
+    line(context, run.map(([time, score]) => [x(time), y(score)]));
+    if (run.length === 1) dot(run[0]); // between two gaps
+  }
   context.fillStyle = colour("bad");
-  for (const [time, score] of points) if (score !== null && score >= threshold) context.fillRect(x(time) - 1.5, y(score) - 1.5, 3, 3);
+  for (const point of points) if (point[1] !== null && point[1] >= threshold) dot(point);
 
   context.strokeStyle = colour("ink");
   context.setLineDash([6, 4]);
@@ -409,7 +414,8 @@ function view(index) {
   setText($("viewer-title"), `Event ${event.id}, ${new Date(event.time * 1000).toLocaleString()}`);
   $("viewer-picture").src = picture(event);
   $("viewer-picture").alt = `Heat map of ${event.source}, ${scored(event)}`;
-  setText($("viewer-text"), `${event.source}: ${scored(event)}, threshold ${event.threshold.toFixed(3)}, ${count(event.regions.length, "region")}`);
+  const judged = UNJUDGED.has(event.verdict) ? "" : `, threshold ${event.threshold.toFixed(3)}, ${count(event.regions.length, "region")}`;
+  setText($("viewer-text"), `${event.source}: ${scored(event)}${judged}`);
   $("older").disabled = index === state.events.length - 1;
   $("newer").disabled = index === 0;
   if (!$("viewer").open) $("viewer").showModal();

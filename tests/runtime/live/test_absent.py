@@ -268,6 +268,66 @@ def test_warm_up_by_its_names(fbclip: Run, mjpeg_url: str, tmp_path: Path, monke
     assert "--warm-up N" in fbclip("infer", "-h").stdout and "--skip-first" not in fbclip("infer", "-h").stdout
 
 
+def on_a_belt(at: tuple[int, int] | None) -> NDArray[np.uint8]:
+    """A part with holes on a belt, its corner at (x, y), or the belt alone: uint8 (240, 320, 3)."""
+    rng = np.random.default_rng(0)
+    picture = np.clip(rng.normal(60, 3, (240, 320)), 0, 255).astype(np.uint8)
+    if at:
+        face = np.full((140, 180), 170, np.uint8)
+        for x, y, radius in zip(
+            rng.integers(15, 165, 12), rng.integers(15, 125, 12), rng.integers(4, 14, 12), strict=True
+        ):
+            cv2.circle(face, (int(x), int(y)), int(radius), int(rng.integers(20, 120)), -1)
+        picture[at[1] : at[1] + 140, at[0] : at[0] + 180] = face
+    return np.repeat(picture[..., None], 3, axis=2)
+
+
+def test_the_command_with_parts_that_move(fbclip: Run, tmp_path: Path) -> None:
+    """The whole way: gaps on a belt raise nothing; asked for, they raise an alarm, with pictures and an event."""
+    Image.fromarray(on_a_belt((70, 50))).save(tmp_path / "part.png")
+    places = [(70, 50), None, (85, 60), (60, 45), None, None, (75, 55)]
+    writer = cv2.VideoWriter(str(tmp_path / "belt.avi"), cv2.VideoWriter.fourcc(*"FFV1"), 10, (320, 240))
+    for at in places:
+        writer.write(on_a_belt(at))
+    writer.release()
+    common = ("belt.avi", "--bundle", tiny_bundle(tmp_path), "--threshold", 1, "--align", "part.png", "--save")
+    done = fbclip("infer", *common, "--json", "calm.jsonl")
+    assert ": 0 anomalous, 0 alarms, 3 absent" in done.stdout
+    done = fbclip("infer", *common, "--alarm-on", "absent", "--json", "r.jsonl", "--csv", "r.csv", "--events", "events")
+    assert ": 0 anomalous, 2 alarms, 3 absent" in done.stdout
+    calm, asked = ([json.loads(line) for line in (tmp_path / name).open()] for name in ("calm.jsonl", "r.jsonl"))
+    for lines in (calm, asked):
+        verdicts = [line["verdict"] for line in lines if line["kind"] == "result"]
+        assert verdicts == ["good" if at else "absent" for at in places]
+    assert [line["kind"] for line in calm if line["kind"] in ("alarm", "drift")] == []
+    assert [line["state"] for line in asked if line["kind"] == "alarm"] == ["on", "off"] * 2
+    with (tmp_path / "r.csv").open() as file:
+        assert [row["reason"] for row in csv.DictReader(file)] == ["" if at else "no_part" for at in places]
+    kept = [len(list((tmp_path / "runs" / "infer" / name).iterdir())) for name in ("exp", "exp2")]
+    assert kept == [0, 3]
+    assert len(list((tmp_path / "events").iterdir())) == 1
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(on_a_belt((80, 50))).save(folder / "a.png")
+    Image.fromarray(on_a_belt(None)).save(folder / "b.png")
+    still = fbclip("infer", "in", *common[1:], code=2)
+    assert "absent: the part is not in in/b.png" in still.stdout
+    assert "2 images: 0 with defects, 1 good, 1 absent" in still.stdout
+    assert still.stderr == "fbclip: 1 of 2 images could not be inspected; the part is not in 1 of these\n"
+    (folder / "a.png").unlink()
+    gone = fbclip("infer", "--watch", "in", *common[1:], "--duration", 3, code=1)
+    assert gone.stderr == "fbclip: no image was inspected: the part was in none of 1 frames\n"
+
+
 def test_the_command_takes_kinds(fbclip: Run, tmp_path: Path) -> None:
     write_video(tmp_path / "belt.avi", ["good"])
     fbclip("infer", "belt.avi", "--alarm-on", "absent,unusable", "--bundle", tiny_bundle(tmp_path), "--threshold", 1)
+    wrong = fbclip("serve", "0", "--alarm-on", "absent;unusable", code=2).stderr
+    assert wrong.startswith(
+        "fbclip: --alarm-on: an alarm is raised by defects, and if asked by absent or unusable frames"
+    )
+    assert "got 'absent;unusable'" in wrong and wrong.count("\n") == 1
+    assert (
+        "SOURCE is left out, which --alarm-on, --warm-up"
+        in fbclip("serve", "--alarm-on", "absent", "--skip-first", 3, code=2).stderr
+    )
