@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +44,7 @@ from fbclip.model.backend import TorchBackend
 from fbclip.model.config import Config
 from fbclip.model.network import FBCLIP
 from fbclip.resample import BLUR_SIGMA, in_order, resize
+from fbclip.runtime import host
 from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from fbclip.runtime.backends.providers import available
 
@@ -297,8 +296,7 @@ class GraphWriter:
 def give_back_memory() -> None:
     """Give what is no longer needed back to the system: glibc keeps gigabytes of it in pieces."""
     gc.collect()
-    with suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    host.give_back_memory()
 
 
 def require_within(parity: Parity, graph: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Any
 from fbclip.errors import FBClipError
 
 SYSTEM_SITE = "python3 -m venv --system-site-packages .venv  # apt's Python packages are only seen from such a venv"
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
 GSTREAMER = f"pip uninstall -y opencv-python-headless && sudo apt install python3-opencv && {SYSTEM_SITE}"
 
 
@@ -186,3 +189,9 @@ def opencv() -> dict[str, Any]:
         "version": cv2.__version__,
         "backends": [name for name, key in places.items() if name in registered or built.get(key) == "YES"],
     }
+
+
+def give_back_memory() -> None:
+    """Let the C library return what it keeps of memory that was freed; with glibc alone."""
+    if TRIM:
+        TRIM(0)

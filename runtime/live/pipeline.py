@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fbclip.errors import ImageError
 from fbclip.runtime.backends import Results
+from fbclip.runtime.host import give_back_memory
 from fbclip.runtime.live.alarm import Alarm
 from fbclip.runtime.live.delivery import PAUSES_S, STUCK_S, Delivery
 from fbclip.runtime.live.records import Frame, Notice, Record, Sink, Source
@@ -241,6 +242,8 @@ class Pipeline:
                 self._notify_source("live", "frames can be inspected again")
             if not self.source.live and self._state == "connecting":  # files don't say that they are there
                 self._state = "live"
+            if _is_large(frame):
+                give_back_memory()  # what decoding and making it smaller took, in the memory of two threads
             shown = shown._replace(unusable=self._look(frame, shown))
             yield _Prepared(frame, shown, (time.perf_counter() - start) * 1e3)
             taken += 1

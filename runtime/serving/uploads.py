@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import ctypes
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,13 +21,12 @@ from fbclip.errors import FBClipError, ImageError
 from fbclip.images import decode_image, encode_image
 from fbclip.memory import Tensors
 from fbclip.runtime.backends import Backend, Results
+from fbclip.runtime.host import give_back_memory
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.serving.feed import SHOWN_SIDE
 
 MAP_SCALE = 65535  # of a map's value 1 in its 16-bit picture
-# gives the system what is free: glibc would keep blocks of a large picture, some 200 MB, for the next one
-TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -104,8 +101,7 @@ class Uploads:
         try:
             return self._scored(data, with_overlay, with_map)
         finally:
-            if TRIM:
-                TRIM(0)
+            give_back_memory()  # blocks of a large picture, some 200 MB, would be kept for the next one
 
     def _scored(self, data: bytes, with_overlay: bool, with_map: bool) -> dict[str, Any]:
         prediction = self._judged(decode_image(data, self.limits.upload_pixels))
