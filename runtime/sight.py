@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 import cv2
@@ -25,9 +26,11 @@ SAMPLED = 128  # pixels of the shorter side that are looked at first
 BLOWN = 254  # grey levels, of 255, from which a pixel is blown out
 GREEN = (0, 72, 0), (4, 158, 4)  # RGB of a decoder's empty frame, YUV 0, 0, 0: BT.709 76 and 82, BT.601 135 and 154
 GLANCE = 180  # pixels of the shorter side from which light is measured and places with structure are chosen
-BLOCKS, BLOCK, MARGIN = 12, 64, 9  # of such places, pixels of their sides, and around them for the filters
+CELLS = 4  # along either side of a frame, with a block in each: no defect is in most of them
+BLOCK, MARGIN = 48, 9  # pixels of a block's sides, and around it for the filters
 STRONG = 0.05  # share of a block's pixels, those of its strongest edge, that sharpness is measured at
 FINE, COARSE = 1.0, 3.0  # standard deviations in pixels of the Gaussians whose gradients are compared
+SHARPEST = 0.75  # quantile of the blocks' sharpness that is a frame's
 FAINT = 1e-6  # squared grey levels per pixel, in place of a gradient that is none
 
 FEWEST = 5  # good frames that say how far they go
@@ -133,29 +136,31 @@ def look(image: NDArray[np.uint8]) -> Look:
 
 
 def _structured(image: NDArray[np.uint8], grey: NDArray[np.uint8], step: int) -> NDArray[np.float32]:
-    """Blocks of a frame with the most structure, as grey levels (N, S, S).
+    """The block with the most structure of each cell of a frame, as grey levels (N, S, S).
 
     Args:
         grey: each `step`-th pixel of the image.
     """
     height, width = image.shape[:2]
     size = min(BLOCK + 2 * MARGIN, height, width)
-    reach = math.ceil(size / step / 2)
-    across, down = cv2.spatialGradient(cv2.blur(grey, (3, 3)))
-    structure = cv2.blur(cv2.add(cv2.convertScaleAbs(across), cv2.convertScaleAbs(down)), (3, 3))
-    blocks: list[NDArray[np.uint8]] = []
-    for _ in range(BLOCKS):
-        _, most, _, (x, y) = cv2.minMaxLoc(structure)
-        if not most and blocks:
-            break
-        top, left = (max(0, min(at * step - size // 2, side - size)) for at, side in ((y, height), (x, width)))
-        blocks.append(image[top : top + size, left : left + size])
-        structure[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = 0
+    across, down = (cv2.convertScaleAbs(each, alpha=0.25) for each in cv2.spatialGradient(cv2.blur(grey, (3, 3))))
+    structure = cv2.blur(cv2.add(across, down), (3, 3))
+    rows, columns = (np.linspace(0, side, min(CELLS, side) + 1).astype(int) for side in structure.shape)
+    blocks = []
+    for y, next_y in pairwise(rows):
+        for x, next_x in pairwise(columns):
+            in_x, in_y = cv2.minMaxLoc(structure[y:next_y, x:next_x])[3]
+            top = max(0, min((y + in_y) * step - size // 2, height - size))
+            left = max(0, min((x + in_x) * step - size // 2, width - size))
+            blocks.append(image[top : top + size, left : left + size])
     return cv2.cvtColor(np.concatenate(blocks), cv2.COLOR_RGB2GRAY).astype(np.float32).reshape(-1, size, size)
 
 
 def _sharpness(blocks: NDArray[np.float32]) -> float:
-    """See `Look`: the median of blocks (N, S, S), weighted by the strength of their edges: a soft stain is one of them."""
+    """See `Look`: of the sharpest quarter of blocks (N, S, S) with edges, the least: a soft stain is no defocus.
+
+    Left out are blocks nearer to the faintest than to the strongest edge: they may show noise, which is always sharp.
+    """
     count, size, _ = blocks.shape
     margin = MARGIN if size > 3 * MARGIN else 0
     energies = []
@@ -165,14 +170,11 @@ def _sharpness(blocks: NDArray[np.float32]) -> float:
         across, down = (cv2.Sobel(smooth, cv2.CV_32F, *axis, ksize=1, scale=0.5) for axis in ((1, 0), (0, 1)))
         energy = (across * across + down * down).reshape(count, size, size)
         energies.append(energy[:, margin : size - margin, margin : size - margin].reshape(count, -1))
-    fine, coarse = energies
-    weakest = coarse.shape[1] - max(1, round(STRONG * coarse.shape[1]))
-    strong = coarse >= np.partition(coarse, weakest, axis=1)[:, weakest, None]
+    weakest = round((1 - STRONG) * (energies[1].shape[1] - 1))
+    strong = energies[1] >= np.partition(energies[1], weakest, axis=1)[:, weakest, None]
     fine, coarse = ((energy * strong).sum(1) / strong.sum(1) + FAINT for energy in energies)
-    ratios, weights = np.log2(fine / coarse), np.sqrt(coarse)
-    order = np.argsort(ratios)
-    half = np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)
-    return float(ratios[order[min(half, count - 1)]])
+    ratios = np.log2(fine / coarse)[coarse >= math.sqrt(float(coarse.min() * coarse.max()))]
+    return float(np.sort(ratios)[int(SHARPEST * (len(ratios) - 1))])
 
 
 @dataclass(frozen=True)
