@@ -37,7 +37,7 @@ FEWEST = 5  # good frames that say how far they go
 SURE = 5  # frames from whose range on less than the whole range is added to it, by the square root of their number
 LIGHT_ROOM = 0.75  # least room beside the range of good frames: powers of two of their mean grey level,
 SHARE_ROOM = 0.15  # share of pixels,
-SHARP_ROOM = 0.5  # powers of two of sharpness; an edge 2 pixels (standard deviation) wider loses 1
+SHARP_ROOM = 0.5  # powers of two of sharpness; a defocus of 2 pixels (standard deviation) costs about 1
 
 EXPLAINED = {
     "black": f"black (below {DARK:g} of 255 grey levels, no contrast): look for a covered lens, light and exposure",
@@ -105,7 +105,7 @@ class Look:
         blown: share of its pixels that are blown out.
         green: share that has the green of a decoder without data.
         sharpness: log2 of how much more the squared gradient is at `FINE` than at `COARSE` where edges are strongest.
-            Of a step edge that a Gaussian of s pixels blurred it is log2(sqrt((s^2 + 3^2) / (s^2 + 1^2))): 1.4 to 0.
+            At a step edge that a Gaussian of s pixels blurred it is log2((s^2 + 3^2) / (s^2 + 1^2)), 3.2 to 0.
     """
 
     light: float
@@ -192,6 +192,10 @@ class Usual:
     blown: Probability
     green: Probability
     sharpness: Annotated[float, Range(-40, 40)]
+
+    def __post_init__(self) -> None:
+        if self.darkest > self.brightest:
+            raise ValueError(f"darkest is at most brightest; got {self.darkest:g} and {self.brightest:g}")
 
     @classmethod
     def learn(cls, looks: Sequence[Look]) -> Usual | None:
