@@ -170,9 +170,12 @@ def test_a_camera_out_of_focus(fbclip: Run, tmp_path: Path) -> None:
     fbclip("calibrate", "good", "--name", "line")
     seen = json.loads((tmp_path / "line.fbclip" / "calibration.json").read_text())["usual"]
     assert seen.keys() == asdict(Look(0, 0, 0, 0)).keys() - {"light"} | {"darkest", "brightest"}
-    assert "unusable" not in fbclip("infer", "line.fbclip", "new/00.png", "--json", "-").stdout
+    records = map(
+        json.loads, fbclip("infer", "new/00.png", "--bundle", "line.fbclip", "--json", "-").stdout.splitlines()
+    )
+    assert [record["unusable"] for record in records if record["kind"] == "result"] == [None]
     for name, fault in (("01", "blurred"), ("02", "dark")):
-        done = fbclip("infer", "line.fbclip", f"new/{name}.png", code=2)
+        done = fbclip("infer", f"new/{name}.png", "--bundle", "line.fbclip", code=2)
         assert " ".join(EXPLAINED[fault].split()[:4]) in " ".join((done.stdout + done.stderr).split())
 
 
