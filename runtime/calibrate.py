@@ -58,7 +58,7 @@ class Scores:
         digests: SHA-256 of each image's pixels.
         copies: images left out because another has the same pixels.
         skipped: images left out because they can't be read.
-        unusable: images left out because they show nothing.
+        unusable: images left out because they show nothing, or not the part that they are to be aligned to.
         learned: images left out because the memory was learned from them.
         looks: of each image; where the memory was learned from all of them, of these.
     """
@@ -242,10 +242,12 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
             found.skipped += 1
             warn(console, f"skipped: {error}")
             continue
-        if prediction.unusable:
+        if prediction.unusable or prediction.absent:
             found.unusable += 1
             if isinstance(image, Path):  # of a camera's there may be thousands, which are counted
-                warn(console, f"left out: {image} is {EXPLAINED[prediction.unusable]}")
+                blind = prediction.unusable
+                why = f"is {EXPLAINED[blind]}" if blind else "shows no part that it can be aligned to"
+                warn(console, f"left out: {image} {why}")
             continue
         digest = pixels_sha256(prediction.image)
         if digest in found.digests or digest in seen:

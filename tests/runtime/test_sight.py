@@ -215,3 +215,19 @@ def test_what_a_memory_was_learned_from_says_it_too(tmp_path: Path) -> None:
     assert made.method == "jackknife"
     assert made.usual == Usual.learn([look(plate(seed)) for seed in range(8)])
     assert Predictor(path)(plate(30, blur=4)).unusable == "blurred"
+
+
+def test_frames_without_the_part_are_no_good_parts(tmp_path: Path) -> None:
+    """They teach neither the threshold nor how good parts look; and their own look, of a belt, is no fault."""
+    bundle = Bundle.load(shutil.copytree(Bundle.load().path, tmp_path / "part.fbclip"))
+    predictor = Predictor(bundle, align=plate(1))
+    belt = np.full((HEIGHT, WIDTH, 3), 50, np.uint8)
+    belt[:, :] += np.random.default_rng(0).integers(0, 6, (HEIGHT, WIDTH, 1), np.uint8)
+    console = Console(quiet=True)
+    calibration, good, _ = calibrate(predictor, [plate(seed) for seed in range(2, 10)] + [belt], None, [], console)
+    assert (calibration.count, good.unusable, len(good.looks)) == (8, 1, 8)
+    calibration.save(bundle)
+    judged = Predictor(bundle, align=plate(1))
+    assert (judged(belt).verdict, judged(belt).unusable) == ("absent", None)
+    assert judged(plate(11)).unusable is None
+    assert judged(plate(11, gain=0.3)).unusable == "dark"
