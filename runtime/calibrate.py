@@ -35,7 +35,7 @@ from fbclip.runtime.calibration import (
 from fbclip.runtime.histogram import write_histogram
 from fbclip.runtime.live.sources import BaseSource, CaptureOptions, open_source
 from fbclip.runtime.predictor import Predictor
-from fbclip.runtime.sight import EXPLAINED
+from fbclip.runtime.sight import EXPLAINED, Look, Usual, look
 from fbclip.runtime.target import Say
 from fbclip.terminal import say as print_line
 from fbclip.terminal import track, warn
@@ -61,6 +61,7 @@ class Scores:
         unusable: images left out because they show nothing.
         absent: images left out because the part isn't in them.
         learned: images left out because the memory was learned from them.
+        looks: of each image; where the memory was learned from all of them, of these.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -72,6 +73,7 @@ class Scores:
     unusable: int = 0
     absent: int = 0
     learned: int = 0
+    looks: list[Look] = field(default_factory=list)
 
 
 def write(calibration: Calibration, defects: Collection[float], say: Say, bundle: Bundle) -> None:
@@ -188,6 +190,7 @@ def calibrate(
         memory=predictor.memory.sha256 if predictor.memory else None,
         method=method,
         defects=len(bad.scores),
+        usual=Usual.learn(found.looks),
     )
     return calibration, found, bad
 
@@ -232,7 +235,7 @@ def _leave_one_out(found: Scores, memory: Memory) -> None:
 def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], what: str, console: Console) -> Scores:
     found = Scores()
     references = {each.sha256 for each in predictor.memory.about.references} if predictor.memory else set()
-    seen: dict[str, float] = {}  # what 99 % of the map of each of them stays below
+    seen: dict[str, tuple[float, Look]] = {}  # of each of them, what 99 % of its map stays below, and how it looks
     total = len(images) if isinstance(images, Collection) else None
     for image in track(images, what, console, total):
         try:
@@ -249,7 +252,7 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
         if prediction.absent:
             found.absent += 1
             if isinstance(image, Path):
-                warn(console, f"left out: {image} doesn't show the part")
+                warn(console, f"left out: {image} shows no part that it can be aligned to")
             continue
         digest = pixels_sha256(prediction.image)
         if digest in found.digests or digest in seen:
@@ -258,15 +261,18 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
         peak = float(prediction.anomaly_map.max())
         # beside a mask the model's map may be higher than what is looked at
         ground = min(float(np.quantile(_thinned(prediction.model_map), GOOD_PIXELS)), peak)
+        seen_as = look(predictor.view.take(prediction.image).shown)
         if digest in references:
             found.learned += 1
-            seen[digest] = ground
+            seen[digest] = ground, seen_as
             continue
         found.digests[digest] = None
         found.scores.append(prediction.score)
         found.peaks.append(peak)
         found.grounds.append(ground)
-    found.grounds = found.grounds or list(seen.values())
+        found.looks.append(seen_as)
+    if not found.scores:
+        found.grounds, found.looks = [ground for ground, _ in seen.values()], [each for _, each in seen.values()]
     return found
 
 

@@ -24,6 +24,7 @@ from fbclip.engines import Precision
 from fbclip.errors import BundleError, UsageError
 from fbclip.files import write_text
 from fbclip.memory import Memory
+from fbclip.runtime.sight import Usual
 from fbclip.untrusted import MIB, Line, Probability, Range, Sha256, build, one_line, one_of, read_json
 
 SPLIT, JACKKNIFE = "split", "jackknife"
@@ -32,8 +33,9 @@ ADDED = {
     "method": SPLIT,
     "tiles": None,
     "align": None,
+    "usual": None,
 }  # fields that files of older releases lack, and what they mean
-VIEWED = ("tiles", "align")  # left out of the file where there is none, as older releases write it
+OPTIONAL = ("tiles", "align", "usual")  # left out of the file where there is none, as older releases write it
 TAILS = (0.025, 0.975)  # of every interval: 95 % confidence
 LOWEST_RATE = 1e-6  # which needs a million images
 MOST_IMAGES = 500_000
@@ -66,6 +68,7 @@ class Calibration:
         defects: defective images that were checked.
         miss_rate: share of them below the threshold; None without defects.
         miss_interval: where the miss rate lies with 95 % confidence (Clopper and Pearson, 1934).
+        usual: light and sharpness of the good images; None where they are too few.
     """
 
     threshold: Probability
@@ -87,6 +90,7 @@ class Calibration:
     miss_interval: tuple[Probability, Probability] | None = None
     tiles: Line | None = None
     align: Line | None = None
+    usual: Usual | None = None
 
     @classmethod
     def load(cls, bundle: Bundle) -> Calibration | None:
@@ -168,7 +172,7 @@ class Calibration:
         Raises:
             UsageError: the bundle can't be written to.
         """
-        values = {name: value for name, value in asdict(self).items() if name not in VIEWED or value is not None}
+        values = {name: value for name, value in asdict(self).items() if name not in OPTIONAL or value is not None}
         write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", str(bundle.calibration))
 
 

@@ -28,9 +28,9 @@ from fbclip.runtime.inputs import One, as_frame, listed
 from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.regions import Region, Rules, find_evidence
 from fbclip.runtime.roi import Roi
-from fbclip.runtime.sight import find_blindness
+from fbclip.runtime.sight import find_blindness, look
 from fbclip.runtime.tiles import Layout, Tiles, inspect
-from fbclip.runtime.view import Place, View
+from fbclip.runtime.view import Place, Taken, View
 from fbclip.terminal import printable
 
 if TYPE_CHECKING:  # what is live stands on this
@@ -349,9 +349,16 @@ class Predictor:
         """
         taken = self.view.take(frame)
         batch = self._batch_of(taken.shown)
-        unusable = find_blindness(batch)
+        unusable = find_blindness(batch) or self._find_fault(taken)
         layout = None if unusable or taken.absent else self.view.layout(taken.shown, self.bundle.manifest.grid)
         return Prepared(frame, taken.shown, batch, layout, taken.pose, taken.absent, unusable, name)
+
+    def _find_fault(self, taken: Taken) -> str | None:
+        """What the good parts of the calibration say against a frame that is looked at as they were."""
+        found = self.calibration
+        if found is None or found.usual is None or taken.absent or Place(*found.place) != self.view.place:
+            return None
+        return found.usual.find_fault(look(taken.shown))
 
     def _batch_of(self, shown: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """What is inspected, or a tile of it, as the graph takes it: (1, H', W', 3)."""

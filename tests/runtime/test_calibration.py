@@ -242,6 +242,11 @@ TAMPERED: list[tuple[str, Any]] = [
     ("defects", 10**12),
     ("miss_rate", 0.5),
     ("miss_interval", [0.1, 0.2]),
+    ("usual", 5),
+    ("usual", {}),
+    ("usual", {"darkest": 9, "brightest": 200, "blown": 0.2, "green": 0.2, "sharpness": "1"}),
+    ("usual", {"darkest": 9, "brightest": 200, "blown": 2, "green": 0.2, "sharpness": 1}),
+    ("usual", {"darkest": 9, "brightest": 8, "blown": 0.2, "green": 0.2, "sharpness": 1}),
 ]
 
 
