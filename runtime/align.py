@@ -41,7 +41,7 @@ REFINEMENTS = 2
 ALIKE = 0.7  # correlation of edges from which a pose is believed
 SMALLEST, LARGEST = 0.7, 1.4  # of a part against the reference
 SKEWED = 1.5  # longest by shortest of its sides, each against the reference's
-TURN, TURNED_ALIKE = 12, 0.5  # degrees, and the likeness to itself from which a part's turns are tried
+ALIKE_TURNED = 0.83  # correlation of a part's edges with its own, turned, from which its turn can't be told
 AROUND = 15  # pixels of the reduced picture around edges that belong to them
 VISIBLE = 0.85  # share of the part that lies in the frame
 POLAR = 256  # side of the spectra
@@ -135,6 +135,12 @@ class Align:
                 "sharp, with its outline",
                 option="align",
             )
+        if align._reference.likeness_turned() >= ALIKE_TURNED:
+            raise UsageError(
+                "how a part lies is told by what it looks like, and this one looks the same when it is turned: choose a part "
+                "with a mark, a hole or a lug that tells, or inspect frames as they lie",
+                option="align",
+            )
         return align
 
     @cached_property
@@ -149,8 +155,7 @@ class Align:
         """Where the part lies in a frame uint8 (H, W, 3) of any size; None where it isn't. The same frame, the same pose."""
         reference, small = self._reference, _Small(frame)
         for guess in (reference.by_features, reference.by_spectra):
-            poses = reference.turned(guess(small.grey), small.grey)
-            found = [(reference.likeness(pose, small.grey), pose) for pose in poses]
+            found = [(reference.likeness(pose, small.grey), pose) for pose in guess(small.grey)]
             if found and (best := max(found, key=lambda each: each[0]))[0] >= ALIKE:
                 matrix = np.linalg.inv(small.reduce) @ best[1] @ reference.reduce
                 height, width = self.image.shape[:2]
@@ -198,25 +203,12 @@ class _Reference(_Small):
         self.corners = np.empty((0, 2), np.float32) if corners is None else corners.reshape(-1, 2).astype(np.float32)
         self.edges = _edges(self.grey)
         self.spectrum = _polar_spectrum(self.grey)
-        self.turns = self._turns_alike()
 
-    def _turns_alike(self) -> list[Points]:
-        """The turns, TURN degrees apart, after which the part looks much like itself; of most parts there are none."""
-        middle = (float(self.inside[:, 0].mean()), float(self.inside[:, 1].mean()))
-        turns = [
-            np.vstack([cv2.getRotationMatrix2D(middle, degrees, 1), (0, 0, 1)]) for degrees in range(TURN, 360, TURN)
-        ]
-        far = turns[len(turns) // 4 : -(len(turns) // 4)]
-        alike = max(self.likeness(turn, self.grey) for turn in far) >= TURNED_ALIKE
-        return turns if alike else []
-
-    def turned(self, poses: list[Points], grey: Grey) -> list[Points]:
-        """Poses, and of a part that looks much like itself when it is turned the most likely of their turns."""
-        found = list(poses)
-        for pose in poses if self.turns else ():
-            best = max((pose @ turn for turn in self.turns), key=lambda each: self.likeness(each, grey))
-            found += self._refined(best, grey)
-        return found
+    def likeness_turned(self) -> float:
+        """How much the part looks like itself where it is turned by 24 degrees or more, at most."""
+        x, y = (float(each) for each in self.inside.mean(axis=0))
+        turns = (cv2.getRotationMatrix2D((x, y), degrees, 1) for degrees in range(24, 348, 12))
+        return max(self.likeness(np.vstack([turn, (0, 0, 1)]), self.grey) for turn in turns)
 
     def by_features(self, grey: Grey) -> list[Points]:
         """Poses (3, 3), from points of the reference to those of a frame, that features agree on: one or none."""

@@ -98,6 +98,9 @@ def refused_reference(image: Frame, part: object = None) -> str:
 def test_pictures_that_are_no_reference(tmp_path: Path) -> None:
     reference = photograph(PART, HOME)
     assert "shows too few" in refused_reference(np.full((480, 640, 3), 90, np.uint8))
+    y, x = np.mgrid[:480, :640]
+    ring = np.where(abs(np.hypot(x - 320, y - 240) - 120) < 30, 150, 50).astype(np.uint8)
+    assert "looks the same when it is turned" in refused_reference(np.repeat(ring[..., None], 3, axis=2))
     assert "the size of its picture, 640x480; got 10x20" in refused_reference(reference, np.ones((20, 10), np.uint8))
     assert "black all over" in refused_reference(reference, np.zeros((480, 640), np.uint8))
     assert "a mask is uint8 (H, W)" in refused_reference(reference, np.ones((480, 640)))
