@@ -225,7 +225,7 @@ def test_frames_without_the_part_are_no_good_parts(tmp_path: Path) -> None:
     belt[:, :] += np.random.default_rng(0).integers(0, 6, (HEIGHT, WIDTH, 1), np.uint8)
     console = Console(quiet=True)
     calibration, good, _ = calibrate(predictor, [plate(seed) for seed in range(2, 10)] + [belt], None, [], console)
-    assert (calibration.count, good.unusable, len(good.looks)) == (8, 1, 8)
+    assert (calibration.count, good.absent, len(good.looks)) == (8, 1, 8)
     calibration.save(bundle)
     judged = Predictor(bundle, align=plate(1))
     assert (judged(belt).verdict, judged(belt).unusable) == ("absent", None)
