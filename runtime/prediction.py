@@ -47,8 +47,8 @@ class Prediction:
         map_scale: map values (low, high) of the first and the last colour of the overlay.
         overruled: why the image is good although its score reaches the threshold: "min_area", all regions are smaller
             than that; "roi", what is anomalous lies outside the mask. None where the score decides.
-        unusable: why the image shows nothing to judge: "black", "uniform", or of a live source "frozen" (see
-            `fbclip.runtime.sight`); None where it does.
+        unusable: why the image shows nothing to judge: "black", "uniform", or of a live source "frozen"; with a
+            calibration also "dark", "bright", "blurred" or "green" (see `fbclip.runtime.sight`). None where it does.
         absent: whether the part that frames are aligned to is not in this one (see `fbclip.runtime.align`).
         tiles: boxes (x0, y0, x1, y1) in pixels of the frame that it was inspected in one by one; x1 and y1 are exclusive.
             Empty where it was inspected as a whole.
