@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.engines import Precision
-from fbclip.errors import BundleError, UsageError
+from fbclip.errors import BundleError, ImageError, UsageError
 from fbclip.files import replacing
 from fbclip.untrusted import MIB, Line, Range, Sha256, build, one_line, one_of, parse_array, parse_json
 
@@ -261,9 +261,9 @@ class Memory:
         return made
 
     def require_views(self, count: int) -> None:
-        """Raise UsageError unless frames of this many views are those that it was learned from."""
+        """Raise ImageError unless a frame of this many views is one of those that it was learned from."""
         if self.about.views not in (1, count):
-            raise UsageError(
+            raise ImageError(
                 f"memory {self.name} knows each place of frames with {self.about.views - 1} tiles; this frame has "
                 f"{count - 1}: inspect frames of the size that was learned from, or adapt again",
                 option="tiles",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -344,13 +344,17 @@ class Predictor:
             name: of the frame, where it has one.
 
         Raises:
-            ImageError: a frame of another size than the graph or the region of interest is for.
-            UsageError: one that would have too many tiles.
+            ImageError: a frame of another size than the graph, the region of interest or the memory is for, or that would
+                have too many tiles.
         """
         taken = self.view.take(frame)
         batch = self._batch_of(taken.shown)
         unusable = find_blindness(batch) or self._find_fault(taken)
-        layout = None if unusable or taken.absent else self.view.layout(taken.shown, self.bundle.manifest.grid)
+        layout = None
+        if not (unusable or taken.absent):
+            layout = self.view.layout(taken.shown, self.bundle.manifest.grid)
+            if self.memory:
+                self.memory.require_views(1 + len(layout or ()))
         return Prepared(frame, taken.shown, batch, layout, taken.pose, taken.absent, unusable, name)
 
     def _find_fault(self, taken: Taken) -> str | None:
@@ -390,25 +394,22 @@ class Predictor:
         Raises:
             FBClipError: they are not (see `require_probabilities`).
         """
-        (results,) = self._run_each([frames], self.backend.run)
+        (results,) = self._run_in_turn([frames])
         return results
 
     def run_each(self, groups: Iterable[Sequence[Prepared]]) -> Iterator[Results]:
         """The same of group after group, as `Backend.run_each` has it: the next is taken before a result is given."""
-        if self.tiles:
-            return self._run_each(groups, self.backend.run)
-        return self._run_ahead(groups)
+        return self._run_in_turn(groups) if self.tiles else self._run_ahead(groups)
 
-    def _run_each(
-        self, groups: Iterable[Sequence[Prepared]], run: Callable[[NDArray[np.uint8]], Results]
-    ) -> Iterator[Results]:
+    def _run_in_turn(self, groups: Iterable[Sequence[Prepared]]) -> Iterator[Results]:
         """One after the other, with or without tiles."""
         for group in groups:
-            if layout := group[0].layout:
-                score, anomaly_map = self._inspect(group[0], layout)
+            if group[0].layout:
+                score, anomaly_map = self._inspect(group[0], group[0].layout)
                 yield np.array([score], np.float32), anomaly_map[None]
                 continue
-            scores, maps = run(_stacked(group))
+            with self._turn if self._by_place else nullcontext():
+                scores, maps = self.backend.run(_stacked(group))
             require_probabilities(scores, maps, _names(group))
             yield scores, maps
 
@@ -426,12 +427,19 @@ class Predictor:
 
     def _inspect(self, frame: Prepared, layout: Layout) -> tuple[float, NDArray[np.float32]]:
         """A frame by its tiles."""
-        by_place = None
-        if self.memory and self.memory.about.views > 1:
-            self.memory.require_views(1 + len(layout))
-            by_place = self.memory.tensors_of
-        with self._turn if by_place else nullcontext():
-            return inspect(self.backend, self.views(frame), layout, self.batch, by_place, frame.name)
+        views = self.views(frame)
+        if not (self.memory and self._by_place):
+            return inspect(self.backend, views, layout, self.batch, name=frame.name)
+        with self._turn:
+            try:
+                return inspect(self.backend, views, layout, 1, self.memory.tensors_of, frame.name)
+            finally:
+                self.backend.set_memory(self.memory.tensors)  # the whole frame's, for frames that are seen whole alone
+
+    @property
+    def _by_place(self) -> bool:
+        """Whether each view of a frame has expectations of its own, and the backend is told them in turn."""
+        return self.memory is not None and self.memory.about.views > 1
 
     def judge(self, frame: Prepared) -> tuple[float, NDArray[np.float32]]:
         """Score and map of one prepared frame, the map (H', W') in the pixels of what is inspected of it."""

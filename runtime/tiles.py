@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fbclip.backend import Backend
-from fbclip.errors import UsageError
+from fbclip.errors import ImageError, UsageError
 from fbclip.memory import Tensors
 from fbclip.runtime.backends import require_probabilities
 
@@ -110,7 +110,7 @@ class Tiles:
             grid: patches along a side of the model's input.
 
         Raises:
-            UsageError: more than `MOST_TILES`, or tiles of less than `LEAST_SIDE` pixels.
+            ImageError: more than `MOST_TILES`, or tiles of less than `LEAST_SIDE` pixels.
         """
         layout = _layout(self, height, width, grid)
         return layout if len(layout) > 1 else None
@@ -172,13 +172,13 @@ def _layout(tiles: Tiles, height: int, width: int, grid: int) -> Layout:
         for length, side in zip((height, width), tile_hw, strict=True)
     )
     if math.prod(counts) > MOST_TILES:
-        raise UsageError(
+        raise ImageError(
             f"a frame has at most {MOST_TILES:,} tiles; {tiles.identity} makes {math.prod(counts):,} of {width}x{height} "
             f"(width x height): choose larger ones",
             option="tiles",
         )
     if min(tile_hw) < LEAST_SIDE and math.prod(counts) > 1:
-        raise UsageError(
+        raise ImageError(
             f"tiles have {LEAST_SIDE} pixels a side or more; {tiles.identity} makes {tile_hw[1]}x{tile_hw[0]} of "
             f"{width}x{height} (width x height): choose fewer",
             option="tiles",

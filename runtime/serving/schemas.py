@@ -46,7 +46,9 @@ class ScoredBody(BaseModel):
     is_anomalous: bool = Field(description="Not known to be good: a defect, unusable or absent.")
     verdict: str = Field(description=VERDICT)
     overruled: str | None = Field(description="Why it is good against its score: min_area or roi.")
-    unusable: str | None = Field(description="Why there is nothing to judge: black, uniform, frozen, dark, bright, blurred or green.")
+    unusable: str | None = Field(
+        description="Why there is nothing to judge: black, uniform, frozen, dark, bright, blurred or green."
+    )
     memory: str | None = Field(description="Name of the memory of good parts that scored; null of the zero-shot model.")
     regions: list[RegionBody] = Field(
         description=f"Of the map at or above its threshold, the highest peak first, {MAX_REGIONS} at most."

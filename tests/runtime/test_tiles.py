@@ -15,7 +15,7 @@ from PIL import Image
 
 import fbclip
 from fbclip.data.procedural import ProceduralDefects
-from fbclip.errors import UsageError
+from fbclip.errors import ImageError, UsageError
 from fbclip.memory import Memory
 from fbclip.metrics import PRO_LIMITS
 from fbclip.resample import resize
@@ -61,9 +61,9 @@ def test_what_goes_with_tiles_has_bounds() -> None:
         Tiles.parse("auto", detail=0.5)
     with pytest.raises(UsageError, match="a detail is for tiles that are chosen by it"):
         Tiles.parse("2x2", detail=8)
-    with pytest.raises(UsageError, match=f"at most {MOST_TILES:,} tiles"):
+    with pytest.raises(ImageError, match=f"at most {MOST_TILES:,} tiles"):
         Tiles.parse("16").cut(20_000, 20_000, GRID)
-    with pytest.raises(UsageError, match="16 pixels a side or more; 100x100"):
+    with pytest.raises(ImageError, match="16 pixels a side or more; 100x100"):
         Tiles.parse("100x100").cut(500, 500, GRID)
 
 
@@ -218,8 +218,10 @@ def test_each_place_has_expectations_of_its_own(good: Path, tmp_path: Path) -> N
         mirrored = np.ascontiguousarray(np.asarray(Image.open(paths[0]))[:, ::-1])
         same, other = predictor(paths[0]), predictor(mirrored)  # each of whose tiles lies in another's place
         assert same.score < other.score
-        with pytest.raises(UsageError, match="knows each place of frames with 2 tiles; this frame has 3"):
+        with pytest.raises(ImageError, match="knows each place of frames with 2 tiles; this frame has 3"):
             predictor.memory.require_views(4)  # type: ignore[union-attr]
+        predictor(np.full((200, 280, 3), 128, np.uint8))  # shows nothing: it is looked at whole
+        assert predictor(paths[0]).score == same.score
     one = fbclip.adapt(None, paths[:1], tiles="1x2", positions=1, out=tmp_path / "one.fbclip")
     assert one.memory and len(one.memory.about.references) == 1
 
