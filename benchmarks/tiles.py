@@ -5,8 +5,8 @@
     python benchmarks/tiles.py picture                                  # docs/pictures/tiles.jpg
     python benchmarks/tiles.py cost                                     # time beside tiles x the model's, and memory at 100 MP
 
-Accuracy: for each surface four good frames teach the included model (`fbclip adapt`), then six good frames and twelve
-with one defect of 8 to 40 pixels are inspected. "Found" are defects that the map marks at a line which none of the six
+Accuracy: for each surface four good frames teach the included model (`fbclip adapt`), then four good frames and nine
+with one defect of 8 to 40 pixels are inspected. "Found" are defects that the map marks at a line which none of the four
 good frames reaches anywhere.
 """
 
@@ -35,7 +35,7 @@ HEIGHT, WIDTH, SIDE = 3000, 4000, 1100
 SURFACES = {"grain": grain, "brushed": brushed, "weave": weave, "speckle": speckle}
 SIZES = ((8, 12), (13, 20), (21, 40))  # pixels of a defect's longer side
 CUTS = {"whole": None, "detail 32": 32.0, "detail 16": 16.0}
-TAUGHT, GOOD, DEFECTS = 4, 6, 4  # frames; the last for each size
+TAUGHT, GOOD, DEFECTS = 4, 4, 3  # frames; the last for each size
 Frame = NDArray[np.uint8]
 
 
