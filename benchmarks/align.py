@@ -1,6 +1,7 @@
 """How well, how exactly and how fast `fbclip.runtime.align` finds parts: on rendered scenes, where the pose is known.
 
     python benchmarks/align.py [--scenes N] [--turn DEGREES] [--json results/align.json]
+    python benchmarks/align.py --picture        # docs/pictures/align.jpg
 
 Five parts lie before a belt, in 1920 x 1080, turned, moved, 80 to 120 % as large, in moderate perspective; the light
 changes, the camera has noise and blur, half of them have a defect. Frames without the part: the empty belt, another
@@ -15,12 +16,15 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+import fbclip
 from fbclip.data.surfaces import brushed, clouds, grain, noise
+from fbclip.images import encode_image
 from fbclip.runtime.align import Align, _project
 
 HEIGHT, WIDTH, SIDE = 1080, 1920, 720  # of frames, and of a part, in pixels
@@ -202,13 +206,35 @@ def measure(name: str, scenes: int, turn: float, masked: bool) -> dict[str, obje
     }
 
 
+def picture() -> None:
+    """The frames of docs/guides/parts-that-move.md."""
+    rng = np.random.default_rng(4)
+    part = board(rng)
+    grown = cv2.warpPerspective(cv2.dilate(part[1], np.ones((31, 31), np.uint8)), MIDDLE, (WIDTH, HEIGHT))
+    align = Align.parse(scene(rng, part, MIDDLE, plain=True), grown)
+    with TemporaryDirectory() as folder:
+        bundle = Path(folder) / "board.fbclip"
+        fbclip.adapt(None, [scene(rng, part, pose(rng, 30)) for _ in range(10)], align=align, positions=1, out=bundle)
+        with fbclip.Predictor(bundle, align=align) as predict:
+            frames = [scene(rng, part, pose(rng, 30), defect=number > 0) for number in range(3)]
+            shown = [predict(frame).overlay(640) for frame in (*frames, scene(rng, None, MIDDLE))]
+    height = max(map(len, shown)) + 8
+    cells = [np.pad(each, ((0, height - len(each)), (0, 8), (0, 0)), constant_values=255) for each in shown]
+    rows = [np.hstack(cells[:2]), np.hstack(cells[2:])]
+    Path("docs/pictures/align.jpg").write_bytes(encode_image(np.vstack(rows).astype(np.uint8)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=60)
     parser.add_argument("--turn", type=float, nargs="*", default=[45.0, 180.0])
     parser.add_argument("--parts", nargs="*", default=list(PARTS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", action="store_true")
     options = parser.parse_args()
+    if options.picture:
+        picture()
+        return
     rows = []
     for turn in options.turn:
         for name in options.parts:

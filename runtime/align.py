@@ -41,7 +41,9 @@ REFINEMENTS = 2
 ALIKE = 0.7  # correlation of edges from which a pose is believed
 SMALLEST, LARGEST = 0.7, 1.4  # of a part against the reference
 SKEWED = 1.5  # longest by shortest of its sides, each against the reference's
-ALIKE_TURNED = 0.83  # correlation of a part's edges with its own, turned, from which its turn can't be told
+ALIKE_TURNED = (
+    0.45  # of a part's edges with its own, turned, from which its turn can't be told; parts that can: up to 0.4
+)
 AROUND = 15  # pixels of the reduced picture around edges that belong to them
 VISIBLE = 0.85  # share of the part that lies in the frame
 POLAR = 256  # side of the spectra
@@ -205,10 +207,11 @@ class _Reference(_Small):
         self.spectrum = _polar_spectrum(self.grey)
 
     def likeness_turned(self) -> float:
-        """How much the part looks like itself where it is turned by 24 degrees or more, at most."""
+        """How much the part looks like itself where it is turned by 24 degrees or more: the median over turns. A pattern
+        that repeats at some turns is told by its features; what is round is alike at all of them."""
         x, y = (float(each) for each in self.inside.mean(axis=0))
         turns = (cv2.getRotationMatrix2D((x, y), degrees, 1) for degrees in range(24, 348, 12))
-        return max(self.likeness(np.vstack([turn, (0, 0, 1)]), self.grey) for turn in turns)
+        return float(np.median([self.likeness(np.vstack([turn, (0, 0, 1)]), self.grey) for turn in turns]))
 
     def by_features(self, grey: Grey) -> list[Points]:
         """Poses (3, 3), from points of the reference to those of a frame, that features agree on: one or none."""
