@@ -46,6 +46,7 @@ MEMORY_LINE = 0.5  # scores and map values of a bundle with a memory are anomalo
 MOST_REFERENCES = 10_000
 MOST_VIEWS = 1 + 256  # of a frame that have expectations of their own
 MOST_PLACES = 1 << 25  # numbers of all those expectations: 270 MB as float64
+MOST_SUM = 1e6  # of a feature over all references
 MOST_LOGIT = 1000.0  # of a reference, and of a line
 MOST_ABOUT = 4 * MIB  # bytes of the description; a reference takes 200 of them
 ABOUT = "about.json"
@@ -245,14 +246,14 @@ class Memory:
 
     def tensors_of(self, view: int) -> Tensors:
         """As the graph takes it for a view of a frame: 0 is the whole, 1 the first tile."""
-        while len(self._tensors) <= view:
-            made = prepare(self.about.recipe, self.shape, of_view(self.sums, len(self._tensors)))
-            self._tensors.append(self._with_lines(made))
+        if view not in self._tensors:  # two threads may both make it, alike
+            made = prepare(self.about.recipe, self.shape, of_view(self.sums, view))
+            self._tensors.setdefault(view, self._with_lines(made))
         return self._tensors[view]
 
     @cached_property
-    def _tensors(self) -> list[Tensors]:
-        return [self.tensors]
+    def _tensors(self) -> dict[int, Tensors]:
+        return {0: self.tensors}
 
     def _with_lines(self, made: Tensors) -> Tensors:
         about = self.about
@@ -262,7 +263,7 @@ class Memory:
 
     def require_views(self, count: int) -> None:
         """Raise ImageError unless a frame of this many views is one of those that it was learned from."""
-        if self.about.views not in (1, count):
+        if self.about.mode == POSITIONS and count != self.about.views:
             raise ImageError(
                 f"memory {self.name} knows each place of frames with {self.about.views - 1} tiles; this frame has "
                 f"{count - 1}: inspect frames of the size that was learned from, or adapt again",
@@ -326,7 +327,9 @@ class Memory:
                 raise ValueError(f"it has {about.views} views in the mode {about.mode}")
             if too_large := [name for name in names if members[f"{name}.npy"].file_size > _most(shapes[name])]:
                 raise ValueError(f"{too_large[0]} has more than {_most(shapes[too_large[0]]):,} bytes")
-            contents = {name: archive.read(f"{name}.npy") for name in names}
+            if about.arrays.keys() != names:
+                raise ValueError("its arrays aren't those of its description")
+            contents = {name: archive.read(f"{name}.npy") for name in about.arrays}  # in the order that names it
         if {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()} != dict(about.arrays):
             raise ValueError("its arrays aren't those of its description")
         sums = {name: parse_array(content) for name, content in contents.items()}
@@ -341,6 +344,8 @@ class Memory:
                 side == most or (name == "tokens" and 1 <= side <= most)
                 for side, most in zip(values.shape, shapes[name], strict=True)
             )
+            if name == "places" and np.abs(values).max(initial=0) > MOST_SUM:
+                raise ValueError(f"places are sums of features of length 1; got {np.abs(values).max():g}")
             if not fits or values.dtype not in (np.float32, np.float64) or not np.isfinite(values).all():
                 raise ValueError(f"{name} is finite and {shapes[name]}; got {values.dtype} {values.shape}")
         memory = cls(about, sums, shape)

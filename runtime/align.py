@@ -35,6 +35,7 @@ FEATURES = 500
 RATIO = 0.8  # of the distances to the best and the second best match (Lowe, IJCV 2004)
 LEAST_MATCHES = 12  # that agree on a pose
 REPROJECTION = 3.0  # pixels
+NARROW = 32  # pixels of the reduced picture; narrower ones show no part
 CORNERS, LEAST_CORNERS = 200, 16  # where the flow is measured
 FLOW = {"winSize": (21, 21), "maxLevel": 2}
 REFINEMENTS = 2
@@ -45,7 +46,7 @@ ALIKE_TURNED = (
     0.45  # of a part's edges with its own, turned, from which its turn can't be told; parts that can: up to 0.4
 )
 AROUND = 15  # pixels of the reduced picture around edges that belong to them
-VISIBLE = 0.85  # share of the part that lies in the frame
+VISIBLE = 0.99  # share of the part that lies in the frame
 POLAR = 256  # side of the spectra
 
 
@@ -155,7 +156,10 @@ class Align:
 
     def find(self, frame: NDArray[np.uint8]) -> Pose | None:
         """Where the part lies in a frame uint8 (H, W, 3) of any size; None where it isn't. The same frame, the same pose."""
-        reference, small = self._reference, _Small(frame)
+        small = _Small(frame)
+        if min(small.grey.shape) < NARROW:
+            return None
+        reference = self._reference
         for guess in (reference.by_features, reference.by_spectra):
             found = [(reference.likeness(pose, small.grey), pose) for pose in guess(small.grey)]
             if found and (best := max(found, key=lambda each: each[0]))[0] >= ALIKE:
@@ -364,7 +368,9 @@ def _picture(picture: str | Path | NDArray[np.uint8], option: str) -> NDArray[np
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
             raise UsageError(f"a picture is uint8 (H, W, 3); got {picture.dtype} {picture.shape}", option=option)
-        return picture
+        return picture.copy()  # a camera's buffer is overwritten
+    if not isinstance(picture, (str, Path)):
+        raise UsageError(f"a picture is a path, or uint8 (H, W, 3); got {type(picture).__name__}", option=option)
     try:
         return read_image(Path(picture))
     except ImageError as error:

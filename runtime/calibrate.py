@@ -37,8 +37,8 @@ from fbclip.runtime.live.sources import BaseSource, CaptureOptions, open_source
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED, Look, Usual, look
 from fbclip.runtime.target import Say
+from fbclip.terminal import printable, track, warn
 from fbclip.terminal import say as print_line
-from fbclip.terminal import track, warn
 
 USUAL_RATE, USUAL_COUNT = 0.01, 99  # of false alarms where none is asked for, and the images that it needs
 GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in the first colour
@@ -61,6 +61,7 @@ class Scores:
         unusable: images left out because they show nothing.
         absent: images left out because the part isn't in them.
         learned: images left out because the memory was learned from them.
+        names: of the images.
         looks: of each image; where the memory was learned from all of them, of these.
     """
 
@@ -74,6 +75,7 @@ class Scores:
     absent: int = 0
     learned: int = 0
     looks: list[Look] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
 def write(calibration: Calibration, defects: Collection[float], say: Say, bundle: Bundle) -> None:
@@ -156,6 +158,11 @@ def calibrate(
     if rate is not None:  # before hours of work
         rank(len(good) if isinstance(good, Collection) else MOST_IMAGES, rate)
     found = _score(predictor, good, "good parts", console)
+    for place, fault in Usual.find_odd(found.looks).items() if found.names else ():
+        warn(
+            console,
+            f"{found.names[place]} is {fault} against the other good images, and counts like them: look whether it is one",
+        )
     method = SPLIT
     if found.learned and not found.scores and predictor.memory:
         method = JACKKNIFE
@@ -271,6 +278,7 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
         found.peaks.append(peak)
         found.grounds.append(ground)
         found.looks.append(seen_as)
+        found.names.append(printable(image) if isinstance(image, Path) else f"frame {len(found.scores)}")
     if not found.scores:
         found.grounds, found.looks = [ground for ground, _ in seen.values()], [each for _, each in seen.values()]
     return found

@@ -51,7 +51,7 @@ class Prediction:
             calibration also "dark", "bright", "blurred" or "green" (see `fbclip.runtime.sight`). None where it does.
         absent: whether the part that frames are aligned to is not in this one (see `fbclip.runtime.align`).
         tiles: boxes (x0, y0, x1, y1) in pixels of the frame that it was inspected in one by one; x1 and y1 are exclusive.
-            Empty where it was inspected as a whole.
+            Empty where it was inspected as a whole, or in line with a part.
         part: the corners of what is inspected of the reference, in this frame: float64 (4, 2) of x and y in pixels,
             clockwise from its upper left one; None where frames are not aligned, or the part is absent.
         map_threshold: map values from here on are regions; None for `threshold`.
@@ -220,6 +220,7 @@ class Prediction:
             "overruled": self.overruled,
             "unusable": self.unusable,
             "memory": self.memory,
+            **({} if self.part is None else {"part": self.part.round(2).tolist()}),
             "regions": [region.to_dict() for region in self.regions],
             "timings_ms": {k: round(v, 3) for k, v in self.timings_ms.items()},
         }

@@ -133,13 +133,14 @@ class Predictor:
         if chosen:
             self._require_same_eyes(chosen)
         tensors = chosen.tensors if chosen else None  # what fails, fails before anything has changed
-        before = vars(self).copy()
-        self._judge_by(chosen)
-        try:
-            self.backend.set_memory(tensors)
-        except BaseException:  # scores of the one memory are not judged by the other's line
-            vars(self).update(before)
-            raise
+        with self._turn:
+            before = vars(self).copy()
+            self._judge_by(chosen)
+            try:
+                self.backend.set_memory(tensors)
+            except BaseException:  # scores of the one memory are not judged by the other's line
+                vars(self).update(before)
+                raise
 
     def require_fit(self, memory: Memory) -> None:
         """Raise BundleError or UsageError unless a memory is of this model, region and precision."""
@@ -163,8 +164,8 @@ class Predictor:
         if chosen:
             self.view.place.require_same(
                 Place(*chosen.about.place),
-                f"memory {chosen.name} was learned {{learned}}, and other frames show other things: adapt {{here}}, or "
-                f"inspect without the memory",
+                f"memory {chosen.name} was learned {{learned}}, and other frames show other things: inspect {{learned}}, adapt "
+                f"{{here}}, or inspect without the memory",
             )
         return chosen
 
@@ -193,8 +194,8 @@ class Predictor:
         if found and not other and self._given is None:
             self.view.place.require_same(
                 Place(*found.place),
-                f"{self.bundle.path} was calibrated {{learned}}, and other frames have other scores: calibrate {{here}}, "
-                f"or pass a threshold",
+                f"{self.bundle.path} was calibrated {{learned}}, and other frames have other scores: inspect {{learned}}, "
+                f"calibrate {{here}}, or pass a threshold",
             )
         self.memory, self.calibration, self._set_aside = memory, None if other else found, other
         self.map_threshold, self.map_scale = None, (0.0, 1.0)
@@ -320,6 +321,12 @@ class Predictor:
         return self._explain_line()
 
     def _explain_line(self) -> str:
+        text = self._explain_source()
+        if self.tiles and self.calibration is None:
+            text += "; with many tiles a small defect raises the score less than it would alone: calibrate with these"
+        return text
+
+    def _explain_source(self) -> str:
         if self._given is not None:
             return f"threshold {self._given:g} was given"
         again = "; the calibration is of another memory: run fbclip calibrate again" if self._set_aside else ""
@@ -404,8 +411,10 @@ class Predictor:
     def _run_in_turn(self, groups: Iterable[Sequence[Prepared]]) -> Iterator[Results]:
         """One after the other, with or without tiles."""
         for group in groups:
-            if group[0].layout:
-                score, anomaly_map = self._inspect(group[0], group[0].layout)
+            if len(group) > 1 and any(frame.layout for frame in group):
+                raise ValueError(f"frames in tiles are run one at a time; got {len(group)}")
+            if layout := group[0].layout:
+                score, anomaly_map = self._inspect(group[0], layout)
                 yield np.array([score], np.float32), anomaly_map[None]
                 continue
             with self._turn if self._by_place else nullcontext():
@@ -427,14 +436,17 @@ class Predictor:
 
     def _inspect(self, frame: Prepared, layout: Layout) -> tuple[float, NDArray[np.float32]]:
         """A frame by its tiles."""
-        views = self.views(frame)
-        if not (self.memory and self._by_place):
-            return inspect(self.backend, views, layout, self.batch, name=frame.name)
-        with self._turn:
+        views, (name,) = self.views(frame), _names([frame])
+        if not self._by_place:
+            return inspect(self.backend, views, layout, self.batch, name=name)
+        with self._turn:  # another product may be set, but not between two views of a frame
+            memory = self.memory
+            if memory is None or memory.about.views != 1 + len(layout):
+                return inspect(self.backend, views, layout, self.batch, name=name)
             try:
-                return inspect(self.backend, views, layout, 1, self.memory.tensors_of, frame.name)
+                return inspect(self.backend, views, layout, 1, memory.tensors_of, name)
             finally:
-                self.backend.set_memory(self.memory.tensors)  # the whole frame's, for frames that are seen whole alone
+                self.backend.set_memory(memory.tensors)  # the whole frame's, for frames that are seen whole alone
 
     @property
     def _by_place(self) -> bool:
@@ -492,8 +504,8 @@ class Predictor:
         if frame.pose:
             part, inside = self.view.onto_frame(part, frame.pose, (height, width))
             regions, overruled = find_evidence(part, inside, reached, line, self.rules, frame.pose.scale)
-            regions = tuple(replace(each, place=frame.pose.place(each.centre)) for each in regions)
-            return part * inside, regions, overruled
+            regions = tuple(replace(each, place=self.view.place_of(each.centre, frame.pose)) for each in regions)
+            return np.multiply(part, inside, out=part), regions, overruled
         mask = roi.inside if roi else None
         regions, overruled = find_evidence(part, mask, reached, line, self.rules)
         regions = tuple(_placed(each, part.shape) for each in regions)

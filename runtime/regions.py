@@ -70,6 +70,8 @@ class Rules:
             raise UsageError(
                 f"a pixel shows {least:g} to {most:g} mm; got {self.mm_per_pixel!r:.50}", option="mm_per_pixel"
             )
+        if self.mm_per_pixel is not None:
+            object.__setattr__(self, "mm_per_pixel", float(self.mm_per_pixel))  # NumPy's are no numbers for JSON
         if not _is_real(self.min_area) or not 0 <= self.min_area < math.inf:
             raise UsageError(
                 f"a least area is a number of pixels, or of mm2, 0 or more; got {self.min_area!r:.50}",
@@ -80,13 +82,16 @@ class Rules:
                 f"a least area is a whole number of pixels, or of mm2 where mm_per_pixel is given; got {self.min_area}",
                 option="min_area",
             )
-        _require_whole("regions are merged with fewer pixels between them than", self.merge, 0, MAX_MERGE, "merge")
+        _require_whole("the pixels between regions that are merged are a number", self.merge, 0, MAX_MERGE, "merge")
         if self.most is not None:
             _require_whole("the most regions to tell are a number", self.most, 1, MAX_REGIONS, "max_regions")
 
     def at_scale(self, scale: float) -> Rules:
         """The same rules where the reference's pixel takes up `scale` pixels of the frame, along a side."""
-        return self if self.mm_per_pixel is None else replace(self, mm_per_pixel=self.mm_per_pixel / scale)
+        if self.mm_per_pixel is None:
+            return self
+        least, most = MM_PER_PIXEL
+        return replace(self, mm_per_pixel=min(max(self.mm_per_pixel / scale, least), most))
 
     @property
     def pixel_area(self) -> float:

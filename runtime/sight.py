@@ -35,8 +35,9 @@ FAINT = 1e-6  # squared grey levels per pixel, in place of a gradient that is no
 
 FEWEST = 5  # good frames that say how far they go
 SURE = 5  # frames from whose range on less than the whole range is added to it, by the square root of their number
+COMPARED = 300  # looks that are compared with all others
 LIGHT_ROOM = 0.75  # least room beside the range of good frames: powers of two of their mean grey level,
-SHARE_ROOM = 0.15  # share of pixels,
+SHARE_ROOM, BLOWN_ROOM = 0.15, 0.4  # share of pixels; more of blown out ones, since a defect may be white,
 SHARP_ROOM = 0.5  # powers of two of sharpness; a defocus of 2 pixels (standard deviation) costs about 1
 
 EXPLAINED = {
@@ -211,10 +212,18 @@ class Usual:
         return cls(
             darkest=max(0.0, 2**darkest - 1),
             brightest=min(255.0, 2**brightest - 1),
-            blown=min(1.0, _beyond([each.blown for each in looks], SHARE_ROOM)[1]),
+            blown=min(1.0, _beyond([each.blown for each in looks], BLOWN_ROOM)[1]),
             green=min(1.0, _beyond([each.green for each in looks], SHARE_ROOM)[1]),
             sharpness=max(-40.0, _beyond([each.sharpness for each in looks], SHARP_ROOM)[0]),
         )
+
+    @classmethod
+    def find_odd(cls, looks: Sequence[Look]) -> dict[int, str]:
+        """Which of some looks are beyond those of the others, by their place, and in what; of the first `COMPARED`."""
+        looks = looks[:COMPARED]
+        others = (cls.learn([*looks[:place], *looks[place + 1 :]]) for place in range(len(looks)))
+        faults = ((place, usual and usual.find_fault(looks[place])) for place, usual in enumerate(others))
+        return {place: fault for place, fault in faults if fault}
 
     def find_fault(self, seen: Look) -> str | None:
         """Why a frame can't be judged: "green", "dark", "bright" or "blurred", or None where it can."""

@@ -58,6 +58,15 @@ class Tiles:
     detail: float = DETAIL
 
     def __post_init__(self) -> None:
+        grid, side = self.grid, self.side
+        if grid is not None and not (
+            side is None and isinstance(grid, tuple) and len(grid) == 2 and all(_is_count(n) for n in grid)
+        ):
+            raise UsageError(f"a grid of tiles is rows and columns, and no side; got {grid!r:.50}", option="tiles")
+        if side is not None and not (_is_count(side) and LEAST_SIDE <= side <= MOST_SIDE):
+            raise UsageError(
+                f"a tile's side is a number of pixels from {LEAST_SIDE} on; got {side!r:.50}", option="tiles"
+            )
         if not 0 <= self.overlap <= MOST_OVERLAP:
             raise UsageError(
                 f"an overlap is a share of a tile's side, 0 to {MOST_OVERLAP:g}; got {self.overlap:g}", option="overlap"
@@ -157,6 +166,10 @@ class Layout:
         return _fades(self.tops, *self.tile_hw[:1], self.hw[0]), _fades(self.lefts, *self.tile_hw[1:], self.hw[1])
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 @lru_cache(maxsize=64)
 def _layout(tiles: Tiles, height: int, width: int, grid: int) -> Layout:
     if tiles.grid:
@@ -180,7 +193,7 @@ def _layout(tiles: Tiles, height: int, width: int, grid: int) -> Layout:
     if min(tile_hw) < LEAST_SIDE and math.prod(counts) > 1:
         raise ImageError(
             f"tiles have {LEAST_SIDE} pixels a side or more; {tiles.identity} makes {tile_hw[1]}x{tile_hw[0]} of "
-            f"{width}x{height} (width x height): choose fewer",
+            f"{width}x{height} (width x height): choose fewer, or leave tiles out",
             option="tiles",
         )
     tops, lefts = (
@@ -262,9 +275,9 @@ def _batches(shown: Iterable[NDArray[np.uint8]], size: int) -> Iterator[NDArray[
 
 def combined(scores: NDArray[np.float32]) -> float:
     """One score of a frame from those of its views (1 + T,), the whole frame's first: see the module."""
-    odds = _odds(scores.astype(np.float64))
-    mean = (odds[0] + odds[1:].mean()) / 2
-    return float(np.float32(mean / (1 + mean)))
+    with np.errstate(divide="ignore"):  # the odds of 1 are infinite, and so is the inverse of none
+        odds = scores / (1 - scores.astype(np.float64))
+        return float(np.float32(1 / (1 + 2 / (odds[0] + odds[1:].mean()))))
 
 
 def _odds(probabilities: Probabilities) -> Probabilities:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.errors import UsageError
+from fbclip.errors import ImageError, UsageError
 from fbclip.runtime.align import Align, Pose
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.tiles import Box, Layout, Tiles
@@ -29,11 +29,9 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         """ "for whole frames": a part of a sentence."""
         where = f"for the region {self.roi}" if self.roi else "for whole frames"
-        return (
-            where
-            + (f", in tiles of {self.tiles}" if self.tiles else "")
-            + (f", aligned to {self.align}" if self.align else "")
-        )
+        if self.tiles:
+            where += f" and tiles of {self.tiles}"
+        return f"{where}, in line with {self.align}" if self.align else where
 
     def require_same(self, learned: Place, message: str) -> None:
         """Raise UsageError unless what was learned was learned here.
@@ -79,8 +77,7 @@ class View:
         """Where the part has a mask, that is the region of interest.
 
         Raises:
-            UsageError: there is another one besides.
-            ImageError: the region doesn't fit the picture of the part.
+            UsageError: there is another one besides, or the region doesn't fit the picture of the part.
         """
         if align and align.mask is not None:
             if roi:
@@ -90,7 +87,14 @@ class View:
                 )
             roi = Roi.of_mask(align.mask, "the part's mask")
         if align and roi:
-            roi.crop(align.image)  # which it must fit
+            try:
+                roi.crop(align.image)
+            except ImageError as error:
+                height, width = align.image.shape[:2]
+                raise UsageError(
+                    f"with a part the region lies in its picture, of {width}x{height} (width x height); got {roi.text}",
+                    option="roi",
+                ) from error
         return cls(roi, tiles, align)
 
     @property
@@ -143,6 +147,13 @@ class View:
         whole = np.zeros(counts.shape, np.float32)
         whole[y0:y1, x0:x1] = part
         return pose.onto_frame(whole, frame_hw), pose.onto_frame(counts, frame_hw)
+
+    def place_of(self, point: tuple[float, float], pose: Pose) -> tuple[float, float]:
+        """Where a point (x, y) of the frame lies in what is inspected of the reference, in 0..1 of its width and height."""
+        x0, y0, x1, y1 = self.box
+        height, width = pose.reference_hw
+        x, y = pose.place(point)
+        return (x * width - x0) / (x1 - x0), (y * height - y0) / (y1 - y0)
 
     @property
     def box(self) -> Box:

@@ -35,7 +35,7 @@ from helpers.waiting import eventually
 ROOT = Path(__file__).parent.parent
 IMAGES = sorted(SAMPLES.iterdir())
 FACE = {
-    *("Predictor", "Prediction", "Region", "Roi", "Bundle", "open_source"),
+    *("Predictor", "Prediction", "Region", "Roi", "Tiles", "Align", "Bundle", "open_source"),
     *("adapt", "calibrate", "evaluate", "export", "load_checkpoint"),
     *("FBClipError", "UsageError", "BundleError", "CheckpointError", "DeviceError", "ImageError", "GraphError"),
     *("ParityError", "__version__"),

@@ -43,16 +43,20 @@ class PictureGroup:
     name: Annotated[str, option("Name of this run's folder; exp2, exp3, … follow.", metavar="NAME")] = "exp"
     exist_ok: Annotated[bool, option("Write into the run's folder if it is there.", "--exist-ok")] = False
 
-    def saving(self, live: bool, in_tiles: bool) -> Saving | None:
+    def saving(self, live: bool, in_tiles: bool, aligned: bool) -> Saving | None:
         """What is written of a source, in a folder that is made for it; None for nothing.
 
         Raises:
-            UsageError: tiles to draw, and none, or no pictures of them.
+            UsageError: tiles to draw, and none, or no pictures of them, or tiles of parts that lie anyhow.
         """
         from fbclip.files import new_run
         from fbclip.runtime.live.sinks import Saving
 
         overlays = self.save if self.save is not None else not live
+        if self.show_tiles and aligned:
+            raise UsageError(
+                "tiles are drawn where frames are inspected as they lie; got a part to align to", option="align"
+            )
         if self.show_tiles and not (overlays and in_tiles):
             got, option = ("no tiles", "tiles") if overlays else ("no pictures", "save")
             raise UsageError(f"tiles are drawn on the pictures of an inspection in tiles; got {got}", option=option)
@@ -133,7 +137,7 @@ def infer(
                 require_file(target)
             sinks = replace(
                 results.sinks,
-                saving=pictures.saving(opened.live, area.tiles is not None),
+                saving=pictures.saving(opened.live, area.tiles is not None, area.align is not None),
                 show=view.show,
                 video=view.video,
             )

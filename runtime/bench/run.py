@@ -183,6 +183,8 @@ class Bench:
         tiles, manifest = self.options.tiles, self.bundle.manifest
         if tiles is None:
             return None
+        if self.options.frame_hw is None:
+            raise UsageError("tiles are measured on frames of a camera's size: pass a resolution", option="resolution")
         if manifest.frame_size:
             raise UsageError("tiles are for bundles that take pictures of any size", option="tiles")
         if self.memory and self.memory.about.views > 1:

@@ -393,6 +393,7 @@ class Pipeline:
 
     def _notify_turn(self, kind: str, wall: float, state: str, message: str) -> None:
         counters = {"frames": self._frames, "anomalous": self._anomalous, "alarms": self._alarms}
+        counters |= {name: n for name, n in (("unusable", self._unusable), ("absent", self._absent)) if n}
         self._notify(Notice(wall, kind, self.source.name, state, message, counters))
 
     def _notify_run(self, state: str, message: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import Run
 from PIL import Image
 
-from fbclip.errors import ImageError, UsageError
+from fbclip.errors import UsageError
 from fbclip.runtime.align import Align
 from fbclip.runtime.predictor import Predictor
 from helpers.moved import HOME, SIDE, Frame, Matrix, board, lying, mask, photograph, points
@@ -156,7 +156,7 @@ def test_a_mask_and_a_region_are_one_too_many() -> None:
     reference = photograph(PART, HOME)
     with pytest.raises(UsageError, match="the part's mask is the region of interest; got another one"):
         Predictor(align=Align.parse(reference, mask()), roi=(0, 0, 50, 50))
-    with pytest.raises(ImageError, match="reaches beyond the frame of 640x480"):
+    with pytest.raises(UsageError, match="the region lies in its picture, of 640x480"):
         Predictor(align=reference, roi=(0, 0, 800, 50))
 
 

@@ -193,7 +193,7 @@ def test_what_was_taught_in_tiles_counts_in_these_alone(fbclip: Run, good: Path,
     fbclip("adapt", good, "--tiles", "1x2", "--out", "line.fbclip")
     bundle = ("--bundle", "line.fbclip", "--no-save")
     refused = fbclip("infer", good, *bundle, code=2).stderr
-    assert "--tiles: memory" in refused and "in tiles of 1x2, overlap 0.25" in refused
+    assert "--tiles: memory" in refused and "for whole frames and tiles of 1x2, overlap 0.25" in refused
     fbclip("calibrate", good, *bundle[:2], "--tiles", "1x2", "--false-alarm-rate", "0.3")
     stored = json.loads((tmp_path / "line.fbclip" / "calibration.json").read_text())
     assert stored["tiles"] == "1x2, overlap 0.25" and "align" not in stored
@@ -270,7 +270,8 @@ def test_eval_and_bench_have_tiles(fbclip: Run, tmp_path: Path) -> None:
     )
     report = json.loads((tmp_path / "b.json").read_text())
     assert "in 4 tiles (2x2, overlap 0.25)" in report["frames"]["source"]
-    refused = fbclip("bench", "--tiles", "auto", "--runs", 3, code=2).stderr
+    assert "pass a resolution" in fbclip("bench", "--tiles", "auto", "--runs", 3, code=2).stderr
+    refused = fbclip("bench", "--tiles", "auto", "--runs", 3, "--resolution", "300x200", code=2).stderr
     assert "are no larger than a tile" in refused
 
 
