@@ -176,9 +176,9 @@ def mark_odd(references: Sequence[Reference]) -> tuple[Reference, ...]:
 def judge_views(recipe: Recipe, shape: Shape, image_size: int, sums: Sums, views: Views) -> Judged:
     """What the memory of such sums says of a picture that is looked at whole, or in tiles as well.
 
-    With tiles the score is the logit of the mean of odds, half for the whole and half for all tiles, as
-    `fbclip.runtime.tiles` has it. So is the peak, of the highest tile and as if the whole's highest pixel were there: at
-    most log 2 above what the map reaches. The patches are the whole's.
+    With tiles the score is the logit of the mean of odds of all views, as `fbclip.runtime.tiles` has it. The peak is of
+    the highest tile and as if the whole's highest pixel were there: at most log 2 above what the map reaches. The patches
+    are the whole's.
     """
     found: list[Judged] = []
     memory = prepare(recipe, shape, of_view(sums, 0))
@@ -189,10 +189,10 @@ def judge_views(recipe: Recipe, shape: Shape, image_size: int, sums: Sums, views
     whole, *tiles = found
     if not tiles:
         return whole
-    scores, peaks = np.array([each.score for each in tiles]), [each.peak for each in tiles]
+    scores, peaks = np.array([each.score for each in found]), [each.peak for each in tiles]
     return Judged(
         whole.patches,
-        float(np.logaddexp(whole.score, np.logaddexp.reduce(scores) - np.log(len(scores))) - np.log(2)),
+        float(np.logaddexp.reduce(scores) - np.log(len(scores))),
         float(np.logaddexp(whole.peak, max(peaks)) - np.log(2)),
     )
 

@@ -2,12 +2,12 @@
 
 A model sees S x S pixels. What a picture of 4000 x 3000 loses on the way there, its tiles still have. Rules:
 
-- Score: the mean of odds, half for the whole frame and half for all tiles together. If a defect lies in one of T tiles,
-  and nobody knows in which, the evidence for a defect is the mean of the tiles' likelihood ratios. Whatever the tiles'
-  dependence, that doesn't grow with their number where nothing is wrong, as the highest of them would (Vovk and Wang,
-  E-values: calibration, combination and applications, Annals of Statistics 2021, arXiv:1912.06116, section 3).
+- Score: the mean of the odds of all views. If a defect is to be seen in one of them, and nobody knows in which, the
+  evidence for a defect is the mean of their likelihood ratios. Whatever the views' dependence, that doesn't grow with
+  their number where nothing is wrong, as the highest of them would (Vovk and Wang, E-values: calibration, combination
+  and applications, Annals of Statistics 2021, arXiv:1912.06116, section 3).
 - Map: tiles are blended with a window that fades towards their edges and adds up to 1 everywhere; with the whole frame's
-  map, pixel by pixel, the mean of odds again. A defect that is larger than a tile is seen in the whole frame.
+  map, pixel by pixel, the mean of odds again. What is larger than a tile is seen in the whole frame.
 """
 
 from __future__ import annotations
@@ -274,10 +274,10 @@ def _batches(shown: Iterable[NDArray[np.uint8]], size: int) -> Iterator[NDArray[
 
 
 def combined(scores: NDArray[np.float32]) -> float:
-    """One score of a frame from those of its views (1 + T,), the whole frame's first: see the module."""
+    """One score of a frame from those of its views (1 + T,): see the module."""
     with np.errstate(divide="ignore"):  # the odds of 1 are infinite, and so is the inverse of none
         odds = scores / (1 - scores.astype(np.float64))
-        return float(np.float32(1 / (1 + 2 / (odds[0] + odds[1:].mean()))))
+        return float(np.float32(1 / (1 + 1 / odds.mean())))
 
 
 def _odds(probabilities: Probabilities) -> Probabilities:
