@@ -213,8 +213,8 @@ def cost(asked: argparse.Namespace) -> list[dict[str, Any]]:
 def picture(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """The frame of docs/guides/large-pictures.md, at whole and in tiles, side by side."""
     name, shown = asked.surfaces[0], []
-    image, mask = frame(name, 7, (21, 40))
-    for cut in ("whole", "detail 32"):
+    image, mask = frame(name, 401, SIZES[-1])
+    for cut in ("whole", "detail 16"):
         tiles = None if CUTS[cut] is None else Tiles.parse("auto", detail=CUTS[cut])
         with TemporaryDirectory() as folder:
             bundle = Path(folder) / "line.fbclip"
@@ -222,7 +222,7 @@ def picture(asked: argparse.Namespace) -> list[dict[str, Any]]:
             with fbclip.Predictor(bundle, tiles=tiles) as predict:
                 found = predict(image)
         print(cut, found.verdict, found.score, float(found.anomaly_map[mask > 0].max()), found.regions[:3])
-        shown.append(found.overlay(900, tiles=tiles is not None))
+        shown.append(found.overlay(900, zoom=True))
     height = max(len(each) for each in shown)
     padded = [np.pad(each, ((0, height - len(each)), (0, 8), (0, 0)), constant_values=255) for each in shown]
     Path("docs/pictures/tiles.jpg").write_bytes(encode_image(np.hstack(padded)[:, :-8]))

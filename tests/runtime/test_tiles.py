@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fbclip
+from fbclip.commands import groups
 from fbclip.data.procedural import ProceduralDefects
 from fbclip.errors import ImageError, UsageError
 from fbclip.memory import Memory
 from fbclip.metrics import PRO_LIMITS
 from fbclip.resample import resize
 from fbclip.runtime.predictor import Predictor
-from fbclip.runtime.tiles import MOST_TILES, Layout, Tiles, _Mosaic, combined
+from fbclip.runtime.tiles import DETAIL, MOST_TILES, Layout, Tiles, _Mosaic, combined
 
 GRID = 24  # patches along a side of the included model's input
 
@@ -84,6 +85,10 @@ def test_tiles_cover_a_frame_and_their_windows_add_up_to_one(hw: tuple[int, int]
     assert (layout.tops[-1] + layout.tile_hw[0], layout.lefts[-1] + layout.tile_hw[1]) == hw
     for starts, side in zip((layout.tops, layout.lefts), layout.tile_hw, strict=True):
         assert all(0 < b - a <= side * (1 - overlap) + 1 for a, b in pairwise(starts))
+
+
+def test_the_help_names_the_usual_detail() -> None:
+    assert groups.DETAIL == DETAIL
 
 
 def test_auto_makes_patches_of_at_most_the_detail() -> None:
