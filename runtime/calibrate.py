@@ -33,6 +33,7 @@ from fbclip.runtime.calibration import (
     rank,
 )
 from fbclip.runtime.histogram import write_histogram
+from fbclip.runtime.inputs import as_frame
 from fbclip.runtime.live.sources import BaseSource, CaptureOptions, open_source
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED, Look, Usual, look
@@ -246,7 +247,9 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
     total = len(images) if isinstance(images, Collection) else None
     for image in track(images, what, console, total):
         try:
-            prediction = predictor(image)
+            shown = predictor.prepare(as_frame(image, "rgb"))
+            (score,), (model_map,) = predictor.run([shown])
+            prediction = predictor.conclude(shown, float(score), model_map, {})
         except ImageError as error:
             found.skipped += 1
             warn(console, f"skipped: {error}")
@@ -268,7 +271,7 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
         peak = float(prediction.anomaly_map.max())
         # beside a mask the model's map may be higher than what is looked at
         ground = min(float(np.quantile(_thinned(prediction.model_map), GOOD_PIXELS)), peak)
-        seen_as = look(predictor.view.take(prediction.image).shown)
+        seen_as = look(shown.shown)
         if digest in references:
             found.learned += 1
             seen[digest] = ground, seen_as

@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from fbclip.runtime.prediction import Prediction
 
-LARGE, LARGE_SIDE = (
-    25_000_000,
-    4096,
-)  # pixels of a frame above which its pictures are shrunk, and their longer side then
+HUGE = 25_000_000  # pixels of a frame, above which its pictures are shrunk
+HUGE_SIDE = 4096  # pixels of their longer side then
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,10 @@ class Record:
 
     def draw(self, longest: int | None = None, tiles: bool = False) -> NDArray[np.uint8]:
         """`Prediction.overlay`, drawn when the first sink asks and shared by all: nothing may be drawn on it. Of a frame of
-        more than `LARGE` pixels its longer side has `LARGE_SIDE` at most."""
+        more than `HUGE` pixels its longer side has `HUGE_SIDE` at most."""
         sides = self.frame.image.shape[:2]
-        if sides[0] * sides[1] > LARGE:
-            longest = min(longest or LARGE_SIDE, LARGE_SIDE)
+        if sides[0] * sides[1] > HUGE:
+            longest = min(longest or HUGE_SIDE, HUGE_SIDE)
         if longest and longest >= max(sides):
             longest = None  # the same picture
         with self._drawing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -177,12 +178,11 @@ def test_the_map_of_a_moved_frame_is_the_moved_map() -> None:
     assert borders.max() <= steps.max() and steps.max() < 0.05
 
 
-def test_tiles_are_refused_where_a_graph_takes_whole_frames(tmp_path: Path) -> None:
+def test_tiles_are_refused_where_a_graph_takes_whole_frames() -> None:
     bundle = fbclip.Bundle.load()
-    manifest = json.loads((bundle.path / "manifest.json").read_text())
-    assert manifest["frame_size"] is None
-    with pytest.raises(UsageError, match="tiles are ROWS"):
-        Predictor(tiles="many")
+    of_frames = replace(bundle, manifest=replace(bundle.manifest, frame_size=(480, 640)))
+    with pytest.raises(UsageError, match=r"tiles are for models .* takes 480x640"):
+        Predictor(of_frames, tiles="2x2")
 
 
 @pytest.fixture(scope="module")

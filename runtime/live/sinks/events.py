@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fbclip.errors import UsageError
 from fbclip.files import new_folder, remove_folder, require_writable, sweep
 from fbclip.images import encode_image
-from fbclip.runtime.live.records import LARGE, LARGE_SIDE, Notice, Record
+from fbclip.runtime.live.records import HUGE, HUGE_SIDE, Notice, Record
 
 BEFORE, AFTER = 10, 10  # frames kept around the one that raised an alarm
 LONGEST = 60  # frames of one event, however many alarms follow each other
@@ -159,11 +159,11 @@ class EventRecorder:
 
 
 def _bounded(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A frame as it waits in memory: one of more than `LARGE` pixels is shrunk, as its overlay is."""
+    """A frame as it waits in memory: one of more than `HUGE` pixels is shrunk, as its overlay is."""
     height, width = image.shape[:2]
-    if height * width <= LARGE:
+    if height * width <= HUGE:
         return image
-    factor = LARGE_SIDE / max(height, width)
+    factor = HUGE_SIDE / max(height, width)
     size = max(1, round(width * factor)), max(1, round(height * factor))
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 

@@ -22,7 +22,7 @@ from fbclip.errors import FBClipError, ImageError, UsageError
 from fbclip.images import read_image
 from fbclip.runtime.live.alarm import Alarm, Drift, Vote
 from fbclip.runtime.live.pipeline import Pipeline
-from fbclip.runtime.live.records import LARGE_SIDE, Frame, Record
+from fbclip.runtime.live.records import HUGE_SIDE, Frame, Record
 from fbclip.runtime.live.run import Inspection, insist_on_all, inspect, make_pipeline, status_text
 from fbclip.runtime.live.sinks import Saving, SinkOptions, make_sinks
 from fbclip.runtime.live.sources import open_source
@@ -210,18 +210,18 @@ def large(height: int, width: int) -> Record:
 def test_pictures_of_very_large_frames_are_bounded(tmp_path: Path) -> None:
     shown = large(1300, 20_000)  # 26 megapixels
     picture = shown.draw()
-    assert picture.shape[1] == LARGE_SIDE and shown.draw(LARGE_SIDE) is picture
+    assert picture.shape[1] == HUGE_SIDE and shown.draw(HUGE_SIDE) is picture
     assert shown.draw(1280).shape[1] == 1280
     assert large(1200, 20_000).draw().shape[1] == 20_000
     options = SinkOptions(events=tmp_path / "events", saving=Saving(tmp_path))
     for sink in make_sinks(options, Frames([], live=True)):
         sink.write(replace(shown, overlay=str(tmp_path / "line.jpg")))
         sink.close()
-    assert read_image(tmp_path / "line.jpg").shape[1] == LARGE_SIDE
+    assert read_image(tmp_path / "line.jpg").shape[1] == HUGE_SIDE
     (event,) = (tmp_path / "events").iterdir()
     kept = {path.name: read_image(path).shape for path in event.glob("*.jpg")}
-    assert len(kept) == 2 and {shape[1] for shape in kept.values()} == {LARGE_SIDE}
-    assert any(shape[0] == round(1300 * LARGE_SIDE / 20_000) for shape in kept.values())  # the frame itself
+    assert len(kept) == 2 and {shape[1] for shape in kept.values()} == {HUGE_SIDE}
+    assert any(shape[0] == round(1300 * HUGE_SIDE / 20_000) for shape in kept.values())  # the frame itself
 
 
 def test_tiles_are_drawn_if_asked(fbclip: Run, tmp_path: Path) -> None:
