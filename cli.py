@@ -15,6 +15,7 @@ from fbclip.commands.doctor import doctor
 from fbclip.commands.eval import eval_
 from fbclip.commands.export import export
 from fbclip.commands.infer import infer
+from fbclip.commands.score import score
 from fbclip.commands.serve import serve
 from fbclip.commands.train import train
 from fbclip.main import main
@@ -59,7 +60,7 @@ def options(
         raise typer.Exit(2)
 
 
-for command in (infer, serve, adapt, calibrate, export, train, eval_, data, bench, doctor):
+for command in (infer, serve, score, adapt, calibrate, export, train, eval_, data, bench, doctor):
     app.command(name=command.__name__.strip("_"), cls=Command)(command)
 
 

@@ -126,8 +126,8 @@ class AreaGroup(TilesGroup):
 
 
 @dataclass(frozen=True)
-class VerdictGroup:
-    """What counts as a defect, and as an alarm."""
+class DefectGroup:
+    """What counts as a defect."""
 
     PANEL: ClassVar[str] = "Verdict"
     threshold: Annotated[str, option(THRESHOLD, metavar="NUMBER")] = "auto"
@@ -152,6 +152,12 @@ class VerdictGroup:
         int | None,
         option("Report at most N regions, the largest first. Default: all, the highest peak first.", metavar="N"),
     ] = None
+
+
+@dataclass(frozen=True)
+class VerdictGroup(DefectGroup):
+    """What counts as a defect, and as an alarm."""
+
     vote: Annotated[
         str,
         option("Raise an alarm when K of the last N frames have a defect; it ends at K/2 or fewer.", metavar="K/N"),
