@@ -20,10 +20,14 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fbclip.addresses import shown
 from fbclip.errors import ImageError, UsageError, require_package
 from fbclip.folders import is_hidden, list_images
-from fbclip.images import SUFFIXES
+from fbclip.images import SUFFIXES, decode_image, read_image
+from fbclip.opening import MAX_PIXELS
 from fbclip.terminal import printable
 
 if TYPE_CHECKING:
@@ -468,3 +472,15 @@ def _type_of(schema: pa.Schema, column: str) -> pa.DataType:
     for step in path:
         kind = kind.field(step).type
     return kind
+
+
+def read_content(content: Content) -> NDArray[np.uint8]:
+    """A picture that was fetched, uint8 (H, W, 3) RGB.
+
+    Raises:
+        ImageError: it is none that can be read.
+        OSError: it was not fetched.
+    """
+    if isinstance(content, Exception):
+        raise content
+    return read_image(content) if isinstance(content, Path) else decode_image(content, MAX_PIXELS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ class Cluster:
 
     def __init__(self, job: Job, address: str, workers: int | None, cores: int, gpus: float) -> None:
         require_package("ray", "cluster", "address")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it says of itself, in lines of its own
         import ray
 
         self._job = job

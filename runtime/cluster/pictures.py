@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fbclip.errors import FBClipError
-from fbclip.images import decode_image, encode_image, read_image
-from fbclip.opening import MAX_PIXELS
-from fbclip.runtime.cluster.archive import Item, Reader
+from fbclip.images import encode_image
+from fbclip.runtime.cluster.archive import Item, Reader, read_content
 from fbclip.runtime.cluster.results import BINS, Receipt
 from fbclip.runtime.histogram import GOOD, Kind
 from fbclip.runtime.histogram import draw_histogram as draw
@@ -42,8 +41,8 @@ def draw_worst(total: Receipt, predictor: Predictor, reader: Reader) -> bytes | 
     cells = []
     for _, name in total.worst[:DRAWN]:
         try:
-            overlay = predictor(_read(name, reader)).overlay(SIDE, zoom=False)
-        except FBClipError:  # of a table, or gone meanwhile
+            overlay = predictor(read_content(reader.fetch(Item(name)))).overlay(SIDE, zoom=False)
+        except (FBClipError, OSError):  # of a table, or gone meanwhile
             continue
         cells.append(_cell(overlay, PurePosixPath(name).name))
     if not cells:
@@ -52,13 +51,6 @@ def draw_worst(total: Receipt, predictor: Predictor, reader: Reader) -> bytes | 
     columns = min(COLUMNS, len(cells))
     rows = [np.hstack(cells[start : start + columns]) for start in range(0, len(cells), columns)]
     return encode_image(np.vstack(rows).astype(np.uint8))
-
-
-def _read(name: str, reader: Reader) -> NDArray[np.uint8]:
-    content = reader.fetch(Item(name))
-    if isinstance(content, Exception):
-        raise FBClipError(str(content))
-    return decode_image(content, MAX_PIXELS) if isinstance(content, bytes) else read_image(content)
 
 
 def _cell(overlay: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:

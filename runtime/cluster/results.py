@@ -21,10 +21,10 @@ from fbclip.addresses import shown
 from fbclip.errors import FBClipError, UsageError, require_package
 from fbclip.files import replacing, require_writable, sweep, write_error
 from fbclip.runtime.calibrate import Sample
-from fbclip.runtime.cluster.archive import Reader, is_address
+from fbclip.runtime.cluster.archive import STORES, Reader, is_address
 from fbclip.runtime.live.records import Record
+from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import Look, look
-from fbclip.runtime.view import View
 from fbclip.terminal import printable
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 ABOUT, ROWS, SUMMARY = "score.json", "rows", "summary.json"
 FORMAT = 1
+SAMPLED = ["source", "error", "verdict", "unusable", "precision", "score", "peak", "ground", "pixels_sha256", "look"]
+BLIND = ("black", "uniform")  # shows nothing, whatever good parts look like
 OWN = b"fbclip"  # key of a table's receipt in its metadata
 AT_ONCE = 128  # rows that are written together
 BINS = 50  # of the histogram of scores, from 0 to 1
@@ -133,6 +135,8 @@ def schema() -> pa.Schema:
             ("part", pa.list_(pa.list_(pa.float64()))),
             ("timings_ms", stages),
             pa.field("bundle", text, nullable=False),
+            ("precision", text),
+            ("device", text),
             ("peak", real),
             ("ground", pa.float64()),
             ("pixels_sha256", text),
@@ -142,20 +146,22 @@ def schema() -> pa.Schema:
     )
 
 
-def row_of(record: Record, view: View, bundle: str, with_map: bool) -> dict[str, Any]:
+def row_of(record: Record, predictor: Predictor, bundle: str, with_map: bool) -> dict[str, Any]:
     """The row of a picture that was inspected.
 
     Args:
-        view: it was inspected in.
+        predictor: that inspected it.
         bundle: the hash of the bundle.
         with_map: whether the model's map is kept: a NumPy file (.npy) of float32 (H', W').
     """
-    sample = Sample.of(record.prediction, look(view.take(record.frame.image).shown))
+    sample = Sample.of(record.prediction, look(predictor.view.take(record.frame.image).shown))
     return {
         **record.to_dict(),
         "source": _text(record.frame.name),
         "time": round(record.frame.wall * 1e6),
         "bundle": bundle,
+        "precision": predictor.precision,
+        "device": predictor.backend.device,
         "peak": sample.peak,
         "ground": sample.ground,
         "pixels_sha256": sample.sha256,
@@ -202,6 +208,21 @@ class Results:
 
     def __repr__(self) -> str:
         return f"Results({self.name!r})"
+
+    @classmethod
+    def at(cls, place: str) -> Results | None:
+        """The results that a folder holds; None where it holds none.
+
+        Raises:
+            UsageError: they can't be read.
+        """
+        if "://" in place:
+            if place.partition("://")[0] not in STORES:
+                return None
+        elif not Path(place, ABOUT).is_file():
+            return None
+        found = cls(place)
+        return found if found.about() else None
 
     @property
     def is_here(self) -> bool:
@@ -289,6 +310,49 @@ class Results:
         for path in old:
             self.system.delete_file(path)
         return len(old)
+
+    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """The rows of all tables, in the order of the tables' names, with these columns.
+
+        Raises:
+            UsageError: a table can't be read.
+        """
+        import pyarrow as pa
+        import pyarrow.dataset
+
+        try:
+            tables = pa.dataset.dataset(f"{self.path}/{ROWS}", filesystem=self.system, format="parquet")
+            for batch in tables.to_batches(columns=columns):
+                yield from batch.to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise UsageError(f"the tables of {self.name} can't be read: {printable(error)[:150]}") from error
+
+    def good_images(self) -> list[str]:
+        """The names of pictures that were found good, sorted."""
+        return sorted(row["source"] for row in self.rows(["source", "verdict"]) if row["verdict"] == "good")
+
+    def samples(self, predictor: Predictor) -> Iterator[Sample]:
+        """What a calibration of a predictor takes of the pictures that showed something.
+
+        Raises:
+            UsageError: another model, memory, view or precision has scored them.
+        """
+        about = self.about() or {}
+        same = about.get("model", {}).get(predictor.precision) == predictor.bundle.model_sha256(predictor.precision)
+        memory = predictor.memory.sha256 if predictor.memory else None
+        if not same or (about.get("memory"), about.get("place")) != (memory, [*predictor.view.place]):
+            raise UsageError(
+                f"a threshold is of the model, memory, region and tiles that inspect; {self.name} was scored with others: "
+                f"score it again, or calibrate with the images themselves"
+            )
+        for row in self.rows(SAMPLED):
+            if row["error"] is not None or row["verdict"] == "absent" or row["unusable"] in BLIND:
+                continue
+            if row["precision"] != predictor.precision:
+                raise UsageError(
+                    f"{self.name} was scored in {row['precision']}: calibrate for that", option="precision"
+                )
+            yield sample_of(row)
 
     def write_part(self, part: str, rows: Iterator[dict[str, Any]]) -> Receipt:
         """Write the rows of a part; it has its name when all of them are in it.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from signal import Signals
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -27,6 +27,7 @@ from fbclip.runtime.cluster.pictures import draw_histogram, draw_worst
 from fbclip.runtime.cluster.results import FORMAT, SUMMARY, Receipt, Results
 from fbclip.runtime.cluster.scorer import Recipe, bundle_sha256
 from fbclip.runtime.host import Machine, cores
+from fbclip.runtime.predictor import Predictor
 from fbclip.stopping import StopRequest
 from fbclip.terminal import cell, printable, progress, say, warn
 
@@ -115,12 +116,13 @@ def score(
         UsageError: no such archive, bundle or cluster, or the folder has results of another.
         FBClipError: a worker failed, nothing could be read, or some pictures have to be fetched again.
     """
-    with recipe.predictor(bundle.path) as predictor:  # what can't be used here is said at once
+    with recipe.predictor(bundle.path) as predictor:  # what can't be used is said at once
         say(console, predictor.explain_threshold())
+        judges = _identity(predictor)
     job = Job(bundle, bundle_sha256(bundle), recipe, out, maps)
     results = Results(out)
     archive = open_archive(list(sources), column, lambda line: say(console, line))
-    parts = _planned(archive, results, job, sources)
+    parts = _planned(archive, results, job, sources, judges)
     finished = results.finished(lambda line: warn(console, line))
     total = Receipt()
     for part in parts:
@@ -143,7 +145,19 @@ def _already(parts: int) -> str:
     return f", {parts:,} of them done before" if parts else ""
 
 
-def _planned(archive: Archive, results: Results, job: Job, sources: Sequence[str]) -> list[Part]:
+def _identity(predictor: Predictor) -> dict[str, Any]:
+    """What scores depend on, for those who go on with them."""
+    bundle = predictor.bundle
+    return {
+        "model": {precision: bundle.model_sha256(precision) for precision in bundle.manifest.precisions},
+        "memory": predictor.memory.sha256 if predictor.memory else None,
+        "place": [*predictor.view.place],
+    }
+
+
+def _planned(
+    archive: Archive, results: Results, job: Job, sources: Sequence[str], judges: dict[str, Any]
+) -> list[Part]:
     """The parts of an archive, of the size that the first run chose."""
     about = results.about() or {}
     size = about.get("images_a_part", archive.size_of_parts())
@@ -154,6 +168,7 @@ def _planned(archive: Archive, results: Results, job: Job, sources: Sequence[str
             "format": FORMAT,
             "source": [shown(source) for source in sources],
             "bundle": job.sha256,
+            **judges,
             "judged": {name: value for name, value in values.items() if name not in ("device", "batch")},
             "maps": job.maps,
             "images_a_part": size,

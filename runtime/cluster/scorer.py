@@ -13,10 +13,8 @@ from typing import Any
 import fbclip
 from fbclip.bundle import Bundle
 from fbclip.errors import FBClipError, ImageError, reason
-from fbclip.images import decode_image, read_image
-from fbclip.opening import MAX_PIXELS
 from fbclip.runtime.align import Align
-from fbclip.runtime.cluster.archive import Part, Reader
+from fbclip.runtime.cluster.archive import Part, Reader, read_content
 from fbclip.runtime.cluster.results import Results, error_row, row_of
 from fbclip.runtime.host import use_cores
 from fbclip.runtime.live.pipeline import Pipeline
@@ -120,9 +118,7 @@ class PartSource(BaseSource):
             if self._closed.is_set():
                 return
             try:
-                if isinstance(content, Exception):
-                    raise content
-                image = read_image(content) if isinstance(content, Path) else decode_image(content, MAX_PIXELS)
+                image = read_content(content)
             except (ImageError, OSError) as error:
                 self.faults[index] = reason(error), not isinstance(error, ImageError)
             else:
@@ -180,7 +176,7 @@ class Scorer:
         done = 0
         for record in pipeline.records():
             yield from map(fault, range(done, record.frame.index))
-            yield row_of(record, self._predictor.view, self._bundle, self._maps)
+            yield row_of(record, self._predictor, self._bundle, self._maps)
             done = record.frame.index + 1
         yield from map(fault, range(done, len(source.names)))
         if len(source.names) != len(part):
