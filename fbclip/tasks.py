@@ -29,6 +29,7 @@ from fbclip.runtime.cluster.results import Results
 from fbclip.runtime.evaluation import evaluate as evaluating
 from fbclip.runtime.evaluation.evaluate import Evaluation
 from fbclip.runtime.evaluation.few_shot import FewShot
+from fbclip.runtime.host import share_cores
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.target import Target
@@ -250,6 +251,7 @@ def evaluate(
     layout: str | None = None,
     classes: Sequence[str] | None = None,
     batch: int = 1,
+    workers: int = 1,
     memory: Memory | str | Path | None = "auto",
     tiles: Tiles | str | int | None = None,
     shots: int | None = None,
@@ -269,6 +271,7 @@ def evaluate(
         layout: of the data sets, like "visa"; recognised if None.
         classes: only these.
         batch: images that the model is given at once.
+        workers: threads that do so, on a CPU; the cores are shared out among them.
         memory: what good parts taught, as a `Predictor` takes it.
         tiles: as a `Predictor` takes them: maps and masks are compared in the images' own pixels then, otherwise as the
             model sees them.
@@ -295,11 +298,12 @@ def evaluate(
     tests = [
         evaluating.to_evaluate(open_dataset(Path(place), layout), wanted, few_shot) for place in _texts(data, "data")
     ]
-    subject = evaluating.bundle_subject(
-        Path(bundle) if bundle else None, device, precision, threshold, batch, few_shot, memory, tiles
-    )
+    with share_cores(workers):
+        subject = evaluating.bundle_subject(
+            Path(bundle) if bundle else None, device, precision, threshold, batch, few_shot, memory, tiles
+        )
     with subject.backend:
-        return evaluating.evaluate(subject, tests, batch, console or Console(quiet=True), few_shot)
+        return evaluating.evaluate(subject, tests, batch, console or Console(quiet=True), few_shot, workers)
 
 
 def _good_images(places: list[str], tell: Callable[[str], None]) -> list[Path | str | NDArray[np.uint8]]:

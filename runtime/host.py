@@ -162,6 +162,17 @@ def use_cores(count: int) -> None:
     import_module("cv2").setNumThreads(count)
 
 
+@contextmanager
+def share_cores(workers: int) -> Iterator[None]:
+    """Inside, what asks for cores is given its share of them, as one of several."""
+    global _used
+    before, _used = _used, max(1, cores() // workers)
+    try:
+        yield
+    finally:
+        _used = before
+
+
 def cores() -> int:
     """Cores that this process may use: those that taskset or a container's cpuset leaves it, or `use_cores`."""
     return min(_used or sys.maxsize, _given_cores())
