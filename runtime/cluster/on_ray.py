@@ -44,9 +44,11 @@ class Cluster:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it says of itself, in lines of its own
         import ray
 
-        self._job = job
+        self._job, self._is_client = job, address.startswith("ray://")
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            # a client's server takes no more than the address
+            quiet = {} if self._is_client else {"logging_level": logging.ERROR, "log_to_driver": False}
+            ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise UsageError(
                 f"a cluster is ray://HOST:10001, auto or local; {address} can't be reached: {reason(error)[:150]}",
@@ -73,30 +75,23 @@ class Cluster:
         """
         import ray
 
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        by_id = {part.id: part for part in parts}
         job = self._job
-        luggage = pack(job)
-        told = (luggage, asdict(job.recipe), job.out, self._cores, job.maps)
-        rows = ray.data.from_items([{"part": part.to_json()} for part in parts], override_num_blocks=len(parts))
-        done = rows.map_batches(
-            Actor,
-            fn_constructor_args=told,
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(parts))),
-            **self._resources,
-        )
+        by_id = {part.id: part for part in parts}
+        told = (pack(job), asdict(job.recipe), job.out, self._cores, job.maps)
+        answers: Any = (told, [part.to_json() for part in parts], min(self.workers, len(parts)), self._resources)
+        if self._is_client:  # Ray Data works within the cluster alone
+            there = ray.remote(num_cpus=0)(Answers).remote(*answers)
+            given = iter(lambda: ray.get(there.next.remote()), None)
+        else:
+            given = iter(Answers(*answers).next, None)
         known: set[str] = set()
-        for row in done.iter_rows():
-            answer = json.loads(row["answer"])
+        for part, text in given:
+            answer = json.loads(text)
             receipt = receipt_of(answer)
             if answer["host"] not in known:
-                self._check(answer, row["id"])
+                self._check(answer, part)
                 known.add(answer["host"])
-            yield by_id[row["id"]], receipt
+            yield by_id[part], receipt
 
     def _check(self, answer: dict[str, Any], part: str) -> None:
         """Insist that a machine has this program and bundle, and writes where this one reads."""
@@ -151,6 +146,39 @@ def _user() -> str:
     import getpass
 
     return getpass.getuser()
+
+
+class Answers:
+    """What the actors say of each part, as it comes: Ray Data, from inside the cluster.
+
+    Args:
+        told: an `Actor`'s arguments.
+        parts: as JSON.
+        workers: actors.
+        resources: of each.
+    """
+
+    def __init__(self, told: tuple[Any, ...], parts: list[str], workers: int, resources: dict[str, float]) -> None:
+        import ray
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
+        done = rows.map_batches(
+            Actor,
+            fn_constructor_args=told,
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            **resources,
+        )
+        self._rows = iter(done.iter_rows())
+
+    def next(self) -> tuple[str, str] | None:
+        """The id of a part and its answer as JSON; None after the last."""
+        row = next(self._rows, None)
+        return row and (row["id"], row["answer"])
 
 
 class Actor:
