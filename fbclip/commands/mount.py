@@ -133,7 +133,7 @@ def refuse(context: typer.Context, source: Kind, *groups: object) -> None:
         for group in groups
         for name, hint in get_type_hints(type(group), include_extras=True).items()
         if get_origin(hint) is Annotated
-        if any(isinstance(kind, Kind) and kind != source for kind in get_args(hint))
+        if (kinds := [kind for kind in get_args(hint) if isinstance(kind, Kind)]) and source not in kinds
         if is_given(context, name)
     ]
     if given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import typer
@@ -62,11 +62,11 @@ def serve(
     inspection = None
     if texts or reading.watch:
         vote, alarm_on = Vote.parse(verdict.vote), parse_kinds(verdict.alarm_on)
-        inspection = Inspection(texts, reading.capture, results.sinks, vote, alarm_on)
+        inspection = Inspection(texts, reading.capture, replace(results.sinks, metrics=None), vote, alarm_on)
     else:
         refuse(context, NOTHING, verdict, reading, results)
     with verdict.predictor(model, area) as predictor:
         if verdict.threshold == "auto":
             say(console, predictor.explain_threshold())
         say(console, predictor.explain_device())
-        serve(predictor, inspection, Endpoint(server.host, server.port, server.token), console)
+        serve(predictor, inspection, Endpoint(server.host, server.port, server.token, results.place), console)

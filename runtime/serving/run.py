@@ -6,7 +6,7 @@ import logging
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,11 +40,17 @@ LINES, MINUTE_S = 10, 60.0  # of the log: so many a minute of each kind, whateve
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to listen, and the secret that clients need; None for none."""
+    """Where to listen.
+
+    Attributes:
+        token: the secret that clients need; None for none.
+        metrics: host and port where Prometheus fetches its metrics without it; None for the page's alone.
+    """
 
     host: str
     port: int
     token: str | None
+    metrics: tuple[str, int] | None = None
 
 
 def serve(predictor: Predictor, inspection: Inspection | None, endpoint: Endpoint, console: Console) -> None:
@@ -68,10 +74,11 @@ def serve(predictor: Predictor, inspection: Inspection | None, endpoint: Endpoin
             source = stack.enter_context(open_source(inspection.source, inspection.capture))
             if source.still:
                 raise UsageError(f"what is watched is a camera, stream, video or folder; {source.name} is images")
-            metrics = Prometheus(lambda: source.counters)
+            metrics = stack.enter_context(_metrics(lambda: source.counters, endpoint))
             pipeline = make_pipeline(source, predictor, inspection, NoticeLog(console), feed, metrics)
         else:
-            metrics = Prometheus(dict)
+            metrics = stack.enter_context(_metrics(dict, endpoint))
+            metrics.describe(predictor)
         server = WebServer(create_app(predictor, access, feed, pipeline, metrics))
         stack.enter_context(short_log())
         say(console, f"serving on {_url(ip, port)}")
@@ -79,6 +86,18 @@ def serve(predictor: Predictor, inspection: Inspection | None, endpoint: Endpoin
     if summary:
         print_summary(summary, console)
         insist_on_all(summary)
+
+
+@contextmanager
+def _metrics(counters: Callable[[], Mapping[str, int]], endpoint: Endpoint) -> Iterator[Prometheus]:
+    """The page's metrics; at an address of their own too, until the server stops, if the endpoint has one."""
+    metrics = Prometheus(counters)
+    own = metrics.listen(endpoint.metrics) if endpoint.metrics else None
+    try:
+        yield metrics
+    finally:
+        if own:
+            own.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
