@@ -37,6 +37,7 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         from fbclip.errors import FBClipError
 
+        self._begin_log(ctx)
         self._refuse_unknown_variables()
         try:
             return super().invoke(ctx)
@@ -45,6 +46,12 @@ class Command(TyperCommand):
                 if parameter.name == error.option:
                     error.flag = flag_of(parameter)
             raise
+
+    def _begin_log(self, ctx: Any) -> None:
+        from fbclip.logs import choose
+
+        if "log_format" in ctx.params:  # of a command that is mounted
+            choose(ctx.params["log_level"], ctx.params["log_format"], ctx.params["quiet"])
 
     def _refuse_unknown_variables(self) -> None:
         """A variable that sets nothing may be a mistyped threshold."""

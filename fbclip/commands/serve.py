@@ -57,7 +57,7 @@ def serve(
     from fbclip.runtime.serving.run import Endpoint, serve
     from fbclip.terminal import make_console, say
 
-    console = make_console(stderr=results.json == "-")
+    console = make_console(stderr=results.json == "-", service=True)
     texts = reading.texts(source)
     inspection = None
     if texts or reading.watch:

@@ -24,7 +24,7 @@ from fbclip.runtime.live.sinks import SinkOptions, make_sinks
 from fbclip.runtime.live.sinks.metrics import Prometheus
 from fbclip.runtime.live.sinks.pictures import Pictures
 from fbclip.runtime.live.sources import CaptureOptions, WatchSource
-from fbclip.runtime.live.status import Summary
+from fbclip.runtime.live.status import Status, Summary
 from fbclip.runtime.predictor import Predictor
 from fbclip.stopping import StopRequest
 from fbclip.terminal import say
@@ -175,9 +175,14 @@ def _watch(running: Future[Summary], pipeline: Pipeline, stop: StopRequest, cons
             elif time.monotonic() >= next_log:
                 next_log += log_s
                 with suppress(OSError):  # that nobody can read it is no reason to stop, nor to wait for ever
-                    console.print(status_text(pipeline.status()), soft_wrap=True)
+                    _say_status(pipeline.status(), console)
         if live:
             live.update(status_text(pipeline.status()))
+
+
+def _say_status(status: Status, console: Console) -> None:
+    fields = {"frames": status.frames, "anomalous": status.anomalous, "fps": status.fps, "alarm": status.alarm}
+    say(console, status_text(status), fields={"kind": "status", "source": status.source.name, **fields})
 
 
 def _ended(running: Future[Summary]) -> bool:

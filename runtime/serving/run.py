@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import socket
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
 
 from rich.console import Console
 
 from fbclip.errors import UsageError
+from fbclip.logs import Plain, make_handler
 from fbclip.runtime.live.console import NoticeLog, print_summary
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.run import Inspection, insist_on_all, make_pipeline
@@ -137,9 +136,8 @@ def _run(listening: socket.socket, server: WebServer, pipeline: Pipeline | None)
 
 @contextmanager
 def short_log() -> Iterator[None]:
-    """Warnings and errors of the server and the libraries under it as single lines on standard error, and few."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine())
+    """Warnings and errors of the server and the libraries under it as single lines, and few."""
+    handler = make_handler(_OneLine())
     handler.addFilter(_Few())
     loggers = [logging.getLogger(name) for name in LOGGERS]
     for logger in loggers:
@@ -154,15 +152,11 @@ def short_log() -> Iterator[None]:
             logger.propagate = True
 
 
-class _OneLine(logging.Formatter):
-    """What happened, and of an exception its kind, its words and the line it came from."""
+class _OneLine(Plain):
+    """As notices are on a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage().partition("\n")[0]
-        if record.exc_info and (error := record.exc_info[1]):
-            file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
-            text += f": {type(error).__name__}: {error} ({Path(file).name}:{line})"
-        return f"{time.strftime('%H:%M:%S')} server: {' '.join(text.split())}"
+        return f"{time.strftime('%H:%M:%S')} server: {super().format(record)}"
 
 
 class _Few(logging.Filter):
