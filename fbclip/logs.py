@@ -118,11 +118,21 @@ def make_handler(otherwise: logging.Formatter) -> logging.Handler:
     return handler
 
 
+def warn_early(line: str) -> None:
+    """Say a warning, one line, on standard error before the command's log is open."""
+    if choice.level <= logging.WARNING:
+        print(_alone(line, logging.WARNING, "fbclip: warning: "), file=sys.stderr)
+
+
 def last_line(line: str) -> str:
     """How the error is told that ended the command, one line: as "fbclip: …", in a log of JSON as one more line of it."""
+    return _alone(line, logging.ERROR, "fbclip: ")
+
+
+def _alone(line: str, level: int, prefix: str) -> str:
     if choice.form != "json":
-        return f"fbclip: {line}"
-    return Json().format(logging.makeLogRecord({"msg": line, "levelno": logging.ERROR, "levelname": "ERROR"}))
+        return f"{prefix}{line}"
+    return Json().format(logging.makeLogRecord({"msg": line, "levelname": logging.getLevelName(level)}))
 
 
 class Plain(logging.Formatter):

@@ -247,7 +247,7 @@ class SinkGroup:
         str | None,
         option(
             "Publish results to this MQTT broker and topic prefix: mqtt://HOST/PREFIX. One with a password is better "
-            "given as FBCLIP_MQTT.",
+            "given in the file that FBCLIP_MQTT_FILE names.",
             metavar="URL",
             envvar="FBCLIP_MQTT",
         ),
@@ -255,7 +255,8 @@ class SinkGroup:
     webhook: Annotated[
         str | None,
         option(
-            "Post alarms and notices to this address; one with a secret is better given as FBCLIP_WEBHOOK.",
+            "Post alarms and notices to this address; one with a secret is better given in the file that "
+            "FBCLIP_WEBHOOK_FILE names.",
             metavar="URL",
             envvar="FBCLIP_WEBHOOK",
         ),

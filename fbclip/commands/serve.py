@@ -24,7 +24,8 @@ class ServerGroup:
     token: Annotated[
         str | None,
         option(
-            "Password that every client must send (16 characters or more); better given as FBCLIP_TOKEN.",
+            "Password that every client must send (16 characters or more); better given in the file that "
+            "FBCLIP_TOKEN_FILE names, or as FBCLIP_TOKEN.",
             metavar="TEXT",
             envvar="FBCLIP_TOKEN",
         ),
