@@ -168,6 +168,14 @@ class Bundle:
         parts = self.graph_sha256(precision), self.manifest.files["text.npy"]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
+    def verify(self) -> None:
+        """Check every file against its hash, those that nobody asks for too.
+
+        Raises:
+            BundleError: one is missing or damaged.
+        """
+        self._verified(self.manifest.files)
+
     @property
     def calibration(self) -> Path:
         """The file that `fbclip calibrate` writes; it need not be there.
