@@ -132,7 +132,7 @@ def last_line(line: str) -> str:
 def _alone(line: str, level: int, prefix: str) -> str:
     if choice.form != "json":
         return f"{prefix}{line}"
-    return Json().format(logging.makeLogRecord({"msg": line, "levelname": logging.getLevelName(level)}))
+    return Json().format(logging.makeLogRecord({"msg": line, "levelname": logging.getLevelName(level), "fields": {}}))
 
 
 class Plain(logging.Formatter):
@@ -150,19 +150,20 @@ class Dated(Plain):
     """2026-11-27T08:30:00+01:00 WARNING …"""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"{_iso(record.created, 'seconds')} {record.levelname:7} {super().format(record)}"
+        of = "" if record.name == SAID else f"{record.name}: "
+        return f"{_iso(record.created, 'seconds')} {record.levelname:7} {of}{super().format(record)}"
 
 
 class Json(Plain):
     """One object a line: time (ISO 8601 with zone), level, message, and what else there is."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {name: value for name, value in getattr(record, "fields", {}).items() if name not in RESERVED}
+        fields = getattr(record, "fields", {"logger": record.name})
         values = {
             "time": _iso(record.created, "milliseconds"),
             "level": record.levelname.lower(),
             "message": super().format(record),
-            **fields,
+            **{name: value for name, value in fields.items() if name not in RESERVED},
         }
         return json.dumps(values, default=str, allow_nan=False)
 

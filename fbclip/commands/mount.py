@@ -88,7 +88,8 @@ class LogGroup:
     log_format: Annotated[
         Form,
         option(
-            "Lines with date and level, or of JSON. auto: of a stream without a terminal, text; else plain lines.",
+            "text: lines with date and level. json: an object a line. auto: text of serve and of streams where no "
+            "terminal is, else plain lines.",
             metavar="auto|text|json",
             envvar="FBCLIP_LOG_FORMAT",
         ),

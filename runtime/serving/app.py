@@ -22,7 +22,7 @@ from pydantic import ValidationError
 import fbclip
 from fbclip.errors import FBClipError, ImageError, SizeError
 from fbclip.runtime.predictor import Predictor
-from fbclip.runtime.serving.access import LOGIN, Access, Guard, problem
+from fbclip.runtime.serving.access import LOGIN, PROBES, Access, Guard, problem
 from fbclip.runtime.serving.feed import Feed, Update
 from fbclip.runtime.serving.schemas import EventBody, HealthBody, Problem, ScoredBody, StatusBody, ThresholdBody
 from fbclip.runtime.serving.uploads import InTurn, UploadLimits, Uploads, read_body
@@ -291,6 +291,9 @@ def _add_rest(app: FastAPI, site: Site) -> None:
     async def readyz(response: Response) -> dict[str, str]:
         """Whether what comes is inspected; 503 says why not, like a source that is lost. Needs no token."""
         return told(site.readiness, response)
+
+    for path, probe in zip(PROBES, (healthz, readyz), strict=True):  # some programs that watch ask for the head alone
+        app.head(path, include_in_schema=False)(probe)
 
 
 def _body(schemas: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def test_health_is_told_to_everybody_by_any_name(token: str | None) -> None:
             assert health(server, "/readyz", **headers) == (200, "ok")
         for path in ("/v1/status", "/healthz/", "/healthz/x", "//healthz", "/HEALTHZ"):  # and nothing else is
             assert server.ask(path, Host="evil.example")[0] in (400, 401)
+        assert server.ask("/healthz", "HEAD") == server.ask("/readyz", "HEAD") == (200, b"")
         assert server.ask("/healthz", "POST", b"x", Host="evil.example")[0] in (400, 401)
 
 
