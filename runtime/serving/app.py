@@ -16,7 +16,7 @@ import anyio
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, HTTPException, Query, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import ValidationError
 
 import fbclip
@@ -277,20 +277,19 @@ def _add_rest(app: FastAPI, site: Site) -> None:
                 return Response(alarm.picture, media_type="image/jpeg")
         raise HTTPException(404, f"there is no event {id}; /v1/events lists those that are kept")
 
-    def told(state: str, response: Response) -> dict[str, str]:
-        response.status_code = 200 if state == OK else 503
-        return {"status": state}
+    def told(state: str) -> Response:
+        return JSONResponse({"status": state}, 200 if state == OK else 503)
 
     # neither waits for a thread, which requests that take long may all hold
     @app.get("/healthz", response_model=HealthBody, responses={503: {"model": HealthBody}})
-    async def healthz(response: Response) -> dict[str, str]:
+    async def healthz() -> Response:
         """Whether the server works; 503 says what a restart may cure. Needs no token."""
-        return told(site.health, response)
+        return told(site.health)
 
     @app.get("/readyz", response_model=HealthBody, responses={503: {"model": HealthBody}})
-    async def readyz(response: Response) -> dict[str, str]:
+    async def readyz() -> Response:
         """Whether what comes is inspected; 503 says why not, like a source that is lost. Needs no token."""
-        return told(site.readiness, response)
+        return told(site.readiness)
 
     for path, probe in zip(PROBES, (healthz, readyz), strict=True):  # some programs that watch ask for the head alone
         app.head(path, include_in_schema=False)(probe)
