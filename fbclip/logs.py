@@ -13,7 +13,12 @@ import traceback
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler  # takes no type before Python 3.11
 
 RESERVED = ("time", "level", "message")  # what every line of JSON has
 SAID = "fbclip.said"
@@ -168,7 +173,7 @@ class Json(Plain):
         return json.dumps(values, default=str, allow_nan=False)
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+class _Handler(_StreamHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # logging's name
         """Whoever says something is told that nobody takes it; libraries go on."""
         if record.name == SAID:

@@ -132,7 +132,7 @@ def infer(
         with verdict.predictor(model, area, work.batch) as predictor:
             if verdict.threshold == "auto":
                 say(console, predictor.explain_threshold())
-            say(console, predictor.explain_device())
+            say(console, predictor.explain_device(), fields={"kind": "model", **predictor.identity})
             for target in (results.json, results.csv):
                 require_file(target)
             sinks = replace(

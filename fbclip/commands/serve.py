@@ -69,5 +69,5 @@ def serve(
     with verdict.predictor(model, area) as predictor:
         if verdict.threshold == "auto":
             say(console, predictor.explain_threshold())
-        say(console, predictor.explain_device())
+        say(console, predictor.explain_device(), fields={"kind": "model", **predictor.identity})
         serve(predictor, inspection, Endpoint(server.host, server.port, server.token, results.place), console)

@@ -53,6 +53,8 @@ def test_json_is_one_object_a_line(fbclip: Run, watched: list[str], monkeypatch:
     (alarm,) = (line for line in lines if line.get("kind") == "alarm")
     assert (alarm["level"], alarm["state"], alarm["subject"]) == ("warning", "on", "in")
     assert alarm["counters"]["alarms"] == 1
+    (model,) = (line for line in lines if line.get("kind") == "model")
+    assert (model["bundle"], model["device"], len(model["sha256"])) == ("fbclip-nano", "cpu", 64)
     (summary,) = (line for line in lines if line.get("kind") == "summary")
     assert (summary["frames"], summary["anomalous"], summary["level"]) == (1, 1, "info")
     failed = fbclip("infer", "nowhere.png", code=2)  # the last line of all is of JSON too

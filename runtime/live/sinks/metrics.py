@@ -85,17 +85,7 @@ class Prometheus:
 
     def describe(self, predictor: Predictor, status: Callable[[], Status] | None = None) -> None:
         """Say what inspects, and what a run does, asked for at each scrape; once, before the first."""
-        memory, calibration = predictor.memory, predictor.calibration
-        self._model.info(
-            {
-                "bundle": predictor.bundle.name,
-                "sha256": predictor.bundle.sha256,
-                "memory": memory.name if memory else "",
-                "calibrated": (calibration.made or "unknown") if calibration else "",
-                "precision": predictor.precision,
-                "device": predictor.backend.device,
-            }
-        )
+        self._model.info(predictor.identity)
         self._threshold.set(predictor.threshold)
         if status:
             self._registry.register(_RunTotals(status))
