@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import urllib.request
 from pathlib import Path
@@ -172,3 +175,45 @@ def test_the_status_names_the_bundle_and_when_it_was_calibrated(tmp_path: Path) 
     made = json.loads((bundle / "calibration.json").read_text())["made"]
     assert model["calibration"] == {"made": made, "good_images": 4, "false_alarm_rate": 0.2}
     assert made[:2] == "20" and made.endswith("+00:00")
+
+
+def test_infer_has_metrics_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    (tmp_path / "in").mkdir()
+    shutil.copy(SCRATCH, tmp_path / "in")
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    line = [
+        Path(sys.executable).with_name("fbclip"),
+        "infer",
+        "--watch",
+        "in",
+        "--metrics",
+        f"0.0.0.0:{port}",
+        "--no-save",
+    ]
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def found() -> float:
+        try:
+            return scrape(f"http://127.0.0.1:{port}/metrics")["fbclip_results_total"].value
+        except OSError:
+            return 0
+
+    try:
+        eventually(found)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 143, said
+
+
+def test_the_log_of_a_server_is_json_to_the_last_line(tmp_path: Path) -> None:
+    with command(tmp_path, "--log-format", "json", token=TOKEN) as server:
+        for _ in range(6):
+            assert server.ask("/v1/status", Authorization="Bearer wrong")[0] == 401
+    log = tmp_path / "serve.log"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (guesses,) = (line for line in lines if line.get("logger") == "fbclip.serve")
+    assert guesses["level"] == "warning" and "wrong tokens from 127.0.0.1" in guesses["message"]
+    assert TOKEN not in log.read_text()
