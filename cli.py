@@ -25,8 +25,9 @@ HELP = """Find defects on objects never seen before: FB-CLIP, deployed.
 A bundle is a folder NAME.fbclip with a model, ready to inspect; one is embedded, and any other is given with --bundle."""
 EPILOG = (
     "Options may also be set in a file (--config line.toml) and by environment variables: FBCLIP_INFER_THRESHOLD for "
-    "--threshold of infer; FBCLIP_BUNDLE, FBCLIP_CONFIG, FBCLIP_TOKEN, FBCLIP_MQTT and FBCLIP_WEBHOOK for every command "
-    "that has the option. The command line wins, then the environment, then the file."
+    "--threshold of infer; FBCLIP_BUNDLE, FBCLIP_CONFIG, FBCLIP_TOKEN, FBCLIP_MQTT, FBCLIP_WEBHOOK, FBCLIP_QUIET, "
+    "FBCLIP_LOG_LEVEL and FBCLIP_LOG_FORMAT for every command that has the option. Secrets come from files: of each "
+    "variable NAME, NAME_FILE names a file with the value. The command line wins, then the environment, then the file."
 )
 
 app = typer.Typer(

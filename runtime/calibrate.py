@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -263,6 +264,7 @@ def calibrate(
         method=method,
         defects=len(bad.scores),
         usual=Usual.learn(found.looks),
+        made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     return calibration, found, bad
 

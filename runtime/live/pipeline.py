@@ -178,6 +178,11 @@ class Pipeline:
             self._progress.notify_all()
         self.source.close()
 
+    @property
+    def state(self) -> str:
+        """Of the source now, see `SourceStatus`; from any thread, at no cost."""
+        return self._state
+
     def status(self) -> Status:
         """What is going on; from any thread."""
         drift = self.alarm.drift
