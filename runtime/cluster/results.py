@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from fbclip.addresses import shown
+from fbclip.bundle import Bundle
 from fbclip.errors import FBClipError, UsageError, require_package
 from fbclip.files import replacing, require_writable, sweep, write_error
 from fbclip.runtime.calibrate import Sample
@@ -146,12 +147,11 @@ def schema() -> pa.Schema:
     )
 
 
-def row_of(record: Record, predictor: Predictor, bundle: str, with_map: bool) -> dict[str, Any]:
+def row_of(record: Record, predictor: Predictor, with_map: bool) -> dict[str, Any]:
     """The row of a picture that was inspected.
 
     Args:
         predictor: that inspected it.
-        bundle: the hash of the bundle.
         with_map: whether the model's map is kept: a NumPy file (.npy) of float32 (H', W').
     """
     sample = Sample.of(record.prediction, look(predictor.view.take(record.frame.image).shown))
@@ -159,7 +159,7 @@ def row_of(record: Record, predictor: Predictor, bundle: str, with_map: bool) ->
         **record.to_dict(),
         "source": _text(record.frame.name),
         "time": round(record.frame.wall * 1e6),
-        "bundle": bundle,
+        "bundle": predictor.bundle.sha256,
         "precision": predictor.precision,
         "device": predictor.backend.device,
         "peak": sample.peak,
@@ -171,9 +171,9 @@ def row_of(record: Record, predictor: Predictor, bundle: str, with_map: bool) ->
     }
 
 
-def error_row(name: str, error: object, bundle: str, unfetched: bool = False) -> dict[str, Any]:
+def error_row(name: str, error: object, bundle: Bundle, unfetched: bool = False) -> dict[str, Any]:
     """The row of a picture of which nothing is known; `unfetched` where another try may get it."""
-    return {"source": _text(name), "error": printable(error)[:500], "bundle": bundle, "unfetched": unfetched}
+    return {"source": _text(name), "error": printable(error)[:500], "bundle": bundle.sha256, "unfetched": unfetched}
 
 
 def _text(name: str) -> str:

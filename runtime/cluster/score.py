@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 import time
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from fbclip.addresses import shown
 from fbclip.bundle import Bundle
 from fbclip.errors import FBClipError, Interrupted, UsageError
+from fbclip.files import sha256
 from fbclip.runtime.cluster.archive import Archive, Part, Reader, open_archive
 from fbclip.runtime.cluster.job import Job
 from fbclip.runtime.cluster.local import Crew
@@ -148,7 +148,10 @@ def _already(parts: int) -> str:
 def _identity(predictor: Predictor) -> dict[str, Any]:
     """What scores depend on, for those who go on with them."""
     bundle = predictor.bundle
+    calibration = bundle.calibration
     return {
+        "bundle": bundle.sha256,
+        "calibration": sha256(calibration) if calibration.is_file() else None,
         "model": {precision: bundle.model_sha256(precision) for precision in bundle.manifest.precisions},
         "memory": predictor.memory.sha256 if predictor.memory else None,
         "place": [*predictor.view.place],
@@ -162,12 +165,11 @@ def _planned(
     about = results.about() or {}
     size = about.get("images_a_part", archive.size_of_parts())
     values = asdict(job.recipe)
-    values |= {name: f"{value} ({_hash_of(value)})" for name, value in job.recipe.files().items()}
+    values |= {name: f"{value} ({sha256(Path(value))[:16]})" for name, value in job.recipe.files().items()}
     results.prepare(
         {
             "format": FORMAT,
             "source": [shown(source) for source in sources],
-            "bundle": job.sha256,
             **judges,
             "judged": {name: value for name, value in values.items() if name not in ("device", "batch")},
             "maps": job.maps,
@@ -175,10 +177,6 @@ def _planned(
         }
     )
     return archive.parts(size)
-
-
-def _hash_of(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def _work(workers: Workers, parts: list[Part], total: Receipt, stop: StopRequest, console: Console) -> None:
@@ -241,7 +239,7 @@ def _report(
         "unfetched": total.unfetched,
         "histogram": total.histogram,
         "worst": [{"source": printable(name), "score": score} for score, name in total.worst],
-        "bundle": job.sha256,
+        "bundle": job.bundle.sha256,
     }
     results.write(SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
     with job.recipe.predictor(job.bundle.path) as predictor:

@@ -145,14 +145,14 @@ class Scorer:
         if cores:
             use_cores(cores)
         self._predictor = Recipe(**recipe).predictor(bundle)
-        self._bundle = bundle_sha256(self._predictor.bundle)
         self._results, self._maps = Results(out), maps
+        self._sha256 = bundle_sha256(self._predictor.bundle)
 
     def ready(self) -> dict[str, Any]:
         """What it judges with, to be the same on every machine."""
         return {
             "fbclip": fbclip.__version__,
-            "bundle": self._bundle,
+            "bundle": self._sha256,
             "device": self._predictor.backend.device,
             "precision": self._predictor.precision,
         }
@@ -176,7 +176,7 @@ class Scorer:
         done = 0
         for record in pipeline.records():
             yield from map(fault, range(done, record.frame.index))
-            yield row_of(record, self._predictor, self._bundle, self._maps)
+            yield row_of(record, self._predictor, self._maps)
             done = record.frame.index + 1
         yield from map(fault, range(done, len(source.names)))
         if len(source.names) != len(part):
@@ -184,4 +184,4 @@ class Scorer:
 
     def _fault(self, source: PartSource, index: int) -> dict[str, Any]:
         why, unfetched = source.faults[index]
-        return error_row(source.names[index], why, self._bundle, unfetched)
+        return error_row(source.names[index], why, self._predictor.bundle, unfetched)

@@ -174,7 +174,7 @@ def test_calibrate_and_adapt_go_on_from_it(fbclip: Run, tmp_path: Path) -> None:
     by_rows, by_pictures = (
         json.loads((tmp_path / f"{n}.fbclip/calibration.json").read_text()) for n in ("rows", "pictures")
     )
-    assert by_rows == by_pictures
+    assert {**by_rows, "made": by_pictures["made"]} == by_pictures
     fbclip("adapt", "scores", "--out", "rows2.fbclip")
     fbclip("adapt", *copies, "--out", "pictures2.fbclip")
     contents = [(tmp_path / f"{name}2.fbclip/memory.npz").read_bytes() for name in ("rows", "pictures")]
