@@ -44,7 +44,7 @@ class HandsGroup:
     ] = 0.0
 
 
-@mounted(first=("bundle", "out", "workers", "address", "gpus", "save_maps"))
+@mounted(first=("bundle", "out", "workers", "address", "save_maps"))
 def score(
     hands: HandsGroup,
     model: BundleGroup,
@@ -64,9 +64,11 @@ def score(
     ],
     save_maps: Annotated[bool, option("Keep the anomaly maps in the tables, too.", "--save-maps")] = False,
     column: Annotated[
-        str | None, option("Column of Parquet tables. Default: the only one that fits.", metavar="NAME")
+        str | None, option("Column of Parquet tables. Default: the only one that fits.", metavar="NAME", panel="Tables")
     ] = None,
-    batch: Annotated[int, option("Images given to the model at once.", *BATCH_NAMES, metavar="N", min=1)] = 1,
+    batch: Annotated[
+        int, option("Images given to the model at once.", *BATCH_NAMES, metavar="N", min=1, panel=BundleGroup.PANEL)
+    ] = 1,
 ) -> None:
     """Score an archive, by many processes or on a cluster, into Parquet tables."""
     from fbclip.bundle import Bundle

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from signal import Signals
@@ -116,7 +116,8 @@ def score(
         UsageError: no such archive, bundle or cluster, or the folder has results of another.
         FBClipError: a worker failed, nothing could be read, or some pictures have to be fetched again.
     """
-    with recipe.predictor(bundle.path) as predictor:  # what can't be used is said at once
+    here = replace(recipe, device="auto") if hands.address else recipe  # this machine may have other devices
+    with here.predictor(bundle.path) as predictor:  # what can't be used is said at once
         say(console, predictor.explain_threshold())
         judges = _identity(predictor)
     job = Job(bundle, bundle_sha256(bundle), recipe, out, maps)
@@ -137,7 +138,8 @@ def score(
     if old := results.keep_only({part.id for part in parts}):
         say(console, f"{old} tables of images that changed or are gone were removed")
     seconds = time.monotonic() - began
-    _report(total, results, job, Reader(archive.store), seconds, sum(map(len, todo)), console)
+    with here.predictor(bundle.path) as predictor:
+        _report(total, results, predictor, Reader(archive.store), seconds, sum(map(len, todo)), console)
     return _insist(total)
 
 
@@ -222,7 +224,13 @@ def _work(workers: Workers, parts: list[Part], total: Receipt, stop: StopRequest
 
 
 def _report(
-    total: Receipt, results: Results, job: Job, reader: Reader, seconds: float, done: int, console: Console
+    total: Receipt,
+    results: Results,
+    predictor: Predictor,
+    reader: Reader,
+    seconds: float,
+    done: int,
+    console: Console,
 ) -> None:
     """Tell and write what the archive came to."""
     counts = ", ".join(f"{count:,} {verdict}" for verdict, count in sorted(total.verdicts.items()))
@@ -239,13 +247,11 @@ def _report(
         "unfetched": total.unfetched,
         "histogram": total.histogram,
         "worst": [{"source": printable(name), "score": score} for score, name in total.worst],
-        "bundle": job.bundle.sha256,
+        "bundle": predictor.bundle.sha256,
     }
     results.write(SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
-    with job.recipe.predictor(job.bundle.path) as predictor:
-        results.write("histogram.png", draw_histogram(total, predictor.threshold))
-        worst = draw_worst(total, predictor, reader)
-    if worst:
+    results.write("histogram.png", draw_histogram(total, predictor.threshold))
+    if worst := draw_worst(total, predictor, reader):
         results.write("worst.jpg", worst)
     pictures = "histogram.png and worst.jpg" if worst else "histogram.png"
     say(console, f"results are in {results.name}: rows/ (Parquet), {SUMMARY}, {pictures}")
