@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import configparser
+import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from fbclip.files import sha256
 from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.resample import resize
+from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from fbclip.runtime.calibrate import calibrate
 from fbclip.runtime.predictor import Predictor
 from helpers.good_parts import write_good
@@ -114,6 +117,36 @@ def test_a_memory_and_a_calibration(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is of another memory"):
         write_standalone(bundle, tmp_path / "stale")
     assert not {"tiled", "stale"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_contract_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/reference/contract.md says of the bundle's own graph, done with numpy and ONNX Runtime alone."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "contract.md").read_text()
+    bundle = fbclip.adapt(None, write_good(tmp_path / "good", 4), out=tmp_path / "line3.fbclip").bundle
+    manifest = json.loads((bundle.path / "manifest.json").read_text())
+    hashes = "".join(manifest["files"][name] for name in ("model.onnx", "text.npy"))
+    assert hashlib.sha256(hashes.encode()).hexdigest() == bundle.model_sha256("fp32")
+    session = ort.InferenceSession(bundle.path / "model.onnx", providers=["CPUExecutionProvider"])
+    groups, width, patches = manifest["memory"]["groups"], manifest["memory"]["width"], manifest["grid"] ** 2
+    neutral = {
+        "text": np.load(bundle.path / "text.npy"),
+        "memory_matrix": np.zeros((groups, width, width), np.float32),
+        "memory_places": np.zeros((patches, groups * width), np.float32),
+        "memory_bank": np.full(width, 1e30, np.float32),
+        "memory_weights": np.array([1, 0, 0, 1, 0, 0, 0, 0], np.float32),
+    }
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "contract.md", "exec"), {})
+    taught = dict(np.load("line3-tensors.npz"))
+    assert taught.keys() == neutral.keys()
+    for memory, held in ((None, neutral), (bundle.memory(), taught)):
+        with OnnxRuntimeBackend(bundle.graph("fp32"), bundle.text, "cpu", bundle.manifest.memory_shape) as backend:
+            backend.set_memory(memory.tensors if memory else None)
+            expected = backend.run(frames())
+        found = session.run(["score", "anomaly_map"], {"image": frames(), **held})
+        for each, wanted in zip(found, expected, strict=True):
+            assert np.abs(each - wanted).max() < 1e-6
 
 
 def test_what_gives_other_numbers_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
