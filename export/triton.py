@@ -11,13 +11,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fbclip.bundle import ANOMALY_MAP, IMAGE, SCORE, Bundle, checked_name
 from fbclip.errors import UsageError
 from fbclip.export.standalone import CARD, GRAPH, UINT8_NHWC, Card, require_onnx, write_graph
-from fbclip.files import new_folder, replacing
+from fbclip.files import new_folder, replacing, sha256
 from fbclip.memory import Memory
 from fbclip.runtime.backends import resolve_precision
 from fbclip.untrusted import one_line, read_bytes
@@ -122,10 +122,10 @@ def _write_version(
             _require_like(folder, versions, card, build is not None)
         if build:
             build(temporary / GRAPH, temporary / PLAN)
-            for file in card.files:
-                (temporary / file).unlink()
-            for beside in filter(Path.is_dir, list(temporary.iterdir())):
-                shutil.rmtree(beside)
+            for other in [path for path in temporary.iterdir() if path.name not in (PLAN, CARD)]:
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
+            card = replace(card, files={PLAN: sha256(temporary / PLAN)})
+            card.save(temporary / CARD)
         temporary.rename(folder / str(number))
     taught = memory.explain(precision) if memory else "no memory of good parts"
     text, most = configured or ("", max_batch)

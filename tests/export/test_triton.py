@@ -28,6 +28,7 @@ from fbclip.bundle import Bundle, Manifest, save
 from fbclip.errors import BundleError, UsageError
 from fbclip.export.standalone import Card
 from fbclip.export.triton import write_model
+from fbclip.files import sha256
 from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.resample import resize
@@ -189,6 +190,7 @@ def test_a_plan_is_built_from_the_baked_graph(tmp_path: Path) -> None:
     config = parsed_config(folder)
     assert config.platform == "tensorrt_plan"
     assert (folder / "1" / "model.plan").read_text() == "a plan"
+    assert dict(Card.load(folder / "1" / "model.json").files) == {"model.plan": sha256(folder / "1" / "model.plan")}
     assert config.max_batch_size == 4
     assert [w.batch_size for w in config.model_warmup] == [1, 4]
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
