@@ -140,11 +140,11 @@ def main() -> None:
             found[name].append(json.loads(subprocess.run([*command, name], check=True, capture_output=True).stdout))
         figures[bundle.name]["processes of one alone"] = found
         print(bundle.name, json.dumps(figures[bundle.name], indent=1))
-    if arguments.json:
+    if arguments.json:  # threads: 0 is one a core
         import onnxruntime
         import openvino
 
-        versions = {"openvino": openvino.__version__, "onnxruntime": onnxruntime.__version__, "cores": allowed_cores()}
+        versions = {"openvino": openvino.__version__, "onnxruntime": onnxruntime.__version__, "threads": allowed_cores()}
         arguments.json.write_text(json.dumps({**versions, **figures}, indent=1) + "\n")
 
 
