@@ -144,7 +144,11 @@ def main() -> None:
         import onnxruntime
         import openvino
 
-        versions = {"openvino": openvino.__version__, "onnxruntime": onnxruntime.__version__, "threads": allowed_cores()}
+        versions = {
+            "openvino": openvino.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "threads": allowed_cores(),
+        }
         arguments.json.write_text(json.dumps({**versions, **figures}, indent=1) + "\n")
 
 
