@@ -117,18 +117,19 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def check_graph(path: Path, for_tensorrt: bool = True) -> int:
+def check_graph(path: Path, for_tensorrt: bool = True, image_type: int = TensorProto.UINT8) -> int:
     """Prove a written graph; returns how many nodes it has.
 
     Args:
         for_tensorrt: operators and their types are held against NVIDIA's table, and TensorRT-RTX reads the graph where
             it is installed; a graph for CPUs alone need not be.
+        image_type: of the image, uint8 or float32.
 
     Raises:
         GraphError: names the first node and the rule it breaks, or the layer and what TensorRT-RTX says.
     """
     graph = Graph(path)
-    check_inputs(graph)
+    check_inputs(graph, image_type)
     for node in graph.nodes if for_tensorrt else ():
         for rule in (check_operator, check_types, check_integers):
             if broken := rule(graph, node):
@@ -161,11 +162,12 @@ def read_with_real_parser(path: Path) -> None:
         raise GraphError(answer["refused"])
 
 
-def check_inputs(graph: Graph) -> None:
+def check_inputs(graph: Graph, image_type: int) -> None:
     """uint8 is there for the image alone, whose first and only node is a Cast; text, score and map are float32."""
     image, *others = graph.inputs
     readers = [node for node in graph.nodes if image.name in node.input]
-    if graph.types[image.name] != TensorProto.UINT8 or [node.op_type for node in readers] != ["Cast"]:
+    first = "Cast" if image_type == TensorProto.UINT8 else "Transpose"
+    if graph.types[image.name] != image_type or [node.op_type for node in readers] != [first]:
         names = ", ".join(node.op_type for node in readers)
         raise GraphError(f"the image is uint8 and goes into one Cast; in {graph.path.name} it goes into {names}")
     for value in (*others, *graph.outputs):

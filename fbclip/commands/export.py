@@ -21,6 +21,11 @@ class ChannelOrder(str, Enum):
     bgr = "bgr"
 
 
+class InputForm(str, Enum):
+    uint8_nhwc = "uint8-nhwc"
+    float_nchw = "float-nchw"
+
+
 @dataclass(frozen=True)
 class GraphGroup:
     """The graphs that are written, and how they are proven."""
@@ -80,11 +85,11 @@ class GraphGroup:
 class PlanGroup:
     """What TensorRT builds."""
 
-    PANEL: ClassVar[str] = "TensorRT engine, Triton model"
+    PANEL: ClassVar[str] = "TensorRT engine, Triton model, other programs"
     bundle: Annotated[
         Path | None,
         option(
-            "Use this existing bundle for --engine, --rtx or --triton instead of exporting a checkpoint; needs no torch.",
+            "Use this existing bundle for --engine, --rtx, --triton or --standalone instead of exporting a checkpoint; needs no torch.",
             metavar="PATH",
         ),
     ] = None
@@ -97,10 +102,29 @@ class PlanGroup:
         option("Build a TensorRT-RTX engine for GPUs from RTX 30 on; needs no GPU here.", "--rtx"),
     ] = False
     triton: Annotated[
-        Path | None, option("Also write the model into this NVIDIA Triton model repository.", metavar="PATH")
+        Path | None,
+        option(
+            "Also write the model into this NVIDIA Triton model repository; if it is there, as its next version.",
+            metavar="PATH",
+        ),
     ] = None
+    standalone: Annotated[
+        Path | None,
+        option(
+            "Also write one graph for other programs into this new folder: images in, text features and memory inside.",
+            metavar="PATH",
+        ),
+    ] = None
+    input: Annotated[
+        InputForm,
+        option(
+            "Input of the graph of --standalone: whole pixels, or planes of floats (0 to 255) with a configuration for "
+            "DeepStream's nvinfer.",
+            metavar="uint8-nhwc|float-nchw",
+        ),
+    ] = InputForm.uint8_nhwc
     precision: Annotated[
-        str, option("Graph for the engines or the Triton model: auto, fp32, fp16 or int8.", metavar="NAME")
+        str, option("Graph for engines, Triton or --standalone: auto, fp32, fp16 or int8.", metavar="NAME")
     ] = "auto"
     batch: Annotated[
         str,
@@ -120,7 +144,7 @@ class PlanGroup:
 
     @property
     def deploys(self) -> bool:
-        return bool(self.engine or self.rtx or self.triton)
+        return bool(self.engine or self.rtx or self.triton or self.standalone)
 
     @property
     def options(self) -> EngineOptions:
@@ -148,7 +172,7 @@ def export(
     name: Annotated[
         str | None,
         option(
-            "Name of the bundle, or with --triton of its model. Default: the checkpoint's or the bundle's.",
+            "Name of the bundle, or with --triton or --standalone of its model. Default: the checkpoint's or the bundle's.",
             metavar="NAME",
             panel="Graphs of the bundle",
         ),
@@ -160,9 +184,11 @@ def export(
     if plan.bundle:
         writes = checkpoint or model.clip or out or graphs.fp16 or graphs.int8 or graphs.int8_static
         if writes or not plan.deploys:
-            raise UsageError("--bundle goes with --engine, --rtx or --triton alone: it takes a bundle that is there")
-        if name is not None and not plan.triton:
-            raise UsageError("--name with --bundle is the name of a Triton model: pass --triton")
+            raise UsageError(
+                "--bundle goes with --engine, --rtx, --triton or --standalone alone: it takes a bundle that is there"
+            )
+        if name is not None and not (plan.triton or plan.standalone):
+            raise UsageError("--name with --bundle is the name of a Triton or standalone model: pass one of them")
         _check_plan(plan, options)
         _deploy(plan.bundle, plan, options, name)
         return
@@ -183,7 +209,7 @@ def _check(graphs: GraphGroup, plan: PlanGroup, options: EngineOptions) -> None:
     _check_plan(plan, options)
     if not plan.deploys and plan.precision != "auto":
         raise UsageError(
-            f"--precision is an engine's or a Triton model's: pass --engine, --rtx or --triton; got {plan.precision}"
+            f"--precision is an engine's or another program's: pass --engine, --rtx, --triton or --standalone; got {plan.precision}"
         )
     if plan.deploys and find_spec("torch") is None:
         raise UsageError("without --bundle a bundle is exported first, which needs torch: pass --bundle to use yours")
@@ -194,13 +220,15 @@ def _check(graphs: GraphGroup, plan: PlanGroup, options: EngineOptions) -> None:
 
 
 def _check_plan(plan: PlanGroup, options: EngineOptions) -> None:
-    """Raise UsageError where --rtx is asked for what TensorRT-RTX has not."""
+    """Raise UsageError where --rtx is asked for what TensorRT-RTX has not, or options of other programs have none."""
     from importlib.util import find_spec
 
     from fbclip.engines import EngineOptions
 
     if plan.rtx and find_spec("tensorrt_rtx") is None:
         raise UsageError("--rtx needs NVIDIA's builder: pip install tensorrt-rtx-cu13")
+    if plan.input != InputForm.uint8_nhwc and not plan.standalone:
+        raise UsageError("--input is of the graph for other programs: pass --standalone")
     if plan.rtx and plan.triton:
         raise UsageError("Triton runs no TensorRT-RTX engine: pass --engine with --triton, or --rtx without it")
     if plan.rtx and not plan.engine and options != EngineOptions(options.batch):
@@ -236,13 +264,19 @@ def _export(
 
 
 def _deploy(bundle: Path, plan: PlanGroup, options: EngineOptions, name: str | None) -> None:
-    """From a bundle: a Triton model, whose plan is built with `options`, or else engines in the bundle."""
+    """From a bundle: a graph for other programs; a Triton model, whose plan is built with `options`, or else engines in
+    the bundle."""
     from fbclip.bundle import Bundle
     from fbclip.engines import EngineOptions
     from fbclip.export.engine import build_engine, build_plan
     from fbclip.terminal import make_console, say
 
     console = make_console()
+    if plan.standalone:
+        from fbclip.export.standalone import write_standalone  # needs onnx, which an engine does not
+
+        folder = write_standalone(Bundle.load(bundle), plan.standalone, plan.input.value, plan.precision, name)
+        say(console, f"wrote {folder}; model.json says what other programs must know of its graph")
     if plan.triton:
         from fbclip.export.triton import MAX_BATCH, write_model  # needs onnx, which an engine does not
 

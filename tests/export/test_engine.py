@@ -210,8 +210,11 @@ def test_no_gpu(standin: str, fbclip: Run, bundle: Bundle, monkeypatch: pytest.M
     [
         (["--engine", "--bundle", EMBEDDED, "--batch", "4,2,1"], "--batch: a batch is MIN,OPT,MAX"),
         (["--engine", "--bundle", EMBEDDED, "--batch", "1,2"], "--batch: a batch is MIN,OPT,MAX"),
-        (["--engine", "--bundle", EMBEDDED, "--fp16"], "--bundle goes with --engine, --rtx or --triton alone"),
-        (["--bundle", EMBEDDED], "--bundle goes with --engine, --rtx or --triton alone"),
+        (
+            ["--engine", "--bundle", EMBEDDED, "--fp16"],
+            "--bundle goes with --engine, --rtx, --triton or --standalone alone",
+        ),
+        (["--bundle", EMBEDDED], "--bundle goes with --engine, --rtx, --triton or --standalone alone"),
         (["--rtx", "--bundle", EMBEDDED, "--triton", "models"], "Triton runs no TensorRT-RTX engine"),
         (["--rtx", "--bundle", EMBEDDED, "--workspace", "64"], "--rtx takes --batch alone"),
         (["--rtx", "--optimization-level", "2"], "--rtx takes --batch alone"),

@@ -26,7 +26,9 @@ from tritonclient.grpc import model_config_pb2
 import fbclip
 from fbclip.bundle import Bundle, Manifest, save
 from fbclip.errors import BundleError, UsageError
+from fbclip.export.standalone import Card
 from fbclip.export.triton import write_model
+from fbclip.files import sha256
 from fbclip.folders import list_images
 from fbclip.images import read_image
 from fbclip.resample import resize
@@ -45,8 +47,8 @@ def parsed_config(folder: Path) -> Any:
     return text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
 
 
-def session_of(folder: Path) -> ort.InferenceSession:
-    return ort.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+def session_of(folder: Path, version: int = 1) -> ort.InferenceSession:
+    return ort.InferenceSession(folder / str(version) / "model.onnx", providers=["CPUExecutionProvider"])
 
 
 def frames() -> Any:
@@ -63,12 +65,13 @@ def test_the_command_needs_no_torch(fbclip: Run, tmp_path: Path) -> None:
     assert "fbclip-nano" in done.stdout
     model = tmp_path / "models" / "fbclip-nano"
     assert sorted(f.relative_to(model).as_posix() for f in model.rglob("*") if f.is_file()) == [
+        "1/model.json",
         "1/model.onnx",
         "README.md",
         "config.pbtxt",
     ]
-    error = fbclip("export", "--bundle", Bundle.load().path, "--triton", "models", code=2).stderr
-    assert "is there already" in error
+    fbclip("export", "--bundle", Bundle.load().path, "--triton", "models")
+    assert sorted(f.name for f in model.iterdir()) == ["1", "2", "README.md", "config.pbtxt"]
     assert sorted(f.name for f in (tmp_path / "models").iterdir()) == ["fbclip-nano"]
 
 
@@ -86,7 +89,7 @@ def test_the_command_needs_no_torch(fbclip: Run, tmp_path: Path) -> None:
         (["--bundle", Bundle.load().path, "--triton", "models", "--name", "../escape"], "a name is up to 100 letters"),
         (
             ["--bundle", Bundle.load().path, "--engine", "--name", "line3"],
-            "--name with --bundle is the name of a Triton",
+            "--name with --bundle is the name of a Triton or standalone model",
         ),
         (["--name", "a/b"], "a name is up to 100 letters"),
         (["--threshold", "nan"], "--threshold: a threshold is a probability"),
@@ -183,10 +186,11 @@ def test_a_plan_is_built_from_the_baked_graph(tmp_path: Path) -> None:
         plan.write_text("a plan")
 
     folder = write_model(Bundle.load(), tmp_path, build=build, max_batch=4)
-    assert [f.name for f in (folder / "1").iterdir()] == ["model.plan"]
+    assert sorted(f.name for f in (folder / "1").iterdir()) == ["model.json", "model.plan"]
     config = parsed_config(folder)
     assert config.platform == "tensorrt_plan"
     assert (folder / "1" / "model.plan").read_text() == "a plan"
+    assert dict(Card.load(folder / "1" / "model.json").files) == {"model.plan": sha256(folder / "1" / "model.plan")}
     assert config.max_batch_size == 4
     assert [w.batch_size for w in config.model_warmup] == [1, 4]
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
@@ -251,6 +255,66 @@ def test_a_graph_without_the_text_features_as_an_input(tmp_path: Path) -> None:
         write_model(baked, tmp_path / "models")
 
 
+def test_another_export_adds_a_version(tmp_path: Path) -> None:
+    good = write_good(tmp_path / "good", 4)
+    bundle = Bundle.load(shutil.copytree(Bundle.load().path, tmp_path / "line.fbclip"))
+    folder = write_model(bundle, tmp_path / "models")
+    first = {path.name: path.read_bytes() for path in (folder / "1").iterdir()}
+    (expected,) = session_of(folder).run(["score"], {"image": frames()})
+    edited = (folder / "config.pbtxt").read_text().replace("count: 1", "count: 2")
+    (folder / "config.pbtxt").write_text(edited)
+    taught = fbclip.adapt(bundle.path, good).bundle
+    assert write_model(taught, tmp_path / "models") == folder
+    assert {path.name: path.read_bytes() for path in (folder / "1").iterdir()} == first
+    assert (session_of(folder).run(["score"], {"image": frames()})[0] == expected).all()
+    with Predictor(taught) as predict:
+        wanted, _ = predict.backend.run(frames())
+    (found,) = session_of(folder, 2).run(["score"], {"image": frames()})
+    assert np.abs(found - wanted).max() < 1e-5
+    assert np.abs(found - expected).max() > 0.1
+    config = parsed_config(folder)
+    assert config.version_policy.latest.num_versions == 2
+    assert config.instance_group[0].count == 2, "what was edited stays"
+    thresholds = {name: float(value.string_value) for name, value in config.parameters.items()}
+    assert thresholds == {
+        f"{kind}threshold{suffix}": value
+        for kind in ("", "map_")
+        for suffix, value in (("", 0.5), ("_1", 0.535), ("_2", 0.5))
+    }
+    assert 'model_version="2"' in (folder / "README.md").read_text()
+    assert Card.load(folder / "2" / "model.json").memory == taught.memory().sha256  # type: ignore[union-attr]
+
+
+def test_versions_take_the_same_images_in_the_same_form(tmp_path: Path) -> None:
+    folder = write_model(Bundle.load(), tmp_path, name="line")
+
+    def build(graph: Path, plan: Path) -> None:
+        plan.write_text("a plan")
+
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UsageError, match=r"version 1 of .* is a graph of rgb images of 192x192"):
+        write_model(Bundle.load(), tmp_path, name="line", build=build)
+    manifest = Path(shutil.copytree(Bundle.load().path, tmp_path / "bgr.fbclip"), "manifest.json")
+    manifest.write_text(manifest.read_text().replace('"rgb"', '"bgr"'))
+    with pytest.raises(UsageError, match="this one a graph of bgr images of 192x192"):
+        write_model(Bundle.load(manifest.parent), tmp_path, name="line")
+    assert sorted(folder.rglob("*")) == before
+    plans = write_model(Bundle.load(), tmp_path, name="plans", build=build, max_batch=4)
+    with pytest.raises(UsageError, match="says 4, and this one is for 8"):
+        write_model(Bundle.load(), tmp_path, name="plans", build=build, max_batch=8)
+    write_model(Bundle.load(), tmp_path, name="plans", build=build, max_batch=4)
+    assert (plans / "2" / "model.plan").is_file()
+    (folder / "config.pbtxt").write_text('name: "line"')
+    with pytest.raises(UsageError, match="is added to the configuration that fbclip wrote"):
+        write_model(Bundle.load(), tmp_path, name="line")
+    (folder / "1" / "model.json").unlink()  # as older releases wrote it
+    with pytest.raises(UsageError, match=r"beside versions with a model\.json"):
+        write_model(Bundle.load(), tmp_path, name="line")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UsageError, match="is a folder of versions"):
+        write_model(Bundle.load(), tmp_path, name="other")
+
+
 @contextmanager
 def stand_in_server(folder: Path) -> Iterator[str]:
     """A server that speaks Triton's HTTP protocol with binary tensors and runs a model of a repository."""
@@ -258,7 +322,7 @@ def stand_in_server(folder: Path) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            assert self.path == f"/v2/models/{config.name}/infer"
+            assert self.path == f"/v2/models/{config.name}/versions/1/infer"
             body = self.rfile.read(int(self.headers["Content-Length"]))
             split = int(self.headers["Inference-Header-Content-Length"])
             (tensor,) = json.loads(body[:split])["inputs"]
