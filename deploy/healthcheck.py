@@ -4,6 +4,11 @@ import http.client
 import os
 
 token = os.environ.get("FBCLIP_TOKEN")
+headers = {"Authorization": f"Bearer {token}"} if token else {}
 connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("FBCLIP_SERVE_PORT", "8000")), timeout=4)
-connection.request("GET", "/healthz", headers={"Authorization": f"Bearer {token}"} if token else {})
-raise SystemExit(connection.getresponse().status != 200)
+try:
+    connection.request("GET", "/healthz", headers=headers)
+    status = connection.getresponse().status
+except OSError as error:
+    raise SystemExit(str(error)) from None
+raise SystemExit(None if status == 200 else f"/healthz answered {status}")
