@@ -8,6 +8,7 @@ own, which inspects the samples; what that environment holds is the SBOM, and it
 
 from __future__ import annotations
 
+import json
 import shutil
 import statistics
 import subprocess
@@ -18,18 +19,12 @@ import time
 import zipfile
 from pathlib import Path
 
-from wheelhouse import write_sums
+import fbclip
+from wheelhouse import build, write_sums
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 AROUND = {"LICENSE", "README.md", "CHANGELOG.md", "MANIFEST.in", "pyproject.toml", "PKG-INFO", "setup.cfg"}
-
-
-def build(folder: Path) -> tuple[Path, Path]:
-    """The sdist, and the wheel that is made from it."""
-    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, stdout=subprocess.DEVNULL)
-    (sdist,), (wheel,) = folder.glob("fbclip-*.tar.gz"), folder.glob("fbclip-*.whl")
-    return sdist, wheel
 
 
 def tracked() -> set[str]:
@@ -82,6 +77,9 @@ def write_sbom(python: Path, path: Path) -> None:
     tool = Path(sys.executable).with_name("cyclonedx-py")
     options = ["--pyproject", ROOT / "pyproject.toml", "--output-reproducible", "--output-file", path]
     subprocess.run([tool, "environment", python, *options], check=True, stderr=subprocess.DEVNULL)
+    bill = json.loads(path.read_text())
+    bill["metadata"]["component"]["version"] = fbclip.__version__  # which pyproject.toml reads from the package
+    path.write_text(json.dumps(bill, indent=2) + "\n")
 
 
 def print_cost(place: Path) -> None:

@@ -69,12 +69,19 @@ def fill(folder: Path, machine: str, python: str, extras: list[str]) -> list[str
         (folder / f"{extra}.txt").write_text(pins)
         download(folder / f"{extra}.txt", folder, machine, python)
         print(f"{folder.name} {extra}: {(_size(folder) - before) / 1e6:.0f} MB more", flush=True)
-    # by way of an sdist, so that nothing of an earlier build slips in
-    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, stdout=subprocess.DEVNULL)
+    build(folder)
     (folder / "MISSING.txt").write_text("".join(f"{line}\n" for line in missing))
     write_sums(folder)
     print(f"{folder}: {len(list(folder.glob('*.whl')))} wheels, {_size(folder) / 1e6:.0f} MB")
     return missing
+
+
+def build(folder: Path) -> tuple[Path, Path]:
+    """fbclip's sdist, and the wheel that is made from it, so that nothing of an earlier build slips in."""
+    line = [sys.executable, "-m", "build", "--installer", "uv", "--outdir", folder, ROOT]
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    (sdist,), (wheel,) = folder.glob("fbclip-*.tar.gz"), folder.glob("fbclip-*.whl")
+    return sdist, wheel
 
 
 def write_sums(folder: Path) -> None:
