@@ -67,7 +67,9 @@ def licence(metadata: Mapping[str, Any]) -> str:
         return str(expression)
     classifiers = [text.split(" :: ")[-1] for text in metadata.get("classifier", []) if text.startswith("License ::")]
     text = str(metadata.get("license") or "").strip().splitlines()
-    stated = [name for name in classifiers if name != "OSI Approved"] or text[:1]
+    stated = [name for name in classifiers if name != "OSI Approved"] or [
+        name for name in text[:1] if name != "UNKNOWN"
+    ]
     return ", ".join(stated)[:80] or "not stated"
 
 
@@ -80,7 +82,9 @@ def main() -> None:
         try:
             packages = resolved(extra)
         except ValueError as error:
-            missing.append(f"- {extra} could not be resolved where this page was written: {error}")
+            missing.append(
+                f"- {extra} is not in this table: pip could not resolve it where this page was written ({error})"
+            )
             continue
         for metadata in packages:
             origins = rows.setdefault(metadata["name"].lower().replace("_", "-"), (metadata, []))[1]
