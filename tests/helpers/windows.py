@@ -19,7 +19,7 @@ OTHERS = (
 OTHERS += " subprocess asyncio socket selectors uvicorn fastapi websockets prometheus_client jinja2 matplotlib.pyplot"
 MODULES = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog")
 FUNCTIONS = "pread pwrite preadv fork forkpty getuid geteuid getgid getpgid setsid killpg chown fchown mkfifo statvfs"
-FUNCTIONS += " sched_getaffinity getloadavg O_NOFOLLOW O_NONBLOCK O_DIRECTORY O_CLOEXEC O_SYNC"
+FUNCTIONS += " sched_getaffinity getloadavg set_blocking O_NOFOLLOW O_NONBLOCK O_DIRECTORY O_CLOEXEC O_SYNC"
 
 
 def _refusing(function: Any) -> Any:
