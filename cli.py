@@ -15,6 +15,7 @@ from fbclip.commands.doctor import doctor
 from fbclip.commands.eval import eval_
 from fbclip.commands.export import export
 from fbclip.commands.infer import infer
+from fbclip.commands.score import score
 from fbclip.commands.serve import serve
 from fbclip.commands.train import train
 from fbclip.main import main
@@ -24,8 +25,9 @@ HELP = """Find defects on objects never seen before: FB-CLIP, deployed.
 A bundle is a folder NAME.fbclip with a model, ready to inspect; one is embedded, and any other is given with --bundle."""
 EPILOG = (
     "Options may also be set in a file (--config line.toml) and by environment variables: FBCLIP_INFER_THRESHOLD for "
-    "--threshold of infer; FBCLIP_BUNDLE, FBCLIP_CONFIG, FBCLIP_TOKEN, FBCLIP_MQTT and FBCLIP_WEBHOOK for every command "
-    "that has the option. The command line wins, then the environment, then the file."
+    "--threshold of infer; FBCLIP_BUNDLE, FBCLIP_CONFIG, FBCLIP_TOKEN, FBCLIP_MQTT, FBCLIP_WEBHOOK, FBCLIP_QUIET, "
+    "FBCLIP_LOG_LEVEL and FBCLIP_LOG_FORMAT for every command that has the option. Secrets come from files: of each "
+    "variable NAME, NAME_FILE names a file with the value. The command line wins, then the environment, then the file."
 )
 
 app = typer.Typer(
@@ -59,7 +61,7 @@ def options(
         raise typer.Exit(2)
 
 
-for command in (infer, serve, adapt, calibrate, export, train, eval_, data, bench, doctor):
+for command in (infer, serve, score, adapt, calibrate, export, train, eval_, data, bench, doctor):
     app.command(name=command.__name__.strip("_"), cls=Command)(command)
 
 

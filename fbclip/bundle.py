@@ -77,22 +77,25 @@ class Bundle:
         path: its folder.
         manifest: what it holds.
         text: text features float32 (2, E), normal then abnormal.
+        sha256: of its manifest, which has the hashes of all files that the export wrote.
     """
 
     path: Path
     manifest: Manifest
     text: NDArray[np.float32]
+    sha256: str
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Bundle:
         """Load a bundle, or the embedded default model's.
 
-        Graphs are checked when they are asked for.
+        Graphs are checked when they are asked for. A link is followed once: where it leads elsewhere later, all files
+        are still those of the one folder.
 
         Raises:
             BundleError: missing, damaged, of another format, with impossible values, or with files that leave the folder.
         """
-        folder = EMBEDDED if path is None else Path(path)
+        folder = EMBEDDED if path is None else _without_links(Path(path))
         manifest_path = folder / "manifest.json"
         with suppress(OSError, ValueError):
             recover(folder)
@@ -111,7 +114,8 @@ class Bundle:
         except ValueError as error:
             raise BundleError(f"{manifest_path} is no fbclip manifest: {error}; export the bundle again") from error
         manifest = Manifest.from_json(content, manifest_path)
-        return cls(folder, manifest, _text_features(_checked(folder, manifest, "text.npy")))
+        text = _text_features(_checked(folder, manifest, "text.npy"))
+        return cls(folder, manifest, text, hashlib.sha256(content).hexdigest())
 
     @property
     def name(self) -> str:
@@ -163,6 +167,14 @@ class Bundle:
         """The hash of all that makes the scores of a precision: graph and text features."""
         parts = self.graph_sha256(precision), self.manifest.files["text.npy"]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Check every file against its hash, those that nobody asks for too.
+
+        Raises:
+            BundleError: one is missing or damaged.
+        """
+        self._verified(self.manifest.files)
 
     @property
     def calibration(self) -> Path:
@@ -391,6 +403,15 @@ def _cure(folder: Path) -> str:
     if (near := folder.with_name(f"{folder.name}{SUFFIX}")).is_dir():
         return f"did you mean {near}?"
     return "make one with fbclip calibrate (a copy of the embedded one) or fbclip export"
+
+
+def _without_links(folder: Path) -> Path:
+    """Where a path leads now; as it is given where no link is in it."""
+    try:
+        leads_to = folder.resolve()
+    except (OSError, RuntimeError, ValueError):  # links in a circle, which reading it tells
+        return folder
+    return folder if leads_to == Path(os.path.abspath(folder)) else leads_to  # noqa: PTH100  # which follows none
 
 
 def _inside(folder: Path, path: Path) -> Path:

@@ -94,10 +94,11 @@ def _explain(error: BaseException) -> int | str:
 def _tell(line: str) -> None:
     from contextlib import suppress
 
+    from fbclip.logs import last_line
     from fbclip.terminal import printable
 
     with suppress(OSError):  # then nobody can be told
-        print(f"fbclip: {printable(line)}", file=sys.stderr, flush=True)
+        print(last_line(printable(line)), file=sys.stderr, flush=True)
 
 
 def _flush() -> OSError | None:

@@ -51,6 +51,22 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return parse_numbers(text, "feature layers are numbers with commas, like 1,6,12,18,24", "feature_layers")
 
 
+def parse_place(text: str, rule: str, option: str) -> tuple[str, int]:
+    """ "0.0.0.0:9464" or "[::]:9464" to host and port; "9464" alone is a port of this machine for itself.
+
+    Args:
+        rule: what it is, for the error.
+        option: the parameter that it is about.
+
+    Raises:
+        UsageError: anything else.
+    """
+    found = re.fullmatch(r"(?:(?:\[([0-9a-fA-F:.]+)\]|([^\s:\[\]/@]+)):)?(\d{1,5})", text, re.ASCII)
+    if not found or not 0 < int(found[3]) < 65536:
+        raise UsageError(f"{rule}; got {text!r}", option=option)
+    return found[1] or found[2] or "127.0.0.1", int(found[3])
+
+
 def parse_names(text: str) -> tuple[str, ...]:
     """ "bottle, cable" to its names."""
     return tuple(part.strip() for part in text.split(","))

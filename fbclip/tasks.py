@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +15,21 @@ from rich.console import Console
 
 from fbclip.bundle import SUFFIX, Bundle, checked_name
 from fbclip.data.layouts import open_dataset
-from fbclip.errors import UsageError
+from fbclip.errors import ImageError, UsageError, reason
 from fbclip.folders import list_images
 from fbclip.memory import Memory
 from fbclip.runtime import adapt as adapting
 from fbclip.runtime import calibrate as calibrating
 from fbclip.runtime.adapt import MOST_SHOTS
 from fbclip.runtime.align import Align
-from fbclip.runtime.calibration import Calibration
+from fbclip.runtime.calibrate import Scores, references_of
+from fbclip.runtime.calibration import MOST_IMAGES, Calibration
+from fbclip.runtime.cluster.archive import Item, Reader, is_address, read_content
+from fbclip.runtime.cluster.results import Results
 from fbclip.runtime.evaluation import evaluate as evaluating
 from fbclip.runtime.evaluation.evaluate import Evaluation
 from fbclip.runtime.evaluation.few_shot import FewShot
+from fbclip.runtime.host import share_cores
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.roi import Roi
 from fbclip.runtime.target import Target
@@ -98,7 +104,8 @@ def adapt(
 
     Args:
         bundle: its path; None for a copy of the embedded one in the working folder.
-        good: images, folders or globs of good parts, or frames uint8 (H, W, 3) RGB: two or more, better four to sixteen.
+        good: images, folders or globs of good parts, or frames uint8 (H, W, 3) RGB: two or more, better four to sixteen. A
+            folder that `fbclip score` wrote stands for the images that it found good.
         shots: how many of them to take, spread over all; None for all, 64 at most.
         mode: "whiten" (mean and covariance of all patches), "nearest" (the nearest of remembered patches), or "auto": by
             trial on defects drawn on the good parts, positions among what is tried.
@@ -144,8 +151,9 @@ def adapt(
             "what is added is learned as the memory was; leave mode, orientation, positions and weight out",
             option="add",
         )
-    listed: list[Path | NDArray[np.uint8]] = [*frames] or [*list_images(target.good, tell)]
-    images: list[Path | NDArray[np.uint8]] = adapting.take(listed, shots or MOST_SHOTS)
+    listed: list[Path | str | NDArray[np.uint8]] = [*frames] or _good_images(target.good, tell)
+    taken = adapting.take(listed, shots or MOST_SHOTS)
+    images = [_fetched(image) if isinstance(image, str) else image for image in taken]
     if len(images) < len(listed):
         tell(f"{len(images)} of {len(listed)} images are taken, spread over them")
     with Predictor(
@@ -187,7 +195,8 @@ def calibrate(
 
     Args:
         bundle: its path; None for a copy of the embedded one in the working folder.
-        good: images, folders, globs, videos or cameras that show good parts; or frames uint8 (H, W, 3) RGB.
+        good: images, folders, globs, videos or cameras that show good parts; or frames uint8 (H, W, 3) RGB; or a folder
+            that `fbclip score` wrote of good parts, whose scores are taken.
         false_alarm_rate: share of good parts that may raise a false alarm: 0.05 needs 19 images, 0.01 needs 99. None:
             0.01, or the lowest that fewer images allow.
         defects: images, folders or globs of defective parts: adds the expected miss rate.
@@ -215,11 +224,17 @@ def calibrate(
     out = None if name is None else Path(f"{checked_name(name)}{SUFFIX}")
     target = Target.choose("calibrate", places or ["frames"], chosen, out)
     places = target.good
-    images = frames[::every][:max_frames] or calibrating.good_images(places, every, max_frames, tell, skip_first)
+    scored = Results.at(places[0]) if len(places) == 1 else None
+    images: Any = frames[::every][:max_frames]
+    if not (images or scored):
+        images = calibrating.good_images(places, every, max_frames, tell, skip_first)
     defective = list_images(defects, tell) if defects else []
     with Predictor(
         target.bundle, device=device, precision=precision, calibrated=False, roi=roi, tiles=tiles, align=align
     ) as predictor:
+        if scored:
+            images = _scores(scored, predictor, every, max_frames)
+            tell(f"{len(images.scores)} scores of {scored.name} are taken as they are")
         made, found, missed = calibrating.calibrate(predictor, images, false_alarm_rate, defective, console)
     calibrating.report(made, found, missed, tell)
     target.write(partial(calibrating.write, made, missed.scores, tell), tell)
@@ -236,6 +251,7 @@ def evaluate(
     layout: str | None = None,
     classes: Sequence[str] | None = None,
     batch: int = 1,
+    workers: int = 1,
     memory: Memory | str | Path | None = "auto",
     tiles: Tiles | str | int | None = None,
     shots: int | None = None,
@@ -255,6 +271,7 @@ def evaluate(
         layout: of the data sets, like "visa"; recognised if None.
         classes: only these.
         batch: images that the model is given at once.
+        workers: threads that do so, on a CPU; the cores are shared out among them.
         memory: what good parts taught, as a `Predictor` takes it.
         tiles: as a `Predictor` takes them: maps and masks are compared in the images' own pixels then, otherwise as the
             model sees them.
@@ -281,11 +298,43 @@ def evaluate(
     tests = [
         evaluating.to_evaluate(open_dataset(Path(place), layout), wanted, few_shot) for place in _texts(data, "data")
     ]
-    subject = evaluating.bundle_subject(
-        Path(bundle) if bundle else None, device, precision, threshold, batch, few_shot, memory, tiles
-    )
+    with share_cores(workers):
+        subject = evaluating.bundle_subject(
+            Path(bundle) if bundle else None, device, precision, threshold, batch, few_shot, memory, tiles
+        )
     with subject.backend:
-        return evaluating.evaluate(subject, tests, batch, console or Console(quiet=True), few_shot)
+        return evaluating.evaluate(subject, tests, batch, console or Console(quiet=True), few_shot, workers)
+
+
+def _good_images(places: list[str], tell: Callable[[str], None]) -> list[Path | str | NDArray[np.uint8]]:
+    """Good parts by their paths, or by their addresses in a store."""
+    found: list[Path | str | NDArray[np.uint8]] = []
+    for place in places:
+        if scored := Results.at(place):
+            names = scored.good_images()
+            tell(f"{len(names)} images that {scored.name} found good are here to be taken")
+            found += [name if is_address(name) else Path(name) for name in names]
+    others = [place for place in places if not Results.at(place)]
+    return [*found, *(list_images(others, tell) if others else [])]
+
+
+def _fetched(name: str) -> NDArray[np.uint8]:
+    try:
+        return read_content(Reader().fetch(Item(name)))
+    except OSError as error:
+        raise ImageError(f"{name} can't be fetched: {reason(error)}") from error
+
+
+def _scores(scored: Results, predictor: Predictor, every: int, most: int | None) -> Scores:
+    """What an archive's rows say of its good parts, as a calibration takes it."""
+    scores, references = Scores(), references_of(predictor)
+    for sample in islice(scored.samples(predictor), 0, None, every):
+        scores.add(sample, references)
+        if len(scores.scores) == (most or MOST_IMAGES + 1):
+            break
+    if len(scores.scores) > MOST_IMAGES:
+        raise UsageError(f"a calibration takes at most {MOST_IMAGES:,} images: take every Nth alone", option="every")
+    return scores
 
 
 def _texts(places: Places, option: str) -> list[str]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,13 +34,20 @@ def printable(text: object) -> str:
     return "".join(character if character.isprintable() else _escaped(character) for character in str(text))
 
 
-def make_console(stderr: bool = False) -> Console:
+def make_console(stderr: bool = False, service: bool = False) -> Console:
     """Where people read: no text can colour the terminal or move its cursor there, and a reader who leaves is an error.
 
     Rich lets escape codes through, and where the reader of a console left it sends standard output nowhere, another's
     JSON lines perhaps, and ends the thread that printed.
+
+    Args:
+        stderr: standard error instead of standard output.
+        service: whether the command runs on and on: then lines have a date and a level where no terminal is. What the
+            options of logs ask for, see `fbclip.logs`, is heeded either way.
     """
     from rich.console import Console
+
+    from fbclip.logs import open_log
 
     class Harmless(Console):
         def render_str(self, text: str, **options: Any) -> Text:
@@ -49,15 +56,40 @@ def make_console(stderr: bool = False) -> Console:
         def on_broken_pipe(self) -> None:
             raise
 
-    console = Harmless(stderr=stderr, emoji=False)
+    log = open_log(sys.stderr if stderr else sys.stdout, service)
+    console = Harmless(file=cast("TextIO", log), stderr=stderr, emoji=False, force_terminal=False if log else None)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
     return console
 
 
-def say(console: Console, line: object, style: str = "") -> None:
-    """Print one line, whatever is in it, unbroken."""
-    console.print(cell(line, style), soft_wrap=True)
+def say(
+    console: Console,
+    line: object,
+    style: str = "",
+    *,
+    level: int | None = None,
+    when: float | None = None,
+    fields: dict[str, Any] | None = None,
+) -> None:
+    """Print one line, whatever is in it, unbroken; or log it, where the console's file is a log.
+
+    Args:
+        line: a text, or rich's.
+        style: its colour; of a log its level, if none is given: yellow is a warning, red an error.
+        level: of `logging`.
+        when: seconds since 1970 that it is of; printed with the time of day then.
+        fields: more values for a log of JSON.
+    """
+    from rich.text import Text
+
+    from fbclip.logs import LogFile, level_of
+
+    if isinstance(log := console.file, LogFile):
+        log.log(level or level_of(style), printable(line), when, fields)
+    else:
+        stamp = "" if when is None else f"{time.strftime('%H:%M:%S', time.localtime(when))} "
+        console.print(line if isinstance(line, Text) else cell(f"{stamp}{line}", style), soft_wrap=True)
 
 
 def warn(console: Console, line: object) -> None:

@@ -8,9 +8,11 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +37,7 @@ from fbclip.runtime.calibration import (
 from fbclip.runtime.histogram import write_histogram
 from fbclip.runtime.inputs import as_frame
 from fbclip.runtime.live.sources import BaseSource, CaptureOptions, open_source
+from fbclip.runtime.prediction import Prediction
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import EXPLAINED, Look, Usual, look
 from fbclip.runtime.target import Say
@@ -46,6 +49,33 @@ GOOD_PIXELS = 0.99  # share of a typical good image that a heat map leaves in th
 SAMPLED = 1 << 20  # pixels of a map; smaller ones are looked at whole
 HOPELESS = 0.5  # share of the defects from which a model that misses them can't inspect the part
 ALIKE = 1 / 3  # autocorrelation from which images count less than half
+
+
+class Sample(NamedTuple):
+    """What a calibration takes of an image.
+
+    Attributes:
+        name: of the image.
+        score: the image's.
+        peak: the highest value of its map.
+        ground: what 99 % of the pixels of its map stay below.
+        sha256: of its pixels.
+        look: what was looked at.
+    """
+
+    name: str
+    score: float
+    peak: float
+    ground: float
+    sha256: str
+    look: Look
+
+    @classmethod
+    def of(cls, prediction: Prediction, seen: Look) -> Sample:
+        peak = float(prediction.anomaly_map.max())
+        # beside a mask the model's map may be higher than what is looked at
+        ground = min(float(np.quantile(_thinned(prediction.model_map), GOOD_PIXELS)), peak)
+        return cls(prediction.name, prediction.score, peak, ground, pixels_sha256(prediction.image), seen)
 
 
 @dataclass
@@ -77,6 +107,39 @@ class Scores:
     learned: int = 0
     looks: list[Look] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    _of_memory: dict[str, Sample] = field(default_factory=dict, repr=False)
+
+    def add(self, sample: Sample, references: Collection[str] = ()) -> None:
+        """Take an image, unless it is a copy, or one of those that the memory was learned from.
+
+        Args:
+            references: hashes of the pixels of these.
+        """
+        if sample.sha256 in self.digests or sample.sha256 in self._of_memory:
+            self.copies += 1
+            return
+        if sample.sha256 in references:
+            self.learned += 1
+            self._of_memory[sample.sha256] = sample
+            return
+        self.digests[sample.sha256] = None
+        self.scores.append(sample.score)
+        self.peaks.append(sample.peak)
+        self.grounds.append(sample.ground)
+        self.looks.append(sample.look)
+        self.names.append(sample.name)
+
+    def settled(self) -> Scores:
+        """Itself; where the memory was learned from all of them, with how these look."""
+        if not self.scores:
+            self.grounds = [sample.ground for sample in self._of_memory.values()]
+            self.looks = [sample.look for sample in self._of_memory.values()]
+        return self
+
+
+def references_of(predictor: Predictor) -> set[str]:
+    """The hashes of the images that a predictor's memory was learned from."""
+    return {each.sha256 for each in predictor.memory.about.references} if predictor.memory else set()
 
 
 def write(calibration: Calibration, defects: Collection[float], say: Say, bundle: Bundle) -> None:
@@ -135,7 +198,7 @@ def _frames(sources: list[BaseSource], say: Say) -> Iterator[NDArray[np.uint8]]:
 
 def calibrate(
     predictor: Predictor,
-    good: Iterable[Path | NDArray[np.uint8]],
+    good: Iterable[Path | NDArray[np.uint8]] | Scores,
     rate: float | None,
     defects: Collection[Path],
     console: Console,
@@ -146,7 +209,8 @@ def calibrate(
 
     Args:
         predictor: of the bundle, on the device and in the precision that will inspect.
-        good: paths, or frames uint8 (H, W, 3) RGB. Those that can't be read are reported and left out.
+        good: paths, or frames uint8 (H, W, 3) RGB; those that can't be read are reported and left out. Or what this
+            predictor has already said of them.
         rate: above 0 and below 0.5; None for 0.01, or for the lowest that the images allow where they are fewer.
         defects: images of defective parts, which the threshold doesn't depend on.
 
@@ -157,8 +221,9 @@ def calibrate(
         UsageError: too few good images for the rate.
     """
     if rate is not None:  # before hours of work
-        rank(len(good) if isinstance(good, Collection) else MOST_IMAGES, rate)
-    found = _score(predictor, good, "good parts", console)
+        images = good.scores if isinstance(good, Scores) else good
+        rank(len(images) if isinstance(images, Collection) else MOST_IMAGES, rate)
+    found = good.settled() if isinstance(good, Scores) else _score(predictor, good, "good parts", console)
     for place, fault in Usual.find_odd(found.looks).items() if found.names else ():
         warn(
             console,
@@ -199,6 +264,7 @@ def calibrate(
         method=method,
         defects=len(bad.scores),
         usual=Usual.learn(found.looks),
+        made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     return calibration, found, bad
 
@@ -242,8 +308,7 @@ def _leave_one_out(found: Scores, memory: Memory) -> None:
 
 def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], what: str, console: Console) -> Scores:
     found = Scores()
-    references = {each.sha256 for each in predictor.memory.about.references} if predictor.memory else set()
-    seen: dict[str, tuple[float, Look]] = {}  # of each of them, what 99 % of its map stays below, and how it looks
+    references = references_of(predictor)
     total = len(images) if isinstance(images, Collection) else None
     for image in track(images, what, console, total):
         try:
@@ -264,27 +329,10 @@ def _score(predictor: Predictor, images: Iterable[Path | NDArray[np.uint8]], wha
             if isinstance(image, Path):
                 warn(console, f"left out: {image} shows no part that it can be aligned to")
             continue
-        digest = pixels_sha256(prediction.image)
-        if digest in found.digests or digest in seen:
-            found.copies += 1
-            continue
-        peak = float(prediction.anomaly_map.max())
-        # beside a mask the model's map may be higher than what is looked at
-        ground = min(float(np.quantile(_thinned(prediction.model_map), GOOD_PIXELS)), peak)
-        seen_as = look(shown.shown)
-        if digest in references:
-            found.learned += 1
-            seen[digest] = ground, seen_as
-            continue
-        found.digests[digest] = None
-        found.scores.append(prediction.score)
-        found.peaks.append(peak)
-        found.grounds.append(ground)
-        found.looks.append(seen_as)
-        found.names.append(printable(image) if isinstance(image, Path) else f"frame {len(found.scores)}")
-    if not found.scores:
-        found.grounds, found.looks = [ground for ground, _ in seen.values()], [each for _, each in seen.values()]
-    return found
+        sample = Sample.of(prediction, look(shown.shown))
+        name = printable(image) if isinstance(image, Path) else f"frame {len(found.scores) + 1}"
+        found.add(sample._replace(name=name), references)
+    return found.settled()
 
 
 def _thinned(model_map: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from fbclip.errors import BundleError, UsageError
 from fbclip.files import write_text
 from fbclip.memory import Memory
 from fbclip.runtime.sight import Usual
-from fbclip.untrusted import MIB, Line, Probability, Range, Sha256, build, one_line, one_of, read_json
+from fbclip.untrusted import MIB, Like, Line, Probability, Range, Sha256, build, one_line, one_of, read_json
 
 SPLIT, JACKKNIFE = "split", "jackknife"
 ADDED = {
@@ -34,13 +34,15 @@ ADDED = {
     "tiles": None,
     "align": None,
     "usual": None,
+    "made": None,
 }  # fields that files of older releases lack, and what they mean
-OPTIONAL = ("tiles", "align", "usual")  # left out of the file where there is none, as older releases write it
+OPTIONAL = ("tiles", "align", "usual", "made")  # left out of the file where there is none, as older releases write it
 TAILS = (0.025, 0.975)  # of every interval: 95 % confidence
 LOWEST_RATE = 1e-6  # which needs a million images
 MOST_IMAGES = 500_000
 MOST_BYTES = 16 * MIB  # of calibration.json: the scores of so many images take 11 of them
 WARM = 0.6  # where on the colour scale green has become yellow: from there to red are the marked values
+MOMENT = Like(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)", "a time like 2026-11-27T08:30:00+00:00")
 SAME = 1e-9  # relative difference of what two machines compute from the same scores; float32 has steps of 6e-8
 
 
@@ -69,6 +71,7 @@ class Calibration:
         miss_rate: share of them below the threshold; None without defects.
         miss_interval: where the miss rate lies with 95 % confidence (Clopper and Pearson, 1934).
         usual: light and sharpness of the good images; None where they are too few.
+        made: when, ISO 8601 in UTC; None of one that an older release made.
     """
 
     threshold: Probability
@@ -91,6 +94,7 @@ class Calibration:
     tiles: Line | None = None
     align: Line | None = None
     usual: Usual | None = None
+    made: Annotated[str, MOMENT] | None = field(default=None, compare=False)
 
     @classmethod
     def load(cls, bundle: Bundle) -> Calibration | None:

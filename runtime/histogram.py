@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from fbclip.files import replacing
@@ -17,6 +19,20 @@ PLOT = (90, 130, 1160, 560)  # left, top, right, bottom
 BINS = 36
 GOOD, BAD = (9, 105, 218), (207, 34, 46)  # blue and red: red and green look alike to one man in twelve
 INK, FAINT, PAPER = (36, 41, 47), (208, 215, 222), (255, 255, 255)
+
+
+class Kind(NamedTuple):
+    """Images of a kind.
+
+    Attributes:
+        name: what the picture calls it, with its number.
+        colour: RGB.
+        counts: (N,), how many have a score in each bin.
+    """
+
+    name: str
+    colour: tuple[int, int, int]
+    counts: NDArray[np.int64]
 
 
 def write_histogram(calibration: Calibration, defects: Sequence[float], path: Path) -> None:
@@ -33,12 +49,29 @@ def write_histogram(calibration: Calibration, defects: Sequence[float], path: Pa
     c = calibration
     values = [*c.scores, *defects, c.threshold]
     margin = max(0.05 * (max(values) - min(values)), 0.005)
-    first, last = min(values) - margin, max(values) + margin
-    edges = np.linspace(first, last, BINS + 1)
-    good = np.histogram(c.scores, edges)[0] / c.count
-    bad = np.histogram(defects, edges)[0] / max(1, len(defects))
-    top = 1.08 * float(max(good.max(), bad.max()))
+    edges = np.linspace(min(values) - margin, max(values) + margin, BINS + 1)
+    kinds = [Kind(f"{c.count} good", GOOD, np.histogram(c.scores, edges)[0])]
+    if defects:
+        kinds.append(Kind(f"{len(defects)} defective", BAD, np.histogram(defects, edges)[0]))
+    promise = (
+        f"At most {100 * c.false_alarm_rate:g} % false alarms promised; here {percent(c.interval)} (95 % confidence)"
+    )
+    with replacing(path) as file:
+        draw_histogram(kinds, edges, c.threshold, promise).save(file, "PNG")
 
+
+def draw_histogram(kinds: Sequence[Kind], edges: NDArray[np.float64], threshold: float, title: str) -> Image.Image:
+    """A picture of how the scores of some kinds of images are spread.
+
+    Args:
+        kinds: each is drawn as shares of its own number.
+        edges: (N + 1,), of the bins.
+        threshold: where a line stands.
+        title: over it all.
+    """
+    shares = [kind.counts / max(1, kind.counts.sum()) for kind in kinds]
+    first, last = float(edges[0]), float(edges[-1])
+    top = 1.08 * max(float(np.max(shares)), 1e-9)
     image = Image.new("RGB", SIZE, PAPER)
     draw = ImageDraw.Draw(image, "RGBA")
     left, ceiling, right, floor = PLOT
@@ -57,30 +90,22 @@ def write_histogram(calibration: Calibration, defects: Sequence[float], path: Pa
     for score in np.arange(np.ceil(first / step) * step, last, step):
         draw.line((x(score), floor, x(score), floor + 6), INK, 2)
         draw.text((x(score), floor + 10), f"{score:.10g}", INK, _font(18), "mt")
-    for shares, colour in ((good, GOOD), (bad, BAD)):
-        for share, start, end in zip(shares, edges[:-1], edges[1:], strict=True):
+    for kind, heights in zip(kinds, shares, strict=True):
+        for share, start, end in zip(heights, edges[:-1], edges[1:], strict=True):
             if share:
-                draw.rectangle((x(start) + 1, y(share), x(end) - 1, floor), (*colour, 150))
+                draw.rectangle((x(start) + 1, y(share), x(end) - 1, floor), (*kind.colour, 150))
     draw.line((left, floor, right, floor), INK, 2)
-    draw.line((x(c.threshold), ceiling - 14, x(c.threshold), floor), INK, 3)
-    anchor = "rb" if x(c.threshold) > SIZE[0] / 2 else "lb"
-    draw.text((x(c.threshold), ceiling - 18), f"threshold {c.threshold:.4f}", INK, _font(22), anchor)
-
-    promise = (
-        f"At most {100 * c.false_alarm_rate:g} % false alarms promised; here {percent(c.interval)} (95 % confidence)"
-    )
-    draw.text((left, 24), promise, INK, _font(26), "lt")
-    keys = [(GOOD, f"{c.count} good")]
-    if defects:
-        keys.append((BAD, f"{len(defects)} defective"))
+    draw.line((x(threshold), ceiling - 14, x(threshold), floor), INK, 3)
+    anchor = "rb" if x(threshold) > SIZE[0] / 2 else "lb"
+    draw.text((x(threshold), ceiling - 18), f"threshold {threshold:.4f}", INK, _font(22), anchor)
+    draw.text((left, 24), title, INK, _font(26), "lt")
     place: float = left
-    for colour, text in keys:
-        draw.rectangle((place, 68, place + 18, 86), (*colour, 150))
-        draw.text((place + 28, 77), text, INK, _font(20), "lm")
-        place += 28 + draw.textlength(text, _font(20)) + 36
+    for kind in kinds:
+        draw.rectangle((place, 68, place + 18, 86), (*kind.colour, 150))
+        draw.text((place + 28, 77), kind.name, INK, _font(20), "lm")
+        place += 28 + draw.textlength(kind.name, _font(20)) + 36
     draw.text(((left + right) / 2, SIZE[1] - 14), "image score (height: share of each kind)", INK, _font(20), "mb")
-    with replacing(path) as file:
-        image.save(file, "PNG")
+    return image
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -20,6 +20,7 @@ from fbclip.errors import FBClipError
 
 SYSTEM_SITE = "python3 -m venv --system-site-packages .venv  # apt's Python packages are only seen from such a venv"
 TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
+_used: int | None = None  # cores that `use_cores` keeps this process to
 GSTREAMER = f"pip uninstall -y opencv-python-headless && sudo apt install python3-opencv && {SYSTEM_SITE}"
 
 
@@ -154,8 +155,30 @@ class Machine:
         )
 
 
+def use_cores(count: int) -> None:
+    """Keep this process to so many cores, whichever these are: one of several that share a machine."""
+    global _used
+    _used = count
+    import_module("cv2").setNumThreads(count)
+
+
+@contextmanager
+def share_cores(workers: int) -> Iterator[None]:
+    """Inside, what asks for cores is given its share of them, as one of several."""
+    global _used
+    before, _used = _used, max(1, cores() // workers)
+    try:
+        yield
+    finally:
+        _used = before
+
+
 def cores() -> int:
-    """Cores that this process may use: those that taskset or a container's cpuset leaves it."""
+    """Cores that this process may use: those that taskset or a container's cpuset leaves it, or `use_cores`."""
+    return min(_used or sys.maxsize, _given_cores())
+
+
+def _given_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -239,6 +239,20 @@ class Predictor:
         self._threshold = checked_threshold(threshold)
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What inspects, for logs and metrics: bundle (its name), sha256, memory (its name, "" for none), calibrated (when,
+        "unknown" of an older release's, "" for never), precision and device."""
+        calibration = self.calibration
+        return {
+            "bundle": self.bundle.name,
+            "sha256": self.bundle.sha256,
+            "memory": self.memory.name if self.memory else "",
+            "calibrated": (calibration.made or "unknown") if calibration else "",
+            "precision": self.precision,
+            "device": self.backend.device,
+        }
+
+    @property
     def launches(self) -> str | None:
         """How runs are started on a GPU: "CUDA graph", or otherwise and why. None where there is no choice."""
         return self.backend.launches

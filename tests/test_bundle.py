@@ -514,3 +514,21 @@ def test_what_could_not_be_loaded_is_not_written(folder: Path) -> None:
         save(folder, 2 * TEXT, write)
     assert Bundle.load(folder).manifest == Bundle.load().manifest
     assert [path.name for path in folder.parent.iterdir()] == ["part.fbclip"]
+
+
+def test_a_link_that_is_switched_never_mixes_two_bundles(tmp_path: Path) -> None:
+    """A loaded bundle goes on with the files of the folder that the link led to."""
+    for number in (1, 2):
+        shutil.copytree(EMBEDDED, tmp_path / f"release-{number}" / "part.fbclip")
+    new = tmp_path / "release-2" / "part.fbclip"
+    (new / "text.npy").write_bytes(b"of another export")
+    (tmp_path / "now").symlink_to("release-1")
+    bundle = Bundle.load(tmp_path / "now" / "part.fbclip")
+    (tmp_path / "later").symlink_to("release-2")
+    (tmp_path / "later").rename(tmp_path / "now")
+    old = tmp_path / "release-1" / "part.fbclip"
+    assert bundle.path == old.resolve()
+    assert bundle.graph("fp32").parent == bundle.calibration.parent == bundle.memory_file.parent == old.resolve()
+    with pytest.raises(BundleError, match=r"release-2.*text\.npy is damaged"):
+        Bundle.load(tmp_path / "now" / "part.fbclip")
+    assert bundle.sha256 == sha256(old / "manifest.json")

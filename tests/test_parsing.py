@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fbclip.errors import UsageError
-from fbclip.parsing import parse_frame_size, parse_names, parse_numbers, parse_resolution, parse_threshold
+from fbclip.parsing import parse_frame_size, parse_names, parse_numbers, parse_place, parse_resolution, parse_threshold
 
 
 def test_values_as_people_write_them() -> None:
@@ -49,3 +49,24 @@ def test_numbers_that_are_none(parse: Callable[[str], Any], text: str) -> None:
     with pytest.raises(UsageError, match="got") as refused:
         parse(text)
     assert refused.value.option == "threshold"
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("9464", ("127.0.0.1", 9464)),
+        ("0.0.0.0:9464", ("0.0.0.0", 9464)),
+        ("[::]:1", ("::", 1)),
+        ("prometheus.lan:65535", ("prometheus.lan", 65535)),
+    ],
+)
+def test_places(text: str, place: tuple[str, int]) -> None:
+    assert parse_place(text, "a rule", "metrics") == place
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "65536", ":9464", "host:", "host", "::1:9464", "http://host:1", "a b:1", "-1"]
+)
+def test_places_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="a rule; got"):
+        parse_place(text, "a rule", "metrics")

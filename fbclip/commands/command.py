@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from fbclip.commands.config import flag_of
+from fbclip.commands.config import SECRETS, flag_of
 from fbclip.commands.mount import OTHERS
 from fbclip.terminal import spelled
 
@@ -34,9 +34,19 @@ class Command(TyperCommand):
             own = [f"FBCLIP_{self.name}_{name.lstrip('-')}".replace("-", "_").upper() for name in names]
             parameter.envvar = [*own, *([parameter.envvar] if parameter.envvar else [])]
 
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        """The command line understood. Of the environment NAME_FILE is the file that NAME's value is in."""
+        from fbclip.commands.secrets import values_from_files
+
+        with values_from_files(self._variables()) as files:
+            context = super().make_context(*arguments, **settings)
+        self._secrets = [*files, *filter(None, [context.meta.get(SECRETS)])]
+        return context
+
     def invoke(self, ctx: Any) -> Any:
         from fbclip.errors import FBClipError
 
+        self._begin_log(ctx)
         self._refuse_unknown_variables()
         try:
             return super().invoke(ctx)
@@ -46,11 +56,24 @@ class Command(TyperCommand):
                     error.flag = flag_of(parameter)
             raise
 
+    def _begin_log(self, ctx: Any) -> None:
+        from fbclip.commands.secrets import is_open
+        from fbclip.logs import choose, warn_early
+
+        if "log_format" in ctx.params:  # of a command that is mounted
+            choose(ctx.params["log_level"], ctx.params["log_format"], ctx.params["quiet"])
+        for path in filter(is_open, self._secrets):
+            warn_early(f"everybody on this machine can read {path}, which holds a secret: chmod 640 {path}")
+
+    def _variables(self) -> list[str]:
+        """The environment variables that set options of this command."""
+        return [str(name) for parameter in self.params for name in getattr(parameter, "envvar", None) or ()]
+
     def _refuse_unknown_variables(self) -> None:
         """A variable that sets nothing may be a mistyped threshold."""
         from fbclip.errors import UsageError
 
-        known = [str(name) for parameter in self.params for name in getattr(parameter, "envvar", None) or ()]
+        known = [each for name in self._variables() for each in (name, f"{name}_FILE")]
         for name in os.environ:
             if name.startswith(f"FBCLIP_{self.name}_".upper()) and name not in known:
                 nearest = get_close_matches(name, known, 1, 0.0)[0]

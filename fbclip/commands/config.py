@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import typer
+
+SECRETS = "fbclip.secrets"  # in a context: the file, if a secret is in it
 
 
 def read_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -35,6 +38,8 @@ def read_config(context: typer.Context, value: Path | None) -> Path | None:
             raise _unknown(value, f"option {key}", name, known, f"fbclip {context.info_name}")
         inverted = f"--{name}" in parameter.secondary_opts
         defaults[parameter.name] = _text(value, key, entry, parameter, inverted)
+        if parameter.name in ("token", "webhook") or re.search("://.*@", str(entry)):
+            context.meta[SECRETS] = value
     context.default_map = {**(context.default_map or {}), **defaults}
     return value
 

@@ -46,6 +46,12 @@ class TestGroup:
             min=1,
         ),
     ] = 1
+    workers: Annotated[
+        int,
+        option(
+            "Images at once on a CPU, which share its cores: more a second than one on all of them.", metavar="N", min=1
+        ),
+    ] = 1
     report: Annotated[bool, option("Write no report.html.")] = True
     shots: Annotated[
         int | None,
@@ -81,6 +87,7 @@ def eval_(
     from fbclip.runtime.evaluation.evaluate import evaluate, to_evaluate
     from fbclip.runtime.evaluation.html import require_report, write_report
     from fbclip.runtime.evaluation.tables import show, stamp, write_results
+    from fbclip.runtime.host import share_cores
     from fbclip.terminal import make_console, say
 
     if test.report:
@@ -91,12 +98,13 @@ def eval_(
     few_shot = _few_shot(context, test, learning, checkpoint)
     classes = parse_names(test.classes) if test.classes else None
     tests = [to_evaluate(open_dataset(place, test.layout), classes, few_shot) for place in path]
-    subject = _subject(checkpoint, deployed, model, test, few_shot, tiles)
+    with share_cores(test.workers):
+        subject = _subject(checkpoint, deployed, model, test, few_shot, tiles)
     folder = run.folder("eval")
     console = make_console()
     say(console, subject.threshold_from)
     with subject.backend:
-        evaluation = evaluate(subject, tests, test.batch, console, few_shot)
+        evaluation = evaluate(subject, tests, test.batch, console, few_shot, test.workers)
     stamped = stamp(evaluation)
     show(evaluation, console, stamped["warnings"])
     write_results(evaluation, stamped, folder)
@@ -179,6 +187,8 @@ def _subject(
             deployed.memory,
             tiles.cut(),
         )
+    if test.workers > 1:
+        raise UsageError("--workers share the cores of a bundle; got a checkpoint: export it, and pass --bundle")
     if tiles.cut():
         raise UsageError("--tiles are for a bundle; got a checkpoint: export it, and pass --bundle")
     require_training_packages()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from fbclip.commands.mount import STREAMS, option
+from fbclip.commands.mount import NOTHING, STREAMS, option
 from fbclip.errors import UsageError
-from fbclip.parsing import parse_frame_size, parse_layers, parse_resolution, parse_threshold
+from fbclip.parsing import parse_frame_size, parse_layers, parse_place, parse_resolution, parse_threshold
 
 if TYPE_CHECKING:
     from fbclip.runtime.live.sinks import SinkOptions
@@ -126,8 +126,8 @@ class AreaGroup(TilesGroup):
 
 
 @dataclass(frozen=True)
-class VerdictGroup:
-    """What counts as a defect, and as an alarm."""
+class DefectGroup:
+    """What counts as a defect."""
 
     PANEL: ClassVar[str] = "Verdict"
     threshold: Annotated[str, option(THRESHOLD, metavar="NUMBER")] = "auto"
@@ -152,6 +152,12 @@ class VerdictGroup:
         int | None,
         option("Report at most N regions, the largest first. Default: all, the highest peak first.", metavar="N"),
     ] = None
+
+
+@dataclass(frozen=True)
+class VerdictGroup(DefectGroup):
+    """What counts as a defect, and as an alarm."""
+
     vote: Annotated[
         str,
         option("Raise an alarm when K of the last N frames have a defect; it ends at K/2 or fewer.", metavar="K/N"),
@@ -247,7 +253,7 @@ class SinkGroup:
         str | None,
         option(
             "Publish results to this MQTT broker and topic prefix: mqtt://HOST/PREFIX. One with a password is better "
-            "given as FBCLIP_MQTT.",
+            "given in the file that FBCLIP_MQTT_FILE names.",
             metavar="URL",
             envvar="FBCLIP_MQTT",
         ),
@@ -255,17 +261,31 @@ class SinkGroup:
     webhook: Annotated[
         str | None,
         option(
-            "Post alarms and notices to this address; one with a secret is better given as FBCLIP_WEBHOOK.",
+            "Post alarms and notices to this address; one with a secret is better given in the file that "
+            "FBCLIP_WEBHOOK_FILE names.",
             metavar="URL",
             envvar="FBCLIP_WEBHOOK",
         ),
         STREAMS,
     ] = None
-    metrics_port: Annotated[
-        int | None,
-        option("Offer counters for Prometheus at http://127.0.0.1:N/metrics.", metavar="N", min=1, max=65535),
+    metrics: Annotated[
+        str | None,
+        option(
+            "Offer counters for Prometheus at http://HOST:PORT/metrics, to whoever reaches it. A port alone is for this "
+            "machine.",
+            "--metrics",
+            "--metrics-port",
+            metavar="[HOST:]PORT",
+        ),
         STREAMS,
+        NOTHING,
     ] = None
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """Host and port of the metrics."""
+        rule = "metrics are at HOST:PORT, or at a port of this machine, like 9464"
+        return None if self.metrics is None else parse_place(self.metrics, rule, "metrics")
 
     @property
     def sinks(self) -> SinkOptions:
@@ -277,7 +297,7 @@ class SinkGroup:
             csv=self.csv,
             mqtt=self.mqtt,
             webhook=self.webhook,
-            metrics_port=self.metrics_port,
+            metrics=self.place,
             events=self.events,
             events_bytes=parse_size(self.events_size),
         )

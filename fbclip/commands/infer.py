@@ -123,16 +123,16 @@ def infer(
     from fbclip.runtime.live.sources import open_source
     from fbclip.terminal import make_console, say
 
-    console = make_console(stderr=results.json == "-")
     texts, capture = reading.texts(source), reading.capture
     if not texts and not reading.watch:
         texts = [str(SAMPLES)]
     with open_source(texts, capture) as opened:
         refuse(context, IMAGES if opened.still else STREAMS, verdict, reading, view, results)
+        console = make_console(stderr=results.json == "-", service=not opened.still)
         with verdict.predictor(model, area, work.batch) as predictor:
             if verdict.threshold == "auto":
                 say(console, predictor.explain_threshold())
-            say(console, predictor.explain_device())
+            say(console, predictor.explain_device(), fields={"kind": "model", **predictor.identity})
             for target in (results.json, results.csv):
                 require_file(target)
             sinks = replace(

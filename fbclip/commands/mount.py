@@ -18,8 +18,9 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -59,6 +60,42 @@ CONFIG = option(
 )
 
 
+class Level(str, Enum):
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+class Form(str, Enum):
+    auto = "auto"
+    text = "text"
+    json = "json"
+
+
+@dataclass(frozen=True)
+class LogGroup:
+    """What every command says, and how."""
+
+    PANEL: ClassVar[str] = OTHERS
+    quiet: Annotated[bool, option("Say nothing but warnings and errors.", "--quiet", "-q", envvar="FBCLIP_QUIET")] = (
+        False
+    )
+    log_level: Annotated[
+        Level,
+        option("Say this and what is worse.", metavar="debug|info|warning|error", envvar="FBCLIP_LOG_LEVEL"),
+    ] = Level.info
+    log_format: Annotated[
+        Form,
+        option(
+            "text: lines with date and level. json: an object a line. auto: text of serve and of streams where no "
+            "terminal is, else plain lines.",
+            metavar="auto|text|json",
+            envvar="FBCLIP_LOG_FORMAT",
+        ),
+    ] = Form.auto
+
+
 def mounted(first: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command: its parameters that are groups are built from the options of their fields.
 
@@ -70,11 +107,13 @@ def mounted(first: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callab
         # not get_type_hints, which in Python 3.10 hides an option whose default is None in an Optional
         hints = inspect.get_annotations(function, eval_str=True)
         groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-        parameters = [*_expanded(function, hints), inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY)]
-        parameters[-1] = parameters[-1].replace(default=None, annotation=Annotated[Path | None, CONFIG])
+        config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None)
+        config = config.replace(annotation=Annotated[Path | None, CONFIG])
+        parameters = [*_expanded(function, hints), *_fields(LogGroup), config]
 
         def command(**values: Any) -> None:
-            del values["config"]  # its callback has read it
+            for name in ("config", *(field.name for field in fields(LogGroup))):
+                del values[name]  # `Command` has read them
             built = {
                 name: group(**{field.name: values.pop(field.name) for field in fields(group)})
                 for name, group in groups.items()
@@ -95,13 +134,18 @@ def _expanded(function: Callable[..., None], hints: dict[str, Any]) -> Iterator[
     for name, parameter in inspect.signature(function).parameters.items():
         if not is_dataclass(group := hints[name]):
             yield parameter.replace(annotation=group, kind=inspect.Parameter.KEYWORD_ONLY)
-            continue
-        members = get_type_hints(group, include_extras=True)
-        for field in fields(group):
-            annotation = _in_panel(members[field.name], getattr(group, "PANEL", None))
-            yield inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
-            )
+        else:
+            yield from _fields(group)
+
+
+def _fields(group: Any) -> Iterator[inspect.Parameter]:
+    """The fields of a group as parameters."""
+    members = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        annotation = _in_panel(members[field.name], getattr(group, "PANEL", None))
+        yield inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
+        )
 
 
 def _placed(first: Sequence[str]) -> Callable[[inspect.Parameter], inspect.Parameter]:
@@ -134,7 +178,7 @@ def refuse(context: typer.Context, source: Kind, *groups: object) -> None:
         for group in groups
         for name, hint in get_type_hints(type(group), include_extras=True).items()
         if get_origin(hint) is Annotated
-        if any(isinstance(kind, Kind) and kind != source for kind in get_args(hint))
+        if (kinds := [kind for kind in get_args(hint) if isinstance(kind, Kind)]) and source not in kinds
         if is_given(context, name)
     ]
     if given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import typer
@@ -24,7 +24,8 @@ class ServerGroup:
     token: Annotated[
         str | None,
         option(
-            "Password that every client must send (16 characters or more); better given as FBCLIP_TOKEN.",
+            "Password that every client must send (16 characters or more); better given in the file that "
+            "FBCLIP_TOKEN_FILE names, or as FBCLIP_TOKEN.",
             metavar="TEXT",
             envvar="FBCLIP_TOKEN",
         ),
@@ -57,16 +58,16 @@ def serve(
     from fbclip.runtime.serving.run import Endpoint, serve
     from fbclip.terminal import make_console, say
 
-    console = make_console(stderr=results.json == "-")
+    console = make_console(stderr=results.json == "-", service=True)
     texts = reading.texts(source)
     inspection = None
     if texts or reading.watch:
         vote, alarm_on = Vote.parse(verdict.vote), parse_kinds(verdict.alarm_on)
-        inspection = Inspection(texts, reading.capture, results.sinks, vote, alarm_on)
+        inspection = Inspection(texts, reading.capture, replace(results.sinks, metrics=None), vote, alarm_on)
     else:
         refuse(context, NOTHING, verdict, reading, results)
     with verdict.predictor(model, area) as predictor:
         if verdict.threshold == "auto":
             say(console, predictor.explain_threshold())
-        say(console, predictor.explain_device())
-        serve(predictor, inspection, Endpoint(server.host, server.port, server.token), console)
+        say(console, predictor.explain_device(), fields={"kind": "model", **predictor.identity})
+        serve(predictor, inspection, Endpoint(server.host, server.port, server.token, results.place), console)

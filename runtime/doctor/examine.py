@@ -36,7 +36,7 @@ BACKENDS = {
     "FFMPEG": "video files, RTSP and HTTP streams",
     "GSTREAMER": "CSI cameras of a Jetson",
 }
-INFERENCE = "inference"
+BUNDLE, INFERENCE = "bundle", "inference"
 BUNDLE_COPIES = 3  # weights on disk, ONNX Runtime's own copy, activations: what a run holds, in sizes of the graph
 RUNTIME_MB = 300  # of the interpreter and its libraries
 
@@ -73,8 +73,13 @@ def examine(
 
 
 def works(checks: list[Check]) -> bool:
-    """Whether a sample image could be scored with the default device and precision."""
-    return any(check.name == INFERENCE and check.status == "ok" for check in checks)
+    """Whether the bundle is whole, and a sample image could be scored with the default device and precision."""
+    return not _is_damaged(checks) and any(check.name == INFERENCE and check.status == "ok" for check in checks)
+
+
+def _is_damaged(checks: list[Check]) -> bool:
+    """Whether a file of the bundle is not as its export wrote it, even if it is of a graph that nobody asked for."""
+    return any(check.name == BUNDLE and check.status == "broken" for check in checks)
 
 
 def check_python(machine: Machine) -> Iterator[Check]:
@@ -124,7 +129,7 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
         found = probe(machine, "bundle", path)
     except ProcessFailed as error:
         yield Check(
-            topic, "bundle", "broken", str(error), "fbclip export" if bundle else "pip install --force-reinstall fbclip"
+            topic, BUNDLE, "broken", str(error), "fbclip export" if bundle else "pip install --force-reinstall fbclip"
         )
         found = None
     largest = 0
@@ -132,7 +137,7 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
         sizes = {precision: size >> 20 for precision, size in found["precisions"].items()}
         largest = max(sizes.values())
         words = f"{found['name']}, {found['image_size']} px, opset {found['opset']}; every hash holds"
-        yield Check(topic, "bundle", "ok", words)
+        yield Check(topic, BUNDLE, "ok", words)
         yield Check(topic, "precisions", "ok", ", ".join(f"{p} ({size} MB)" for p, size in sizes.items()))
         yield _learned(machine, path, shown)
         yield from _plans(machine, Path(found["path"]))
@@ -308,7 +313,10 @@ def print_report(checks: list[Check], console: Console) -> None:
         for check in (c for c in cures if c.status == status):
             console.print(cell(status, STYLES[status]), cell(f"{check.topic}: {check.name}"))
             say(console, f"  {check.cure}")
-    say(console, "inference works") if works(checks) else say(console, "inference does not work", "bold red")
+    if works(checks):
+        say(console, "inference works")
+    else:
+        say(console, "the bundle is damaged" if _is_damaged(checks) else "inference does not work", "bold red")
 
 
 def write_report(checks: list[Check], target: str) -> None:

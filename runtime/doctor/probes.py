@@ -102,14 +102,14 @@ def pycuda() -> Values:
 
 
 def bundle(path: str) -> Values:
-    """Load a bundle ("" is the embedded one) and check the hash of every graph."""
+    """Load a bundle ("" is the embedded one) and check the hash of every file."""
     from fbclip.bundle import GRAPHS, Bundle
     from fbclip.runtime.backends import DEVICES
 
     loaded = Bundle.load(path or None)
     manifest = loaded.manifest
+    loaded.verify()
     for precision in manifest.precisions:
-        loaded.graph(precision)
         for device in DEVICES:
             loaded.graph_for(device, precision)
     parts = [loaded.path / name for name in manifest.files]

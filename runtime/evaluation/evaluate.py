@@ -324,7 +324,12 @@ def to_evaluate(data: Dataset, classes: tuple[str, ...] | None, few_shot: FewSho
 
 
 def evaluate(
-    subject: Subject, tests: list[Dataset], batch_size: int, console: Console, few_shot: FewShot | None = None
+    subject: Subject,
+    tests: list[Dataset],
+    batch_size: int,
+    console: Console,
+    few_shot: FewShot | None = None,
+    workers: int = 1,
 ) -> Evaluation:
     """Run every image of the test splits once, or once for each seed; files that can't be read are reported and left out.
 
@@ -334,6 +339,7 @@ def evaluate(
         tests: as `to_evaluate` gives them.
         batch_size: images per call of the backend.
         few_shot: what to teach before each class; the subject is `bundle_subject`'s of the same.
+        workers: calls of the backend at once.
     """
     skipped: list[tuple[Item, str]] = []
     results: list[DataResult] = []
@@ -346,9 +352,8 @@ def evaluate(
             finished: list[tuple[ClassResult, ...]] = []  # by class, then by seed
             try:
                 for name in test.classes:
-                    found, refused = _judge(
-                        subject, data, name, few_shot, batch_size, console, partial(bars.advance, task)
-                    )
+                    advance = partial(bars.advance, task)
+                    found, refused = _judge(subject, data, name, few_shot, (batch_size, workers), console, advance)
                     skipped += refused
                     finished.append(found)
             except KeyboardInterrupt:
@@ -368,11 +373,15 @@ def _judge(
     data: Dataset,
     name: str,
     few_shot: FewShot | None,
-    batch_size: int,
+    at_once: tuple[int, int],
     console: Console,
     advance: Callable[[int], None],
 ) -> tuple[tuple[ClassResult, ...], list[tuple[Item, str]]]:
-    """A class by each draw of references, or by the subject as it is; and its images that can't be read."""
+    """A class by each draw of references, or by the subject as it is; and its images that can't be read.
+
+    Args:
+        at_once: images per call of the backend, and calls.
+    """
     found: list[ClassResult] = []
     skipped: list[tuple[Item, str]] = []
     items = data.select("test", name).items
@@ -383,7 +392,7 @@ def _judge(
             judging = subject.taught(references, few_shot)
         one = _Class(name, items, judging, references)
         # what can't be read is the same in every draw
-        refused = one.run_all(batch_size, Console(quiet=True) if number else console, advance)
+        refused = one.run_all(*at_once, Console(quiet=True) if number else console, advance)
         skipped = skipped if number else refused
         for item in one.left_out:
             warn(console, f"{item.image} shows the same as a reference: it is left out of the test")
@@ -426,32 +435,39 @@ class _Class:
         self.pictures: dict[str, list[tuple[float, int, Example]]] = {"best": [], "worst": [], "missed": []}
         self.order = count()
 
-    def run_all(self, batch_size: int, console: Console, advance: Callable[[int], None]) -> list[tuple[Item, str]]:
+    def run_all(
+        self, batch_size: int, workers: int, console: Console, advance: Callable[[int], None]
+    ) -> list[tuple[Item, str]]:
         """Score all images; returns those that could not be read, with the reason."""
         skipped: list[tuple[Item, str]] = []
         subject = self.subject
         samples = _load(self.items, None if subject.in_tiles else subject.image_size)
-        for batch in _batches(samples, 1 if subject.in_tiles else batch_size):
-            refused = self.run(batch)
+        batches = _batches(samples, 1 if subject.in_tiles else batch_size)
+        for batch, judged in (
+            parallel_map(self._judged, batches, workers) if workers > 1 else map(self._judged, batches)
+        ):
+            for item, sample, score, anomaly_map in judged:
+                self.add(item, sample, score, anomaly_map)
+            refused = [(item, error) for item, error in batch if isinstance(error, ImageError)]
             skipped += [(item, str(error)) for item, error in refused]
             for text in [f"skipped: {error}" for _, error in refused] + _unusable(batch):
                 warn(console, text)
             advance(len(batch))
         return skipped
 
-    def run(self, batch: list[Read]) -> list[tuple[Item, ImageError]]:
-        """Score what could be read of a batch and is no reference; returns what could not be read."""
+    def _judged(self, batch: list[Read]) -> tuple[list[Read], list[tuple[Item, Sample, float, NDArray[np.float32]]]]:
+        """A batch, and what the model says of those that could be read and are no reference."""
         good = [(item, sample) for item, sample in batch if isinstance(sample, Sample)]
         if self.references:
             size = self.subject.image_size  # as the references were
             known = [pixels_sha256(resize(sample.image, size)) in self.references.digests for _, sample in good]
             self.left_out += [item for (item, _), same in zip(good, known, strict=True) if same]
             good = [read for read, same in zip(good, known, strict=True) if not same]
-        if good:
-            scores, maps = self._inspect(good)
-            for (item, sample), score, anomaly_map in zip(good, scores, maps, strict=True):
-                self.add(item, sample, float(score), anomaly_map)
-        return [(item, error) for item, error in batch if isinstance(error, ImageError)]
+        if not good:
+            return batch, []
+        scores, maps = self._inspect(good)
+        judged = zip(good, scores, maps, strict=True)
+        return batch, [(item, sample, float(score), anomaly_map) for (item, sample), score, anomaly_map in judged]
 
     def _inspect(self, good: list[tuple[Item, Sample]]) -> Results:
         if not self.subject.in_tiles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from heapq import heappush, heappushpop
@@ -27,6 +27,7 @@ COLOURS = {
     "on": "red",
     "connecting": "yellow",
 }
+WRONG = ("lost", "blind", "failing", "drifting", "on")  # states of a notice that is a warning
 VERDICTS = {"good": "green", "defect": "red", "unusable": "yellow", "absent": "yellow"}
 OVERRULED = {
     "min_area": "all regions are smaller than the least area",
@@ -47,9 +48,10 @@ class NoticeLog:
 
     def notify(self, notice: Notice) -> None:
         if notice.kind != "run":
-            stamp = time.strftime("%H:%M:%S", time.localtime(notice.time))
-            line = f"{stamp} {notice.kind} {notice.state} ({notice.subject}): {notice.message}"
-            say(self.console, line, COLOURS.get(notice.state, ""))
+            line = f"{notice.kind} {notice.state} ({notice.subject}): {notice.message}"
+            level = logging.WARNING if notice.state in WRONG else logging.INFO
+            fields = {name: value for name, value in notice.to_dict().items() if name not in ("time", "message")}
+            say(self.console, line, COLOURS.get(notice.state, ""), level=level, when=notice.time, fields=fields)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -169,11 +171,13 @@ def print_summary(summary: Summary, console: Console) -> None:
     ages = f"; age {status.age_ms['p50']:.0f} ms, at p99 {status.age_ms['p99']:.0f}" if status.age_ms else ""
     warm_up = status.source.counters.get("warm_up", 0)
     left_out = f", {warm_up} left out to warm up" if warm_up else ""
+    counts = {"kind": "summary", "frames": status.frames, "anomalous": status.anomalous, "alarms": status.alarms}
     overruled = f", {status.overruled} good against their score" if status.overruled else ""
     say(
         console,
         f"{status.frames} frames in {summary.seconds:.1f} s ({rate:.1f}/s{ages}): {status.anomalous} anomalous, "
         f"{status.alarms} alarms{_unjudged(status)}{overruled}{left_out}",
+        fields=counts,
     )
     print_losses(status, console)
 
@@ -202,6 +206,7 @@ def print_losses(status: Status, console: Console) -> None:
         if name == NoticeLog.name:
             continue
         if sink.dropped:
-            say(console, f"{name} lost {sink.dropped} results and notices: {sink.dropped_because}")
+            lost = f"{name} lost {sink.dropped} results and notices: {sink.dropped_because}"
+            say(console, lost, level=logging.WARNING)
         elif sink.error:
-            say(console, f"{name} failed: {sink.error}")
+            say(console, f"{name} failed: {sink.error}", level=logging.WARNING)

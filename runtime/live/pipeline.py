@@ -85,6 +85,7 @@ class Pipeline:
         batch: images that the model is given at once, of a source that waits.
         name_files: the files where the picture and the map of a frame will be kept, also by whether it votes for an alarm
             that is on; None for nowhere.
+        rejected: told of each frame that can't be inspected, and why.
     """
 
     def __init__(
@@ -96,8 +97,9 @@ class Pipeline:
         limits: Limits | None = None,
         batch: int = 1,
         name_files: NameFiles | None = None,
+        rejected: Callable[[Frame, ImageError], None] | None = None,
     ) -> None:
-        self.source, self.predictor = source, predictor
+        self.source, self.predictor, self._told_rejected = source, predictor, rejected
         self.alarm, self.limits = alarm or Alarm(), limits or Limits()
         self._batch, self._name_files = batch, name_files
         self._state, self._message = "connecting", ""
@@ -175,6 +177,11 @@ class Pipeline:
         with self._progress:
             self._progress.notify_all()
         self.source.close()
+
+    @property
+    def state(self) -> str:
+        """Of the source now, see `SourceStatus`; from any thread, at no cost."""
+        return self._state
 
     def status(self) -> Status:
         """What is going on; from any thread."""
@@ -278,6 +285,8 @@ class Pipeline:
         if first and self.source.live:
             raise error
         self._rejection = str(error)
+        if self._told_rejected:
+            self._told_rejected(frame, error)
         if not self._rejecting:
             self._rejecting = not self.source.still
             self._notify_source("lost", f"skipped {frame.name}: {error}")

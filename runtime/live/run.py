@@ -21,9 +21,10 @@ from fbclip.runtime.live.console import ImageTable, NoticeLog, print_images, pri
 from fbclip.runtime.live.pipeline import Limits, Pipeline
 from fbclip.runtime.live.records import Sink, Source
 from fbclip.runtime.live.sinks import SinkOptions, make_sinks
+from fbclip.runtime.live.sinks.metrics import Prometheus
 from fbclip.runtime.live.sinks.pictures import Pictures
 from fbclip.runtime.live.sources import CaptureOptions, WatchSource
-from fbclip.runtime.live.status import Summary
+from fbclip.runtime.live.status import Status, Summary
 from fbclip.runtime.predictor import Predictor
 from fbclip.stopping import StopRequest
 from fbclip.terminal import say
@@ -128,7 +129,7 @@ def make_pipeline(source: Source, predictor: Predictor, inspection: Inspection, 
     alarm = Alarm(inspection.vote, Drift(calibration.scores) if calibration else None, inspection.alarm_on)
     asked = make_sinks(inspection.sinks, source)
     pictures = next((sink for sink in asked if isinstance(sink, Pictures)), None)
-    return Pipeline(
+    pipeline = Pipeline(
         source,
         predictor,
         [*sinks, *asked],
@@ -137,6 +138,10 @@ def make_pipeline(source: Source, predictor: Predictor, inspection: Inspection, 
         predictor.frames_at_once,
         pictures.name_files if pictures else None,
     )
+    for sink in (*sinks, *asked):
+        if isinstance(sink, Prometheus):
+            sink.describe(predictor, pipeline.status)
+    return pipeline
 
 
 def run(pipeline: Pipeline, console: Console, log_s: float | None = None) -> tuple[Summary, int | None]:
@@ -170,9 +175,14 @@ def _watch(running: Future[Summary], pipeline: Pipeline, stop: StopRequest, cons
             elif time.monotonic() >= next_log:
                 next_log += log_s
                 with suppress(OSError):  # that nobody can read it is no reason to stop, nor to wait for ever
-                    console.print(status_text(pipeline.status()), soft_wrap=True)
+                    _say_status(pipeline.status(), console)
         if live:
             live.update(status_text(pipeline.status()))
+
+
+def _say_status(status: Status, console: Console) -> None:
+    fields = {"frames": status.frames, "anomalous": status.anomalous, "fps": status.fps, "alarm": status.alarm}
+    say(console, status_text(status), fields={"kind": "status", "source": status.source.name, **fields})
 
 
 def _ended(running: Future[Summary]) -> bool:

@@ -31,7 +31,8 @@ FORGET_S = 60.0  # without a wrong token, and the next is the first again
 GUESSERS = 1024  # addresses remembered for it
 HELD = 512  # answers held back at once; more would cost memory
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-LOGIN = "/login"  # the one place that needs no token
+LOGIN = "/login"  # needs no token
+PROBES = ("/healthz", "/readyz")  # nor do these, by any name of this machine: their answer is one of a few words
 HEADERS = {
     # all that a page may load comes from here: no script or picture of others, no frame around it
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -197,7 +198,8 @@ class Guard:
                 refusal.status_code = 403  # whatever the reason: what the page and other viewers know
             return await refusal(scope, receive, send_guarded)
         place: Place | None = scope.get("state", {}).get("place")
-        with place.work() if place and not _is_login(scope) else nullcontext(True) as has_room:
+        # who asks without a token stays a stranger
+        with place.work() if place and not _is_open(scope) else nullcontext(True) as has_room:
             answer = (
                 self.app if has_room else problem(503, "too many requests at once: try again", {"Retry-After": "1"})
             )
@@ -205,12 +207,14 @@ class Guard:
 
     async def _refusal(self, connection: HTTPConnection) -> Response | None:
         """The answer to a request that goes no further."""
+        if _is_probe(connection.scope):
+            return None
         if not self.access.knows_host(connection):
             return problem(400, "without a token this server goes by localhost and 127.0.0.1 alone")
         method = connection.scope.get("method")  # a WebSocket has none, and acts
         if method not in SAFE_METHODS and not self.access.is_same_origin(connection):
             return problem(403, "requests of other sites are refused")
-        if _is_login(connection.scope) or self.access.may_enter(connection):
+        if _is_open(connection.scope) or self.access.may_enter(connection):
             return None
         if token := bearer(connection):
             await self.access.accepts(token, connection)
@@ -230,8 +234,12 @@ def bearer(connection: HTTPConnection) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def _is_login(scope: Scope) -> bool:
-    return bool(scope["path"] == LOGIN)
+def _is_open(scope: Scope) -> bool:
+    return scope["path"] == LOGIN or _is_probe(scope)
+
+
+def _is_probe(scope: Scope) -> bool:
+    return scope["path"] in PROBES and scope.get("method") in SAFE_METHODS
 
 
 def _one_more(tries: tuple[int, float]) -> tuple[int, float]:

@@ -16,16 +16,16 @@ import anyio
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, HTTPException, Query, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import ValidationError
 
 import fbclip
 from fbclip.errors import FBClipError, ImageError, SizeError
 from fbclip.runtime.predictor import Predictor
-from fbclip.runtime.serving.access import LOGIN, Access, Guard, problem
+from fbclip.runtime.serving.access import LOGIN, PROBES, Access, Guard, problem
 from fbclip.runtime.serving.feed import Feed, Update
 from fbclip.runtime.serving.schemas import EventBody, HealthBody, Problem, ScoredBody, StatusBody, ThresholdBody
-from fbclip.runtime.serving.uploads import UploadLimits, Uploads, read_body
+from fbclip.runtime.serving.uploads import InTurn, UploadLimits, Uploads, read_body
 
 if TYPE_CHECKING:
     from fbclip.runtime.live.pipeline import Pipeline
@@ -38,6 +38,8 @@ STATUS_INTERVAL = 1.0  # seconds between two messages where nothing happens
 PATIENCE = 60.0  # seconds for a viewer to say that it has drawn a picture
 NO_TEXT, LOGGED_OUT, TRY_AGAIN_LATER = 1003, 1008, 1013  # WebSocket's codes
 SMALL_BODY = 4096  # bytes of what is no image
+HANGS_S = 120.0  # of one run of the model: on the slowest board that was measured it is over in 10
+OK = "ok"
 BINARY = {"type": "string", "format": "binary"}
 
 
@@ -61,13 +63,30 @@ class Site:
         self.uploads = Uploads(predictor, limits)
         self.viewers = 0
 
+    @property
+    def health(self) -> str:
+        """ "ok", or what a restart of the server may cure. A camera that is away is no such thing."""
+        backend = self.predictor.backend
+        return "the model hangs" if isinstance(backend, InTurn) and backend.busy_s > HANGS_S else OK
+
+    @property
+    def readiness(self) -> str:
+        """ "ok", or why nothing is inspected now; told to strangers, so it names nothing."""
+        if self.health != OK:
+            return self.health
+        if self.uploads.fault:
+            return "the model fails"
+        state = self.pipeline.state if self.pipeline else "live"
+        return OK if state == "live" else f"the source is {state}"
+
     def status(self) -> dict[str, Any]:
-        memory = self.predictor.memory
+        memory, calibration = self.predictor.memory, self.predictor.calibration
         return {
             "version": fbclip.__version__,
             "time": time.time(),
             "model": {
                 "name": self.predictor.bundle.name,
+                "sha256": self.predictor.bundle.sha256,
                 "device": self.predictor.backend.device,
                 "precision": self.predictor.precision,
                 "image_size": self.predictor.bundle.manifest.image_size,
@@ -77,6 +96,13 @@ class Site:
                     "mode": memory.about.mode,
                 }
                 if memory
+                else None,
+                "calibration": {
+                    "made": calibration.made,
+                    "good_images": calibration.count,
+                    "false_alarm_rate": calibration.false_alarm_rate,
+                }
+                if calibration
                 else None,
             },
             "threshold": self.predictor.threshold,
@@ -251,10 +277,22 @@ def _add_rest(app: FastAPI, site: Site) -> None:
                 return Response(alarm.picture, media_type="image/jpeg")
         raise HTTPException(404, f"there is no event {id}; /v1/events lists those that are kept")
 
-    @app.get("/healthz", response_model=HealthBody)
-    def healthz() -> dict[str, str]:
-        """Whether the server answers; the camera is in /v1/status."""
-        return {"status": "ok"}
+    def told(state: str) -> Response:
+        return JSONResponse({"status": state}, 200 if state == OK else 503)
+
+    # neither waits for a thread, which requests that take long may all hold
+    @app.get("/healthz", response_model=HealthBody, responses={503: {"model": HealthBody}})
+    async def healthz() -> Response:
+        """Whether the server works; 503 says what a restart may cure. Needs no token."""
+        return told(site.health)
+
+    @app.get("/readyz", response_model=HealthBody, responses={503: {"model": HealthBody}})
+    async def readyz() -> Response:
+        """Whether what comes is inspected; 503 says why not, like a source that is lost. Needs no token."""
+        return told(site.readiness)
+
+    for path, probe in zip(PROBES, (healthz, readyz), strict=True):  # some programs that watch ask for the head alone
+        app.head(path, include_in_schema=False)(probe)
 
 
 def _body(schemas: dict[str, dict[str, Any]]) -> dict[str, Any]:

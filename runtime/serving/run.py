@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import socket
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
 
 from rich.console import Console
 
 from fbclip.errors import UsageError
+from fbclip.logs import Plain, make_handler
 from fbclip.runtime.live.console import NoticeLog, print_summary
 from fbclip.runtime.live.pipeline import Pipeline
 from fbclip.runtime.live.run import Inspection, insist_on_all, make_pipeline
@@ -40,11 +39,17 @@ LINES, MINUTE_S = 10, 60.0  # of the log: so many a minute of each kind, whateve
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where to listen, and the secret that clients need; None for none."""
+    """Where to listen.
+
+    Attributes:
+        token: the secret that clients need; None for none.
+        metrics: host and port where Prometheus fetches its metrics without it; None for the page's alone.
+    """
 
     host: str
     port: int
     token: str | None
+    metrics: tuple[str, int] | None = None
 
 
 def serve(predictor: Predictor, inspection: Inspection | None, endpoint: Endpoint, console: Console) -> None:
@@ -68,10 +73,11 @@ def serve(predictor: Predictor, inspection: Inspection | None, endpoint: Endpoin
             source = stack.enter_context(open_source(inspection.source, inspection.capture))
             if source.still:
                 raise UsageError(f"what is watched is a camera, stream, video or folder; {source.name} is images")
-            metrics = Prometheus(lambda: source.counters)
+            metrics = stack.enter_context(_metrics(lambda: source.counters, endpoint))
             pipeline = make_pipeline(source, predictor, inspection, NoticeLog(console), feed, metrics)
         else:
-            metrics = Prometheus(dict)
+            metrics = stack.enter_context(_metrics(dict, endpoint))
+            metrics.describe(predictor)
         server = WebServer(create_app(predictor, access, feed, pipeline, metrics))
         stack.enter_context(short_log())
         say(console, f"serving on {_url(ip, port)}")
@@ -79,6 +85,18 @@ def serve(predictor: Predictor, inspection: Inspection | None, endpoint: Endpoin
     if summary:
         print_summary(summary, console)
         insist_on_all(summary)
+
+
+@contextmanager
+def _metrics(counters: Callable[[], Mapping[str, int]], endpoint: Endpoint) -> Iterator[Prometheus]:
+    """The page's metrics; at an address of their own too, until the server stops, if the endpoint has one."""
+    metrics = Prometheus(counters)
+    own = metrics.listen(endpoint.metrics) if endpoint.metrics else None
+    try:
+        yield metrics
+    finally:
+        if own:
+            own.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -118,9 +136,8 @@ def _run(listening: socket.socket, server: WebServer, pipeline: Pipeline | None)
 
 @contextmanager
 def short_log() -> Iterator[None]:
-    """Warnings and errors of the server and the libraries under it as single lines on standard error, and few."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine())
+    """Warnings and errors of the server and the libraries under it as single lines, and few."""
+    handler = make_handler(_OneLine())
     handler.addFilter(_Few())
     loggers = [logging.getLogger(name) for name in LOGGERS]
     for logger in loggers:
@@ -135,15 +152,11 @@ def short_log() -> Iterator[None]:
             logger.propagate = True
 
 
-class _OneLine(logging.Formatter):
-    """What happened, and of an exception its kind, its words and the line it came from."""
+class _OneLine(Plain):
+    """As notices are on a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage().partition("\n")[0]
-        if record.exc_info and (error := record.exc_info[1]):
-            file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
-            text += f": {type(error).__name__}: {error} ({Path(file).name}:{line})"
-        return f"{time.strftime('%H:%M:%S')} server: {' '.join(text.split())}"
+        return f"{time.strftime('%H:%M:%S')} server: {super().format(record)}"
 
 
 class _Few(logging.Filter):

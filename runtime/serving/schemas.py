@@ -83,12 +83,20 @@ class MemoryBody(BaseModel):
     mode: str = Field(description="whiten, nearest or positions.")
 
 
+class CalibrationBody(BaseModel):
+    made: str | None = Field(description="When, ISO 8601; null of one that an older release made.")
+    good_images: int = Field(description="How many it was made from.")
+    false_alarm_rate: float = Field(description="What was asked for.")
+
+
 class ModelBody(BaseModel):
-    name: str
+    name: str = Field(description="The bundle's: that of its folder.")
+    sha256: str = Field(description="The bundle's: of its manifest, which has the hashes of all its files.")
     device: str
     precision: str
     image_size: int
     memory: MemoryBody | None = Field(description="What good parts taught; null of the zero-shot model.")
+    calibration: CalibrationBody | None = Field(description="The one in use; null without.")
 
 
 class StatusBody(BaseModel):
@@ -104,4 +112,4 @@ class StatusBody(BaseModel):
 
 
 class HealthBody(BaseModel):
-    status: str
+    status: str = Field(description="ok, or why not.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -137,6 +138,7 @@ class InTurn(Backend):
         self.device = backend.device
         self._backend = backend
         self._thread = ThreadPoolExecutor(1, "model")
+        self._busy_since: float | None = None  # of the call under way
 
     @property
     def launches(self) -> str | None:  # type: ignore[override]
@@ -144,7 +146,20 @@ class InTurn(Backend):
 
     def run(self, images: NDArray[np.uint8]) -> Results:
         """Images uint8 (B, H, W, 3) -> scores float32 (B,), maps float32 (B, H', W'), both 0..1."""
-        return self._thread.submit(self._backend.run, images).result()
+        return self._thread.submit(self._run, images).result()
+
+    def _run(self, images: NDArray[np.uint8]) -> Results:
+        self._busy_since = time.monotonic()
+        try:
+            return self._backend.run(images)
+        finally:
+            self._busy_since = None
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the call under way has taken so far; 0 where none is."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def set_memory(self, tensors: Tensors | None) -> None:
         """Exchange the memory, in turn with what is asked."""

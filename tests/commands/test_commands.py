@@ -314,3 +314,10 @@ def test_a_mistyped_variable_is_told(variable: str, nearest: str, monkeypatch: p
     monkeypatch.setenv("FBCLIP_EVAL_BATCH", "nonsense of another command")
     monkeypatch.delenv(variable)
     assert "sets no option" not in refused("infer", "nowhere.png")
+
+
+@pytest.mark.parametrize("arguments", [["--metrics", "host"], ["--metrics-port", "0"]])
+def test_metrics_are_at_a_host_and_port(arguments: list[str]) -> None:
+    assert refused("infer", "--watch", ".", *arguments).startswith(
+        "--metrics: metrics are at HOST:PORT, or at a port of"
+    )

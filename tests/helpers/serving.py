@@ -6,6 +6,7 @@ import io
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def command(
     def address() -> str:
         assert process.poll() is None, (folder / log).read_text()
         lines = (folder / log).read_text().splitlines()
-        return next((line.split()[-1] for line in lines if "serving on" in line), "")
+        return next((found[0] for line in lines if (found := re.search(r"(?<=serving on )[^\s\"]+", line))), "")
 
     try:
         url = eventually(address)

@@ -31,7 +31,7 @@ class SinkOptions:
         video_fps: frames per second that the video claims.
         mqtt: mqtt://user:password@host:port/prefix, or mqtts:// for TLS.
         webhook: http:// or https:// address that alarms and notices are posted to.
-        metrics_port, metrics_host: where Prometheus fetches its metrics.
+        metrics: host and port where Prometheus fetches its metrics.
         events, events_bytes: folder for the frames around alarms, and how large it may become.
         log_mb: size in MB at which the JSON lines or CSV file of a source without end is put aside as NAME.1, NAME.2, …
         log_keep: how many of these stay.
@@ -45,8 +45,7 @@ class SinkOptions:
     video_fps: float = 10.0
     mqtt: str | None = None
     webhook: str | None = None
-    metrics_port: int | None = None
-    metrics_host: str = "127.0.0.1"
+    metrics: tuple[str, int] | None = None
     events: Path | None = None
     events_bytes: int = 10**9
     log_mb: float = 100.0
@@ -106,10 +105,10 @@ def _makers(options: SinkOptions, source: Source) -> list[Callable[[], Sink]]:
         from fbclip.runtime.live.sinks.webhook import Webhook
 
         makers.append(lambda: Webhook(url))
-    if (port := options.metrics_port) is not None:
+    if place := options.metrics:
         from fbclip.runtime.live.sinks.metrics import Prometheus
 
-        makers.append(lambda: Prometheus(lambda: source.counters, port, options.metrics_host))
+        makers.append(lambda: Prometheus(lambda: source.counters, place))
     return makers
 
 

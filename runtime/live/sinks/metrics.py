@@ -6,11 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import fbclip
 from fbclip.errors import UsageError, require_package
 from fbclip.runtime.live.records import Notice, Record
+from fbclip.runtime.live.status import Status
 from fbclip.runtime.prediction import UNJUDGED
+from fbclip.runtime.predictor import Predictor
 
 if TYPE_CHECKING:
+    from threading import Thread
+    from wsgiref.simple_server import WSGIServer
+
     from prometheus_client import Metric
 
 SCORES = tuple(n / 20 for n in range(1, 20))
@@ -24,21 +30,23 @@ class Prometheus:
 
     Args:
         counters: the running totals of the source, asked for at each scrape.
-        port, host: where /metrics is served; nowhere without a port, then `render` is for a server that is there.
+        place: see `listen`; None for nowhere.
 
     Raises:
-        UsageError: prometheus-client is missing, or the port is taken.
+        UsageError: prometheus-client is missing, or as `listen`.
     """
 
     name = "metrics"
 
-    def __init__(self, counters: Callable[[], Mapping[str, int]], port: int | None = None, host: str = "127.0.0.1"):
-        require_package("prometheus_client", "metrics", "metrics_port")
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+    def __init__(self, counters: Callable[[], Mapping[str, int]], place: tuple[str, int] | None = None) -> None:
+        require_package("prometheus_client", "metrics", "metrics")
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)  # memory and descriptors: a leak shows
         registry.register(_SourceTotals(counters))
+        Info("fbclip_build", "What runs", registry=registry).info({"version": fbclip.__version__})
+        self._model = Info("fbclip_model", "What inspects", registry=registry)
         self._results = Counter("fbclip_results", "Frames scored", registry=registry)
         self._anomalies = Counter("fbclip_anomalies", "Frames with a defect", registry=registry)
         self._unusable = Counter("fbclip_unusable", "Frames that show nothing", registry=registry)
@@ -49,6 +57,7 @@ class Prometheus:
         self._scores = Histogram(
             "fbclip_score", "Anomaly scores of good and defect frames", buckets=SCORES, registry=registry
         )
+        self._last_score = Gauge("fbclip_last_score", "Of the last good or defect frame", registry=registry)
         self._ages = Histogram("fbclip_age_seconds", "From capture to here", buckets=SECONDS, registry=registry)
         self._stages = Histogram(
             "fbclip_stage_seconds", "Time by stage", ["stage"], buckets=(0.001, *SECONDS), registry=registry
@@ -56,16 +65,30 @@ class Prometheus:
         self._source = Gauge("fbclip_source_up", "1 while frames come", ["source"], registry=registry)
         self._sink = Gauge("fbclip_sink_up", "0 while a sink fails", ["sink"], registry=registry)
         self._drifting = Gauge("fbclip_drifting", "1 while scores differ from the calibration's", registry=registry)
-        self._server = None
-        self.port = port
-        if port is not None:
-            try:
-                self._server, self._thread = start_http_server(port, host, registry)
-                self.port = self._server.server_port
-            except (OSError, OverflowError) as error:
-                raise UsageError(
-                    f"can't serve metrics at {host}:{port}: {error}; choose another port", option="metrics_port"
-                ) from error
+        self.own = self.listen(place) if place else None
+
+    def listen(self, place: tuple[str, int]) -> Listening:
+        """Serve /metrics at a host and port, to whoever reaches it, until that is closed.
+
+        Raises:
+            UsageError: the port is taken, or there is no such address here.
+        """
+        from prometheus_client import start_http_server
+
+        host, port = place
+        try:
+            return Listening(*start_http_server(port, host, self._registry))
+        except (OSError, OverflowError) as error:
+            raise UsageError(
+                f"can't serve metrics at {host}:{port}: {error}; choose another port", option="metrics"
+            ) from error
+
+    def describe(self, predictor: Predictor, status: Callable[[], Status] | None = None) -> None:
+        """Say what inspects, and what a run does, asked for at each scrape; once, before the first."""
+        self._model.info(predictor.identity)
+        self._threshold.set(predictor.threshold)
+        if status:
+            self._registry.register(_RunTotals(status))
 
     def write(self, record: Record) -> None:
         prediction = record.prediction
@@ -78,6 +101,7 @@ class Prometheus:
         self._threshold.set(prediction.threshold)
         if prediction.verdict not in UNJUDGED:
             self._scores.observe(prediction.score)
+            self._last_score.set(prediction.score)
         self._ages.observe(time.monotonic() - record.frame.captured)
         for stage, milliseconds in record.timings_ms.items():
             self._stages.labels(stage).observe(milliseconds / 1e3)
@@ -97,10 +121,21 @@ class Prometheus:
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     def close(self) -> None:
-        if self._server:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+        if self.own:
+            self.own.close()
+
+
+class Listening:
+    """A server of /metrics, in a thread of its own."""
+
+    def __init__(self, server: WSGIServer, thread: Thread) -> None:
+        self.port: int = server.server_port
+        self._server, self._thread = server, thread
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 class _SourceTotals:
@@ -114,3 +149,24 @@ class _SourceTotals:
 
         for name, total in self._counters().items():
             yield CounterMetricFamily(f"fbclip_source_{name}", f"{name} since the start".capitalize(), total)
+
+
+class _RunTotals:
+    """What a run knows of itself: frames that it could not inspect or called good, and what sinks took and lost."""
+
+    def __init__(self, status: Callable[[], Status]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily
+
+        status = self._status()
+        yield CounterMetricFamily("fbclip_rejected", "Frames that could not be inspected", status.rejected)
+        yield CounterMetricFamily("fbclip_overruled", "Good frames whose score is a defect's", status.overruled)
+        delivered = CounterMetricFamily("fbclip_sink_delivered", "Results that a sink took", labels=["sink"])
+        lost = CounterMetricFamily("fbclip_sink_lost", "Results and notices that it lost", labels=["sink"])
+        for name, sink in status.sinks.items():
+            delivered.add_metric([name], sink.delivered)
+            lost.add_metric([name], sink.dropped)
+        yield delivered
+        yield lost

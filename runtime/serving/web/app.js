@@ -154,9 +154,8 @@ function sourceWord() {
 }
 
 function showStatus(status) {
-  const memory = status.model.memory;
-  const taught = memory ? ` · taught by ${memory.good_parts} good part${memory.good_parts === 1 ? "" : "s"} (memory ${memory.name.slice(0, 6)})` : "";
-  setText($("model"), `${status.model.name} · ${status.model.device} · ${status.model.precision}${taught}`);
+  setText($("model"), `${status.model.name} · ${status.model.device} · ${status.model.precision}`);
+  showBundle(status.model);
   $("logout").hidden = !status.login;
   const pipeline = status.pipeline;
   for (const id of ["live", "history", "verdict", "events", "log", "camera"]) $(id).hidden = !pipeline;
@@ -180,6 +179,21 @@ function showStatus(status) {
     list.replaceChildren(...rows.map(([name]) => element("div", {}, element("dt", {}, name), element("dd"))));
   }
   rows.forEach(([, value], i) => setText(list.children[i].lastChild, String(value)));
+}
+
+/** What inspects: enough to tell whether it is what was rolled out. */
+function showBundle({ name, sha256, memory, calibration }) {
+  const made = calibration?.made ? new Date(calibration.made).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : "date unknown";
+  const facts = [
+    ["name", name],
+    ["hash", element("code", { title: sha256 }, sha256.slice(0, 12))],
+    ["memory", memory ? element("span", {}, element("code", {}, memory.name), `, ${count(memory.good_parts, "good part")}`) : "none"],
+    ["calibrated", calibration ? `${made}, ${count(calibration.good_images, "good part")}` : "no"],
+  ];
+  const told = facts.map(([, value]) => value.textContent ?? value).join();
+  if ($("facts").dataset.told === told) return;
+  $("facts").dataset.told = told;
+  $("facts").replaceChildren(...facts.flatMap(([key, value]) => [element("dt", {}, key), element("dd", {}, value)]));
 }
 
 // Threshold --------------------------------------------------------------------------------------------------------

@@ -154,6 +154,12 @@ def test_a_damaged_bundle(fbclip: Run, tmp_path: Path) -> None:
     checks = report(fbclip, "--bundle", path, code=1)
     assert "is damaged" in checks["bundle"]["found"]
     assert "is damaged" in checks["inference"]["found"]
+    shutil.copy(Bundle.load().path / "model.onnx", path)
+    (path / "parity.json").write_text("{}")  # which inference doesn't need
+    checks = report(fbclip, "--bundle", path, code=1)
+    assert "parity.json is damaged" in checks["bundle"]["found"]
+    assert checks["inference"]["status"] == "ok"
+    assert "the bundle is damaged" in fbclip("doctor", "--bundle", path, code=1).stdout
     (path / "manifest.json").write_bytes(b"\xff")
     for broken in (path, tmp_path / "nowhere"):
         assert by_name(check_bundle(Machine(), broken))["bundle"].status == "broken"

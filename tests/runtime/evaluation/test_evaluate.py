@@ -273,6 +273,11 @@ def test_the_embedded_bundle_as_installed(fbclip: Run, tmp_path: Path) -> None:
     with (out / "scores.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 11
     assert (out / "report.html").stat().st_size > 50_000
+    fbclip("eval", "mini", "--workers", 2, "--no-report", code=2)
+    with (out.with_name("exp2") / "scores.csv").open() as two, (out / "scores.csv").open() as one:
+        for by_two, by_one in zip(csv.DictReader(two), csv.DictReader(one), strict=True):
+            assert by_two["image"] == by_one["image"]
+            assert float(by_two["score"]) == pytest.approx(float(by_one["score"]), abs=1e-6)
 
 
 def test_the_threshold_is_the_one_that_infer_would_take(fbclip: Run, tmp_path: Path) -> None:
@@ -375,6 +380,7 @@ def test_a_checkpoint_scores_like_the_bundle_exported_from_it(fbclip: Run, tmp_p
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere"),
+        (["mini", "--checkpoint", "nano", "--workers", 2], "--workers share the cores of a bundle"),
         ([".", "--image-size", 64], "go with --checkpoint"),
         ([".", "--bundle", "b", "--checkpoint", "c"], "a --checkpoint or a --bundle"),
         ([".", "--checkpoint", "c", "--precision", "fp16"], "a checkpoint runs in fp32"),

@@ -230,3 +230,14 @@ def test_logging_in(page: Page) -> None:
         expect(token).to_be_visible()
         page.goto(server.url)
         expect(token).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_bundle_is_named(server: Server, page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 844})
+    page.goto(server.url)
+    facts = page.locator("#facts")
+    sha256 = server.predictor.bundle.sha256
+    expect(facts).to_have_text(f"namefbclip-nanohash{sha256[:12]}memorynonecalibratedno")
+    expect(facts.locator("code")).to_have_attribute("title", sha256)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -434,7 +434,7 @@ def test_video_leaves_room_on_the_disk(tmp_path: Path) -> None:
         (SinkOptions(mqtt="mqtt://u:secret@host:99999"), "no valid host or port"),
         (SinkOptions(mqtt="mqtt://u:secret#@host"), "no valid host or port: in a user or password write /"),
         (SinkOptions(mqtt="mqtt://host/a/#"), "no # or"),
-        (SinkOptions(metrics_port=-1), "can't serve metrics"),
+        (SinkOptions(metrics=("127.0.0.1", -1)), "can't serve metrics"),
     ],
 )
 def test_wrong_options_say_what_to_do(
@@ -448,7 +448,7 @@ def test_wrong_options_say_what_to_do(
 
 @pytest.mark.parametrize(
     ("package", "options"),
-    [("paho", SinkOptions(mqtt="mqtt://host")), ("prometheus_client", SinkOptions(metrics_port=1))],
+    [("paho", SinkOptions(mqtt="mqtt://host")), ("prometheus_client", SinkOptions(metrics=("127.0.0.1", 1)))],
 )
 def test_a_missing_package_is_named_by_its_extra(
     package: str, options: SinkOptions, monkeypatch: pytest.MonkeyPatch
@@ -584,7 +584,8 @@ def test_metrics_count_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     before = set(threading.enumerate())
     totals = {"frames": 10, "dropped": 3, "reconnects": 1}
-    metrics = Prometheus(lambda: totals, port=0)
+    metrics = Prometheus(lambda: totals, ("127.0.0.1", 0))
+    assert metrics.own
     for index, score in enumerate((0.2, 0.3, 0.75)):
         metrics.write(result(index, score, alarm=score >= 0.5))
     metrics.notify(notice("source", "live"))
@@ -592,7 +593,7 @@ def test_metrics_count_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics.notify(notice("drift", "drifting"))
     metrics.notify(notice("run", "started", "fbclip"))
     totals["dropped"] = 4
-    with urllib.request.urlopen(f"http://127.0.0.1:{metrics.port}/metrics", timeout=PATIENCE_S) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics.own.port}/metrics", timeout=PATIENCE_S) as answer:
         served = samples(answer.read().decode())
     body, content_type = metrics.render()
     assert content_type.startswith("text/plain")
@@ -603,6 +604,7 @@ def test_metrics_count_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
         "fbclip_alarms_total": 1,
         "fbclip_alarm": 1,
         "fbclip_threshold": 0.5,
+        "fbclip_last_score": 0.75,
         "fbclip_score_count": 3,
         "fbclip_score_bucket 0.5": 2,
         "fbclip_age_seconds_bucket 0.02": 0,
@@ -622,4 +624,4 @@ def test_metrics_count_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_taken_metrics_port_is_an_error(receiver: Receiver) -> None:
     with pytest.raises(UsageError, match=f"127.0.0.1:{receiver.server_port}.*choose another port"):
-        make_sinks(SinkOptions(metrics_port=receiver.server_port), CAMERA)
+        make_sinks(SinkOptions(metrics=("127.0.0.1", receiver.server_port)), CAMERA)

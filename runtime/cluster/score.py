@@ -1,0 +1,266 @@
+"""`fbclip score`: an archive to tables of results, by many workers, and what was found."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from signal import Signals
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from fbclip.addresses import shown
+from fbclip.bundle import Bundle
+from fbclip.errors import FBClipError, Interrupted, UsageError
+from fbclip.files import sha256
+from fbclip.runtime.cluster.archive import Archive, Part, Reader, open_archive
+from fbclip.runtime.cluster.job import Job
+from fbclip.runtime.cluster.local import Crew
+from fbclip.runtime.cluster.pictures import draw_histogram, draw_worst
+from fbclip.runtime.cluster.results import FORMAT, SUMMARY, Receipt, Results
+from fbclip.runtime.cluster.scorer import Recipe, bundle_sha256
+from fbclip.runtime.host import Machine, cores
+from fbclip.runtime.predictor import Predictor
+from fbclip.stopping import StopRequest
+from fbclip.terminal import cell, printable, progress, say, warn
+
+POLL_S = 0.2  # until Ctrl-C is heard
+SHOWN = 10  # pictures with the highest scores that are named
+BESIDE = 500 << 20  # bytes that a worker takes beside its graph ...
+TIMES = 4  # ... and times the size of that, at most
+
+
+class Workers(Protocol):
+    """Where parts are done."""
+
+    def work(self, parts: list[Part]) -> Iterator[tuple[Part, Receipt]]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Hands:
+    """Who does the work.
+
+    Attributes:
+        workers: how many; None for as many as there is room for.
+        cores: of each; None: of this machine each has its share, and one in a cluster.
+        address: of a Ray cluster; None for processes of this machine.
+        gpus: of each worker in a cluster; 0.25 is a fourth of one.
+    """
+
+    workers: int | None = None
+    cores: int | None = None
+    address: str | None = None
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.gpus < 0:
+            raise UsageError(f"GPUs of a worker are 0 or more; got {self.gpus:g}", option="gpus")
+        if self.gpus and self.address is None:
+            raise UsageError("GPUs are shared out by a cluster; got none: name it, or local", option="address")
+
+    def start(self, job: Job) -> Workers:
+        """The workers, ready to be given parts.
+
+        Raises:
+            UsageError: there is no such cluster, or no room in it.
+        """
+        if self.address is not None:
+            from fbclip.runtime.cluster.on_ray import Cluster
+
+            return Cluster(job, self.address, self.workers, self.cores or 1, self.gpus)
+        workers = self.workers or max(1, min(cores() // (self.cores or 1), _room(job)))
+        return Crew(job, workers, self.cores or max(1, cores() // workers))
+
+
+def _room(job: Job) -> int:
+    """Workers that this machine has memory for."""
+    memory, files = Machine().memory(), job.bundle.manifest.files
+    graph = max((job.bundle.inside(name).stat().st_size for name in files), default=0)
+    return cores() if memory is None else memory.available // (BESIDE + TIMES * graph)
+
+
+def score(
+    sources: Sequence[str],
+    bundle: Bundle,
+    out: str,
+    recipe: Recipe,
+    hands: Hands,
+    console: Console,
+    maps: bool = False,
+    column: str | None = None,
+) -> Receipt:
+    """Score an archive, what of it isn't done yet, and say what was found.
+
+    Args:
+        sources: as `open_archive` takes them.
+        bundle: what judges.
+        out: folder of results, here or in a store.
+        recipe: how it judges.
+        hands: who does the work.
+        maps: whether maps are kept.
+        column: of tables.
+
+    Returns:
+        What the whole archive came to.
+
+    Raises:
+        Interrupted: a signal ended it; finished parts stay.
+        UsageError: no such archive, bundle or cluster, or the folder has results of another.
+        FBClipError: a worker failed, nothing could be read, or some pictures have to be fetched again.
+    """
+    here = replace(recipe, device="auto") if hands.address else recipe  # this machine may have other devices
+    with here.predictor(bundle.path) as predictor:  # what can't be used is said at once
+        say(console, predictor.explain_threshold())
+        judges = _identity(predictor)
+    job = Job(bundle, bundle_sha256(bundle), recipe, out, maps)
+    results = Results(out)
+    archive = open_archive(list(sources), column, lambda line: say(console, line))
+    parts = _planned(archive, results, job, sources, judges)
+    finished = results.finished(lambda line: warn(console, line))
+    total = Receipt()
+    for part in parts:
+        if part.id in finished:
+            total.add(finished[part.id])
+    todo = [part for part in parts if part.id not in finished]
+    say(console, f"{len(archive):,} images in {len(parts):,} parts{_already(len(parts) - len(todo))}")
+    began = time.monotonic()
+    if todo:
+        with closing(hands.start(job)) as workers, StopRequest(None) as stop:
+            _work(workers, todo, total, stop, console)
+    if old := results.keep_only({part.id for part in parts}):
+        say(console, f"{old} tables of images that changed or are gone were removed")
+    seconds = time.monotonic() - began
+    with here.predictor(bundle.path) as predictor:
+        _report(total, results, predictor, Reader(archive.store), seconds, sum(map(len, todo)), console)
+    return _insist(total)
+
+
+def _already(parts: int) -> str:
+    return f", {parts:,} of them done before" if parts else ""
+
+
+def _identity(predictor: Predictor) -> dict[str, Any]:
+    """What scores depend on, for those who go on with them."""
+    bundle = predictor.bundle
+    calibration = bundle.calibration
+    return {
+        "bundle": bundle.sha256,
+        "calibration": sha256(calibration) if calibration.is_file() else None,
+        "model": {precision: bundle.model_sha256(precision) for precision in bundle.manifest.precisions},
+        "memory": predictor.memory.sha256 if predictor.memory else None,
+        "place": [*predictor.view.place],
+    }
+
+
+def _planned(
+    archive: Archive, results: Results, job: Job, sources: Sequence[str], judges: dict[str, Any]
+) -> list[Part]:
+    """The parts of an archive, of the size that the first run chose."""
+    about = results.about() or {}
+    size = about.get("images_a_part", archive.size_of_parts())
+    values = asdict(job.recipe)
+    values |= {name: f"{value} ({sha256(Path(value))[:16]})" for name, value in job.recipe.files().items()}
+    results.prepare(
+        {
+            "format": FORMAT,
+            "source": [shown(source) for source in sources],
+            **judges,
+            "judged": {name: value for name, value in values.items() if name not in ("device", "batch")},
+            "maps": job.maps,
+            "images_a_part": size,
+        }
+    )
+    return archive.parts(size)
+
+
+def _work(workers: Workers, parts: list[Part], total: Receipt, stop: StopRequest, console: Console) -> None:
+    """Have all parts done, under a bar with the rate.
+
+    Raises:
+        Interrupted, FBClipError.
+    """
+    done: SimpleQueue[tuple[Part, Receipt] | Exception | None] = SimpleQueue()
+
+    def serve() -> None:  # a thread of its own, so that Ctrl-C is heard while all are at work
+        try:
+            for each in workers.work(parts):
+                done.put(each)
+            done.put(None)
+        except Exception as error:
+            done.put(error)
+
+    threading.Thread(target=serve, name="workers", daemon=True).start()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    images, began, left = 0, time.monotonic(), len(parts)
+    with progress(console, *columns, TimeRemainingColumn()) as bars:
+        task = bars.add_task("images", total=sum(map(len, parts)), note="")
+        while True:
+            if stop.signal:
+                name = Signals(stop.signal).name
+                raise Interrupted(
+                    f"stopped by {name}; {len(parts) - left:,} of {len(parts):,} parts are done, and the same command goes on",
+                    stop.signal,
+                )
+            try:
+                each = done.get(timeout=POLL_S)
+            except Empty:
+                continue
+            if each is None:
+                return
+            if isinstance(each, Exception):
+                raise each
+            part, receipt = each
+            total.add(receipt)
+            left, images = left - 1, images + len(part)
+            bars.update(task, advance=len(part), note=f"{images / (time.monotonic() - began):.1f}/s")
+
+
+def _report(
+    total: Receipt,
+    results: Results,
+    predictor: Predictor,
+    reader: Reader,
+    seconds: float,
+    done: int,
+    console: Console,
+) -> None:
+    """Tell and write what the archive came to."""
+    counts = ", ".join(f"{count:,} {verdict}" for verdict, count in sorted(total.verdicts.items()))
+    rate = f" in {seconds:.1f} s ({done / seconds:.1f}/s)" if done else ""
+    say(console, f"{total.images:,} images{rate}: {counts or 'none judged'}")
+    if total.errors:
+        warn(console, f"{total.errors:,} could not be read; their rows say why, like: {total.reasons[0]}")
+    for high, name in total.worst[:SHOWN]:
+        console.print(f"{high:.4f}", cell(name), soft_wrap=True)
+    summary = {
+        "images": total.images,
+        "verdicts": dict(total.verdicts),
+        "errors": total.errors,
+        "unfetched": total.unfetched,
+        "histogram": total.histogram,
+        "worst": [{"source": printable(name), "score": score} for score, name in total.worst],
+        "bundle": predictor.bundle.sha256,
+    }
+    results.write(SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    results.write("histogram.png", draw_histogram(total, predictor.threshold))
+    if worst := draw_worst(total, predictor, reader):
+        results.write("worst.jpg", worst)
+    pictures = "histogram.png and worst.jpg" if worst else "histogram.png"
+    say(console, f"results are in {results.name}: rows/ (Parquet), {SUMMARY}, {pictures}")
+
+
+def _insist(total: Receipt) -> Receipt:
+    """The receipt, unless nothing could be read, or another try may read more."""
+    if total.errors == total.images:
+        raise FBClipError(f"none of {total.images:,} images could be read: {total.reasons[0]}")
+    if total.unfetched:
+        raise FBClipError(f"{total.unfetched:,} images could not be fetched: the same command tries them again")
+    return total
