@@ -3,11 +3,9 @@
 import http.client
 import os
 
-token = os.environ.get("FBCLIP_TOKEN")
-headers = {"Authorization": f"Bearer {token}"} if token else {}
 connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("FBCLIP_SERVE_PORT", "8000")), timeout=4)
 try:
-    connection.request("GET", "/healthz", headers=headers)
+    connection.request("GET", "/healthz")
     status = connection.getresponse().status
 except OSError as error:
     raise SystemExit(str(error)) from None
