@@ -5,7 +5,7 @@ FBCLIP ?= fbclip
 BUNDLE ?= runs/bench-gpu.fbclip
 FUZZ_SEED ?= 0
 
-.PHONY: help demo test check fuzz test-gpu bench bench-gpu lint docs nano clean
+.PHONY: help demo test check fuzz test-gpu bench bench-gpu lint docs lock wheelhouse release licences image-check nano clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /'
@@ -49,6 +49,26 @@ lint: $(DEV)/.installed ## linters and types
 
 docs: $(DEV)/.installed ## build the documentation into build/site; fails on links that lead nowhere
 	NO_MKDOCS_2_WARNING=1 $(DEV)/bin/python -m mkdocs build --strict --quiet
+
+LOCK := $(DEV)/bin/uv pip compile --quiet --python-version 3.13 --python-platform linux --generate-hashes --no-annotate \
+	--custom-compile-command "make lock" --constraint constraints.txt
+
+lock: $(DEV)/.installed ## pin what the images install, with hashes (deploy/requirements)
+	$(LOCK) --extra serve --extra mqtt pyproject.toml -o deploy/requirements/cpu.txt
+	$(LOCK) --extra serve --extra mqtt --extra gpu --no-emit-package onnxruntime pyproject.toml -o deploy/requirements/cuda.txt
+	echo setuptools | $(LOCK) - -o deploy/requirements/build.txt
+
+wheelhouse: $(DEV)/.installed ## wheels for machines without a network; WHEELHOUSE="--python 3.10 --machine aarch64 --extra serve" chooses
+	$(DEV)/bin/python deploy/wheelhouse.py $(WHEELHOUSE)
+
+release: $(DEV)/.installed ## sdist, wheel, SBOM, checksums in dist/, their contents checked
+	$(DEV)/bin/python deploy/release.py
+
+licences: $(DEV)/.installed ## write docs/licences.md from fresh environments
+	$(DEV)/bin/python deploy/licences.py
+
+image-check: $(DEV)/.installed ## execute the steps of deploy/Dockerfile.cpu in a fresh Debian root (as root, with debootstrap)
+	$(DEV)/bin/python deploy/image_check.py
 
 nano: $(DEV)/.installed ## train the embedded default anew and export it (minutes on 2 cores)
 	$(DEV)/bin/python benchmarks/make_nano.py

@@ -23,7 +23,7 @@ TYPE_CHECKING = (
     False  # as type checkers know it; until `fbclip.main` is imported Ctrl-C is a traceback, so no typing here
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Align",
     "Bundle",

@@ -169,7 +169,7 @@ def open_up() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where it is closed, or captured
             stream.reconfigure(errors=SPELLED)
-            with suppress(OSError):
+            with suppress(OSError, AttributeError):  # Windows has it from Python 3.12 on
                 os.set_blocking(stream.fileno(), True)
 
 

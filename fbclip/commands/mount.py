@@ -104,7 +104,8 @@ def mounted(first: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callab
     """
 
     def mount(function: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(function, include_extras=True)
+        # not get_type_hints, which in Python 3.10 hides an option whose default is None in an Optional
+        hints = inspect.get_annotations(function, eval_str=True)
         groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
         config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None)
         config = config.replace(annotation=Annotated[Path | None, CONFIG])

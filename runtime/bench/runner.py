@@ -7,7 +7,6 @@ bad moments with the others.
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from fbclip.bundle import IMAGE, Bundle
@@ -25,6 +25,9 @@ from fbclip.runtime.backends.onnx import OnnxRuntimeBackend
 from fbclip.runtime.host import peak_memory
 from fbclip.runtime.tiles import Tiles, inspect
 from fbclip.untrusted import build
+
+if sys.platform != "win32":
+    import resource
 
 Results = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -211,6 +214,8 @@ def is_stable(seconds: list[float]) -> bool:
 
 def peak_host_mb() -> float:
     """The largest resident memory so far in MB."""
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 1e6
     if (peak := peak_memory()) is None:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -58,7 +58,7 @@ class LineFile:
         try:
             with self._alone() as fd:
                 size = _size(fd)
-                fits = not size or _is_ours(os.pread(fd, LOOKED_AT, 0), self._header)
+                fits = not size or _is_ours(_read_at(fd, LOOKED_AT, 0), self._header)
                 if not size:
                     _write_all(fd, self._header)
         except OSError as error:
@@ -92,7 +92,7 @@ class LineFile:
     def _write(self, fd: int, size: int | None, data: bytes) -> None:
         if size == 0:
             data = self._header + data
-        elif size and os.pread(fd, 1, size - 1) != b"\n":
+        elif size and _read_at(fd, 1, size - 1) != b"\n":
             data = b"\n" + data
         try:
             _write_all(fd, data)
@@ -122,7 +122,7 @@ class LineFile:
             return self._fd
         self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
         return self._fd
 
     def _is_named(self, fd: int) -> bool:
@@ -134,6 +134,8 @@ class LineFile:
     def _put_aside(self) -> None:
         old = (self._aside(number) for number in range(1, self._keep))
         moving = [self.path, *takewhile(Path.exists, old)]
+        if sys.platform == "win32":
+            self.close()  # an open file keeps its name there
         for number in range(len(moving), 0, -1):
             moving[number - 1].replace(self._aside(number))
         self.close()
@@ -166,6 +168,12 @@ def _size(fd: int) -> int | None:
     """Bytes of a regular file; None of pipes and devices."""
     status = os.fstat(fd)
     return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _read_at(fd: int, count: int, offset: int) -> bytes:
+    """Bytes of a regular file, whose writes go to its end wherever this leaves off. Windows has no pread."""
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, count)
 
 
 def _write_all(fd: int, data: bytes) -> None:

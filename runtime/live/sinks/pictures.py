@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,6 +128,8 @@ def names_of(stills: Sequence[Path]) -> dict[str, str]:
 
 def shortened(stem: str) -> str:
     """The stem itself where it leaves room for a number and a suffix, else its beginning and a hash of it."""
+    if sys.platform == "win32":
+        stem = re.sub(r'[<>:"/\\|?*]', "_", stem)  # of streams' addresses, which files can't be called there
     room = LONGEST_NAME - len("-1000000.npy")
     if len(os.fsencode(stem)) <= room:
         return stem

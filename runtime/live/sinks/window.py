@@ -46,7 +46,10 @@ class Window:
         except cv2.error as error:
             raise FBClipError(f"the window can't be drawn: {error.err}") from error
         if self._was_closed:
-            os.kill(os.getpid(), signal.SIGINT)
+            if sys.platform == "win32":  # there kill ends the process at once
+                signal.raise_signal(signal.SIGINT)
+            else:
+                os.kill(os.getpid(), signal.SIGINT)
 
     def notify(self, notice: Notice) -> None:
         if self._is_open and not self._was_closed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -228,6 +229,9 @@ def _camera(text: str, options: CaptureOptions) -> LiveSource | None:
     if match := re.fullmatch(r"csi://(\d{1,2})", text):
         cameras.require_gstreamer(text)
         connect: Connect = partial(cameras.connect_csi, int(match[1]), options.resolution, options.fps)
+        return LiveSource(text, connect, options)
+    if text.isdecimal() and len(text) <= 3 and sys.platform != "linux":  # there cameras have numbers alone
+        connect = partial(cameras.connect_numbered, int(text), options.resolution, options.fps)
         return LiveSource(text, connect, options)
     if re.fullmatch(r"\d{1,3}|/dev/(?!shm\b).+", text):  # what the system's rules call cameras may be any name there
         device = Path(text if text.startswith("/") else f"/dev/video{text}")

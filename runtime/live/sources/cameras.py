@@ -33,6 +33,26 @@ def connect_camera(
     if not capture.isOpened():
         capture.release()
         raise Fault("refused", f"{device} can't be opened: another program has it, or it is no camera")
+    return _asked(capture, resolution, fps)
+
+
+def connect_numbered(number: int, resolution: tuple[int, int] | None, fps: float | None) -> VideoDevice:
+    """Open a camera by its number, as Windows and macOS have them; as `connect_camera` else.
+
+    Raises:
+        Fault: "missing": these systems tell no more.
+    """
+    capture = cv2.VideoCapture(number)
+    if not capture.isOpened():
+        capture.release()
+        raise Fault(
+            "missing", f"camera {number} can't be opened: there is none, another program has it, or it isn't allowed"
+        )
+    return _asked(capture, resolution, fps)
+
+
+def _asked(capture: cv2.VideoCapture, resolution: tuple[int, int] | None, fps: float | None) -> VideoDevice:
+    """A camera that was asked for a resolution (width, height) and a rate."""
     if resolution:
         width, height = resolution
         if 2 * width * height * (fps or 30) > USB2_BYTES:
