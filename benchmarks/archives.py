@@ -2,7 +2,7 @@
 
     python benchmarks/archives.py make --images FOLDER --to ARCHIVE --count 20000
     python benchmarks/archives.py speed --archive ARCHIVE --count 2000 --rounds 3
-    python benchmarks/archives.py kill --archive ARCHIVE
+    python benchmarks/archives.py kill --archive ARCHIVE --bundle BUNDLE
 
 Each adds to benchmarks/results/archives.json.
 """
@@ -101,7 +101,7 @@ def _score(archive: Path, out: Path, workers: int, *more: str) -> float:
     return float(line.split(" images in ")[1].split(" s ")[0])
 
 
-def kill(archive: Path) -> None:
+def kill(archive: Path, bundle: Path | None) -> None:
     """Two machines of a cluster, one of which is killed at a third; memory of the workers meanwhile."""
     from ray.cluster_utils import Cluster
 
@@ -111,11 +111,12 @@ def kill(archive: Path) -> None:
     cluster.wait_for_nodes()
     out = Path(tempfile.mkdtemp(), "scores")
     start = time.monotonic()
-    scoring = subprocess.Popen([COMMAND, "score", archive, "--out", out, "--address", cluster.address])
+    chosen = [] if bundle is None else ["--bundle", bundle]
+    scoring = subprocess.Popen([COMMAND, "score", archive, "--out", out, "--address", cluster.address, *chosen])
     memory: list[tuple[float, float, float]] = []
     killed_at: float | None = None
     while scoring.poll() is None:
-        time.sleep(2)  # between two samples
+        time.sleep(1)  # between two samples
         done = sum(pq.read_metadata(path).num_rows for path in out.glob("rows/*.parquet"))
         memory.append((time.monotonic() - start, _rss("MapWorker"), _rss_of(scoring.pid)))
         if killed_at is None and done >= count / 3:
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path)
     parser.add_argument("--to", type=Path)
     parser.add_argument("--archive", type=Path)
+    parser.add_argument("--bundle", type=Path, help="for kill; the embedded one if left out")
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
@@ -187,7 +189,7 @@ def main() -> None:
     elif given.task == "speed":
         speed(given.archive, given.count, given.rounds)
     else:
-        kill(given.archive)
+        kill(given.archive, given.bundle)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_there_and_back(computer: Computer) -> None:
         assert (device / "previous.fbclip").readlink() == first
         for file in EMBEDDED.iterdir():
             assert sha256(device / second / file.name) == sha256(file)
-        assert (device.parent / "restarts").read_text() == "systemctl restart fbclip\n" * 2
+        assert (device.parent / "restarts").read_text() == "systemctl restart fbclip@line1\n" * 2
     with command(home.parent, "--bundle", "fbclip/current.fbclip", log="second.log") as server:
         model = server.json("/v1/status")["model"]
         made = json.loads((computer.folder / "line3.fbclip" / "calibration.json").read_text())["made"]

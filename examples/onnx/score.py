@@ -5,6 +5,7 @@ resized here. Prints verdict, score and the highest value of the anomaly map.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import onnxruntime as ort
 
 
 def read_ppm(path):
-    kind, width, height, most, pixels = Path(path).read_bytes().split(maxsplit=4)
-    if (kind, most) != (b"P6", b"255") or len(pixels) != int(width) * int(height) * 3:
+    content = Path(path).read_bytes()
+    header = re.match(rb"P6\s+(\d+)\s+(\d+)\s+255\s", content)
+    if not header or len(content) - header.end() != int(header[1]) * int(header[2]) * 3:
         raise SystemExit(f"{path} is no binary PPM of 8 bit")
-    return np.frombuffer(pixels, np.uint8).reshape(int(height), int(width), 3)  # RGB
+    return np.frombuffer(content, np.uint8, offset=header.end()).reshape(int(header[2]), int(header[1]), 3)  # RGB
 
 
 def shows_nothing(image):
