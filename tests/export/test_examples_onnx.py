@@ -102,7 +102,9 @@ def bundle(request: pytest.FixtureRequest, golden_files: Path, tmp_path_factory:
 @pytest.fixture(scope="module")
 def pictures(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("pictures")
-    images = [resize(read_image(path), bundle.manifest.input_size) for path in list_images([])[:2]]  # good, defect
+    images = [
+        resize(read_image(path), bundle.manifest.input_size).copy() for path in list_images([])[:2]
+    ]  # good, defect
     images[0][0, 0] = ord("\n")  # a blank of the header, if it is read as one
     for number, image in enumerate([*images, np.zeros_like(images[0])]):
         Image.fromarray(image).save(folder / f"{number}.ppm")
