@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,9 +151,9 @@ def adapt(
             "what is added is learned as the memory was; leave mode, orientation, positions and weight out",
             option="add",
         )
-    listed: list[Path | str | NDArray[np.uint8]] = [*frames] or _good_images(target.good, tell)
+    listed: list[Path | Stored | NDArray[np.uint8]] = [*frames] or _good_images(target.good, tell)
     taken = adapting.take(listed, shots or MOST_SHOTS)
-    images = [_fetched(image) if isinstance(image, str) else image for image in taken]
+    images = [_fetched(image) if isinstance(image, Stored) else image for image in taken]
     if len(images) < len(listed):
         tell(f"{len(images)} of {len(listed)} images are taken, spread over them")
     with Predictor(
@@ -306,23 +306,32 @@ def evaluate(
         return evaluating.evaluate(subject, tests, batch, console or Console(quiet=True), few_shot, workers)
 
 
-def _good_images(places: list[str], tell: Callable[[str], None]) -> list[Path | str | NDArray[np.uint8]]:
-    """Good parts by their paths, or by their addresses in a store."""
-    found: list[Path | str | NDArray[np.uint8]] = []
+class Stored(NamedTuple):
+    """A picture of a store: its name, and the options that lead there."""
+
+    name: str
+    options: str
+
+
+def _good_images(places: list[str], tell: Callable[[str], None]) -> list[Path | Stored | NDArray[np.uint8]]:
+    """Good parts by their paths, or by their names in a store."""
+    found: list[Path | Stored | NDArray[np.uint8]] = []
+    others: list[str] = []
     for place in places:
         if scored := Results.at(place):
-            names = scored.good_images()
+            names, options = scored.good_images(), str((scored.about() or {}).get("store", ""))
             tell(f"{len(names)} images that {scored.name} found good are here to be taken")
-            found += [name if is_address(name) else Path(name) for name in names]
-    others = [place for place in places if not Results.at(place)]
-    return [*found, *(list_images(others, tell) if others else [])]
+            found += [Stored(name, options) if is_address(name) else Path(name) for name in names]
+        else:
+            others.append(place)
+    return [*found, *(list_images(others, tell) if others or not found else [])]
 
 
-def _fetched(name: str) -> NDArray[np.uint8]:
+def _fetched(image: Stored) -> NDArray[np.uint8]:
     try:
-        return read_content(Reader().fetch(Item(name)))
+        return read_content(Reader(image.name.rpartition("/")[0] + image.options).fetch(Item(image.name)))
     except OSError as error:
-        raise ImageError(f"{name} can't be fetched: {reason(error)}") from error
+        raise ImageError(f"{image.name} can't be fetched: {reason(error)}") from error
 
 
 def _scores(scored: Results, predictor: Predictor, every: int, most: int | None) -> Scores:

@@ -87,7 +87,7 @@ def draw_histogram(kinds: Sequence[Kind], edges: NDArray[np.float64], threshold:
         draw.line((left, y(share), right, y(share)), FAINT, 1)
         draw.text((left - 10, y(share)), f"{100 * share:.3g} %", INK, _font(18), "rm")
     step = _step(last - first, 10)
-    for score in np.arange(np.ceil(first / step) * step, last, step):
+    for score in np.arange(np.ceil(first / step) * step, last + step / 1000, step):
         draw.line((x(score), floor, x(score), floor + 6), INK, 2)
         draw.text((x(score), floor + 10), f"{score:.10g}", INK, _font(18), "mt")
     for kind, heights in zip(kinds, shares, strict=True):
@@ -104,7 +104,13 @@ def draw_histogram(kinds: Sequence[Kind], edges: NDArray[np.float64], threshold:
         draw.rectangle((place, 68, place + 18, 86), (*kind.colour, 150))
         draw.text((place + 28, 77), kind.name, INK, _font(20), "lm")
         place += 28 + draw.textlength(kind.name, _font(20)) + 36
-    draw.text(((left + right) / 2, SIZE[1] - 14), "image score (height: share of each kind)", INK, _font(20), "mb")
+    draw.text(
+        ((left + right) / 2, SIZE[1] - 14),
+        f"image score (height: share of {'each kind' if len(kinds) > 1 else 'images'})",
+        INK,
+        _font(20),
+        "mb",
+    )
     return image
 
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 from fbclip.errors import UsageError, reason
 from fbclip.runtime.host import ProcessFailed
 
-PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime.workers import serve; serve(*sys.argv[2:])"
+PROGRAM = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from fbclip.runtime.workers import serve; serve(sys.argv[2])"
 
 
 class Worker:
@@ -45,13 +45,15 @@ class Worker:
         self._patience, self._is_late = patience, False
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         path = json.dumps(sys.path, allow_nan=False)
-        command = [sys.executable, "-c", PROGRAM, path, target, json.dumps(arguments, allow_nan=False)]
+        command = [sys.executable, "-c", PROGRAM, path, target]
         start = time.perf_counter()
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )
         self.pid = self._process.pid
         try:
+            with suppress(BrokenPipeError):  # then there is no answer, which says why
+                _send(self._process.stdin, arguments)  # everybody can read a command line, and there may be secrets
             self.ready = self._answer()
         except BaseException:
             self.close()
@@ -64,7 +66,6 @@ class Worker:
         Raises:
             ProcessFailed: it raised, or the process has gone.
         """
-        assert self._process.stdin
         with suppress(BrokenPipeError):  # then there is no answer, which says why
             _send(self._process.stdin, {"call": method, "with": values})
         return self._answer()
@@ -116,16 +117,16 @@ class Worker:
         self.close()
 
 
-def serve(target: str, arguments: str) -> None:
+def serve(target: str) -> None:
     """The worker's side: serve until the input ends. Ctrl-C reaches the whole process group; the parent decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # libraries print to standard output, natively too
     try:
-        served = resolve_name(target)(*json.loads(arguments))
+        served = resolve_name(target)(*json.loads(requests.readline()))
         _send(answers, {"found": served.ready()})
-        for line in requests:
+        while line := requests.readline():
             request = json.loads(line)
             _send(answers, {"found": getattr(served, request["call"])(**request["with"])})
     except BaseException as error:  # an import may call sys.exit
@@ -136,6 +137,7 @@ def serve(target: str, arguments: str) -> None:
         os._exit(0)
 
 
-def _send(channel: IO[str], values: dict[str, Any]) -> None:
+def _send(channel: IO[str] | None, values: Any) -> None:
+    assert channel
     channel.write(json.dumps(values, allow_nan=False) + "\n")
     channel.flush()

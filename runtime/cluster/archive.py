@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,14 +18,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fbclip.addresses import shown
-from fbclip.errors import ImageError, UsageError, require_package
+from fbclip.errors import FBClipError, ImageError, UsageError, require_package
 from fbclip.folders import is_hidden, list_images
 from fbclip.images import SUFFIXES, decode_image, read_image
 from fbclip.opening import MAX_PIXELS
@@ -89,12 +89,14 @@ class Part:
     Attributes:
         id: what its content is known by, 32 hexadecimal digits.
         store: the address that leads to the store of the names, with what it needs (region, endpoint); "" for none.
+        known: the ids of older parts that have rows of some of its pictures, for the archive has changed since.
     """
 
     id: str
     items: tuple[Item, ...] = ()
     rows: Rows | None = None
     store: str = ""
+    known: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, items: tuple[Item, ...] = (), rows: Rows | None = None, store: str = "") -> Part:
@@ -116,6 +118,7 @@ class Part:
             tuple(Item(*item) for item in values["items"]),
             Rows(Item(*rows[0]), *rows[1:]) if rows else None,
             values["store"],
+            tuple(values["known"]),
         )
 
 
@@ -165,7 +168,9 @@ def _cut(items: list[Item], size: int) -> Iterator[tuple[Item, ...]]:
         yield tuple(run)
 
 
-def open_archive(sources: list[str], column: str | None, tell: Callable[[str], None]) -> Archive:
+def open_archive(
+    sources: list[str], column: str | None, tell: Callable[[str], None], without: str | None = None
+) -> Archive:
     """Find the pictures of folders, globs, lists and tables, on disks or in one store.
 
     Args:
@@ -173,6 +178,7 @@ def open_archive(sources: list[str], column: str | None, tell: Callable[[str], N
             table (.parquet) with a column of paths or of pictures.
         column: of tables; None for the only one that it could be.
         tell: told what is left out.
+        without: the folder of results, whose pictures are none of the archive.
 
     Raises:
         UsageError: one that is none of these, several stores, or nothing in them.
@@ -180,15 +186,18 @@ def open_archive(sources: list[str], column: str | None, tell: Callable[[str], N
     require_package("pyarrow", "cluster")
     if not sources:
         raise UsageError("there is nothing to score: name folders, globs, lists or tables", option="source")
-    stores = {_store_of(source) for source in sources} - {""}
+    addresses = [Address.parse(source) for source in sources if is_address(source)]
+    stores = {address.store for address in addresses}
     if len(stores) > 1:
-        raise UsageError(f"an archive lies in one store; got {', '.join(map(shown, sorted(stores)))}", option="source")
+        names = ", ".join(sorted({f"{address.scheme}://{address.bucket}" for address in addresses}))
+        raise UsageError(f"an archive lies in one store, with one login and options; got {names}", option="source")
     store = stores.pop() if stores else ""
     reader = Reader(store)
     found: list[Item] = []
     rows: list[Rows] = []
-    for source in sources:
-        suffix = PurePosixPath(urlsplit(source).path if is_address(source) else source).suffix.lower()
+    for text in sources:
+        source = placed(text) if text else ""  # which is refused below
+        suffix = PurePosixPath(source).suffix.lower()
         if suffix in TABLES:
             rows += _rows(reader.item(source), column, reader)
         elif suffix in LISTS:
@@ -197,57 +206,106 @@ def open_archive(sources: list[str], column: str | None, tell: Callable[[str], N
             found += reader.list(source)
         else:
             found += [reader.item(str(path)) for path in list_images([source], tell)]
+    if without:
+        found = [item for item in found if not item.name.startswith(f"{without.rstrip('/')}/")]
+    rows = list(dict.fromkeys(rows))
     if column is not None and not rows:
         raise UsageError(f"a column is of a Parquet table; got none with {column!r:.40}", option="column")
     archive = Archive(sorted(dict.fromkeys(found)), rows, store)
     if not len(archive):
-        raise UsageError(f"there are no images in {', '.join(map(shown, sources))}", option="source")
+        raise UsageError(f"there are no images in {', '.join(map(placed, sources))}", option="source")
     return archive
 
 
-def is_address(name: str) -> bool:
-    """Whether a name is of a store, and not of a file here.
-
-    Raises:
-        UsageError: an address of something else.
-    """
-    scheme, found, _ = name.partition("://")
-    if not found:
-        return False
-    if scheme.lower() not in STORES:
-        raise UsageError(f"a store is s3:// or gs://; got {printable(scheme)[:20]}://", option="source")
-    return True
+def brief(error: BaseException) -> str:
+    """What a library says of an error, in a line that is not too long."""
+    return shorten(printable(error), 160, placeholder=" …")
 
 
-def _store_of(source: str) -> str:
-    """The address of the store of a source, with its options and without its path; "" for this machine."""
-    if not is_address(source):
-        return ""
-    parts = urlsplit(source)
-    return f"{parts.scheme}://{parts.netloc}" + (f"?{parts.query}" if parts.query else "")
+def plural(count: int, what: str) -> str:
+    """ "1 table", "2 tables"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+class Address(NamedTuple):
+    """An address of a store, as people write it: `s3://KEY:SECRET@BUCKET/PATH?region=…&endpoint_override=…`."""
+
+    scheme: str
+    login: str
+    bucket: str
+    path: str
+    options: str
+
+    @classmethod
+    def parse(cls, text: str, option: str = "source") -> Address:
+        """Take an address apart.
+
+        Raises:
+            UsageError: it is none; nothing of it but its scheme is shown.
+        """
+        if found := _ADDRESS.fullmatch(text):
+            return cls(found[1].lower(), found[2] or "", found[3], (found[4] or "").rstrip("/"), found[5] or "")
+        scheme = printable(text.partition("://")[0])[:10]
+        raise UsageError(
+            f"a store is s3://BUCKET/PATH or gs://BUCKET/PATH, with options behind a ?, and a / in a secret as %2F; got "
+            f"{scheme}://…",
+            option=option,
+        )
+
+    @property
+    def name(self) -> str:
+        """What results call it: without login and options."""
+        return f"{self.scheme}://{self.bucket}/{self.path}"
+
+    @property
+    def store(self) -> str:
+        """What opens the store."""
+        return f"{self.scheme}://{self.login and self.login + '@'}{self.bucket}{self.options}"
+
+
+_ADDRESS = re.compile(
+    r"(s3|gs|gcs)://(?:([^/]*)@)?([A-Za-z0-9._-]+)(?:/(.*?))?(\?[\w.]+=[^&]*(?:&[\w.]+=[^&]*)*)?",
+    re.IGNORECASE | re.DOTALL,
+)
+_NAME = re.compile(r"(s3|gs|gcs)://(?:[^/]*@)?([^/@]+)/?(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is of a store, or of something else that is no file here."""
+    return "://" in text
+
+
+def placed(text: str) -> str:
+    """What is meant by a source: an absolute path, or the name of an address; the same wherever a command runs."""
+    return Address.parse(text).name if is_address(text) else os.path.abspath(text)  # noqa: PTH100
 
 
 def _listed(source: str, reader: Reader) -> Iterator[Item]:
     """The pictures that a text file names, relative to its folder; an empty line is none."""
     content = reader.fetch(reader.item(source))
     if isinstance(content, Exception):
-        raise UsageError(f"{shown(source)} can't be read: {content}")
-    text = content.read_bytes() if isinstance(content, Path) else content
+        raise UsageError(f"{printable(source)} can't be read: {content}", option="source")
+    try:
+        text = content.read_bytes() if isinstance(content, Path) else content
+    except OSError as error:
+        raise UsageError(f"{printable(source)} can't be read: {error.strerror or error}", option="source") from error
     try:
         names = text.decode("utf-8-sig", "surrogateescape" if isinstance(content, Path) else "strict").splitlines()
     except UnicodeDecodeError as error:
-        raise UsageError(f"a list of images is a text in UTF-8; got {shown(source)}") from error
+        raise UsageError(f"a list of images is a text in UTF-8; got {printable(source)}") from error
     for name in filter(None, map(str.strip, names)):
         yield reader.item(beside(source, name))
 
 
 def beside(source: str, name: str) -> str:
-    """A name that a list or table has, as it is meant: relative to where that lies."""
+    """A name that a list or table has, as it is meant: relative to where that lies, without a login."""
+    if found := _NAME.fullmatch(name):
+        return f"{found[1].lower()}://{found[2]}/{found[3]}"
     if is_address(name) or name.startswith("/"):
         return name
     if is_address(source):
-        return f"{source.partition('?')[0].rpartition('/')[0]}/{name}"
-    return str(Path(source).parent / name)
+        return f"{source.rpartition('/')[0]}/{name}"
+    return os.path.normpath(Path(source).parent / name)
 
 
 def _rows(table: Item, column: str | None, reader: Reader) -> Iterator[Rows]:
@@ -258,9 +316,7 @@ def _rows(table: Item, column: str | None, reader: Reader) -> Iterator[Rows]:
             chosen = _column(file.schema_arrow, column, table.name)
             counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
-        raise UsageError(
-            f"{shown(table.name)} is no Parquet table that can be read: {printable(error)[:100]}"
-        ) from error
+        raise UsageError(f"{printable(table.name)} is no Parquet table that can be read: {brief(error)}") from error
     before = 0
     for group, count in enumerate(counts):
         if count:
@@ -274,13 +330,17 @@ def _column(schema: pa.Schema, column: str | None, name: str) -> str:
 
     def leaves(fields: Iterable[pa.Field], head: str) -> Iterator[tuple[str, pa.DataType]]:
         for field in fields:
+            if "." in field.name:  # which names a field of a struct
+                continue
             if pa.types.is_struct(field.type):
                 yield from leaves(field.type, f"{head}{field.name}.")
             else:
                 yield head + field.name, field.type
 
     kinds = (_is_text, _is_bytes)
-    fits = {path: kind for path, kind in leaves(schema, "") if any(fit(kind) for fit in kinds)}
+    found = [(path, kind) for path, kind in leaves(schema, "") if any(fit(kind) for fit in kinds)]
+    names = [path for path, _ in found]
+    fits = {path: kind for path, kind in found if names.count(path) == 1}
     if column is not None and column in fits:
         return column
     of_bytes = [path for path, kind in fits.items() if _is_bytes(kind)]
@@ -289,7 +349,7 @@ def _column(schema: pa.Schema, column: str | None, name: str) -> str:
         return chosen[0]
     there = ", ".join(map(printable, fits)) or "none"
     raise UsageError(
-        f"a column of {shown(name)} holds paths or pictures; got {column or 'none'}, there are: {there[:200]}",
+        f"a column of {printable(name)} holds paths or pictures; got {column or 'none'}, those that fit are: {there[:200]}",
         option="column",
     )
 
@@ -297,6 +357,8 @@ def _column(schema: pa.Schema, column: str | None, name: str) -> str:
 def _is_text(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
@@ -326,19 +388,23 @@ class Reader:
         import pyarrow.fs
 
         if not is_address(name):
-            return pyarrow.fs.LocalFileSystem(), str(name)
-        own = urlsplit(self._store) if self._store else urlsplit(name)
-        parts = urlsplit(name)
-        host = parts.netloc.rpartition("@")[2]
-        login = own.netloc.rpartition("@")[0]
-        key = f"{parts.scheme}://{login and login + '@'}{host}" + (f"?{own.query}" if own.query else "")
-        if key not in self._opened:
+            return pyarrow.fs.LocalFileSystem(), name
+        found = _NAME.fullmatch(name)
+        if not found:
+            raise UsageError(f"a store is s3:// or gs://; got {printable(name.partition('://')[0])[:10]}://…")
+        scheme, bucket, path = found.groups()
+        own = Address.parse(self._store) if self._store else None
+        login, options = (own.login, own.options) if own else ("", "")
+        opens = Address(scheme.lower(), login, bucket, "", options).store
+        if opens not in self._opened:
             try:
-                self._opened[key] = pyarrow.fs.FileSystem.from_uri(key)[0]
-            except (ValueError, OSError) as error:
-                raise UsageError(f"{parts.scheme}://{host} can't be opened: {printable(error)[:150]}") from error
-        # what is behind a "?" is of the store, and "#" or "%" are letters of a name
-        return self._opened[key], name.partition("://")[2].rpartition("@")[2].partition("?")[0]
+                self._opened[opens] = pyarrow.fs.FileSystem.from_uri(opens)[0]
+            except (ValueError, OSError) as error:  # whose words may hold the login
+                raise UsageError(
+                    f"{scheme}://{printable(bucket)} can't be opened ({type(error).__name__}): look at its name, its options "
+                    f"(region, endpoint_override) and its login, in which / is %2F"
+                ) from None
+        return self._opened[opens], f"{bucket}/{path}".rstrip("/")
 
     def item(self, name: str) -> Item:
         """A picture, list or table by its name; one that isn't there has no size, and is told of when it is read."""
@@ -352,7 +418,7 @@ class Reader:
         try:
             return self._item(name, system.get_file_info(path))
         except OSError as error:
-            raise UsageError(f"{shown(name)} can't be looked at: {printable(error)[:150]}") from error
+            raise UsageError(f"{printable(name)} can't be looked at: {brief(error)}") from error
 
     def list(self, source: str) -> Iterator[Item]:
         """The pictures of a store below a folder, that match a glob, or the one that it names.
@@ -374,7 +440,7 @@ class Reader:
             else:
                 infos = system.get_file_info(FileSelector(path.rstrip("/"), recursive=True))
         except OSError as error:
-            raise UsageError(f"{shown(source)} can't be listed: {printable(error)[:150]}") from error
+            raise UsageError(f"{printable(source)} can't be listed: {brief(error)}") from error
         for info in infos:
             hidden = any(is_hidden(part) for part in info.path[len(path) :].split("/") if part)
             if info.type == FileType.File and not hidden and f".{info.extension.lower()}" in SUFFIXES:
@@ -383,21 +449,29 @@ class Reader:
     @staticmethod
     def _item(name: str, info: pyarrow.fs.FileInfo) -> Item:
         changed = -1 if info.mtime_ns is None else info.mtime_ns
-        return Item(name.partition("?")[0], -1 if info.size is None else info.size, changed)
+        return Item(name, -1 if info.size is None else info.size, changed)
 
     def fetch(self, item: Item) -> Content:
         """A path of this machine, or what an object holds; or why it can't be had: an ImageError where it is not there or
         too large, an OSError where another try may give it."""
         if not is_address(item.name):
-            return Path(item.name)
+            was_there = item.size >= 0 and not os.path.lexists(item.name)
+            return (
+                FileNotFoundError(f"{printable(item.name)} isn't here, and was when it was listed")
+                if was_there
+                else Path(item.name)
+            )
         if item.size > MOST_BYTES:
-            return ImageError(f"an image in a store has at most {MOST_BYTES >> 30} GB; {shown(item.name)} has more")
-        system, path = self.place(item.name)
+            return ImageError(f"an image in a store has at most {MOST_BYTES >> 30} GB; {printable(item.name)} has more")
+        try:
+            system, path = self.place(item.name)
+        except UsageError as error:  # of a name that a table has
+            return ImageError(str(error))
         try:
             with system.open_input_stream(path) as stream:
                 content: bytes = stream.read(MOST_BYTES)
         except FileNotFoundError:
-            return ImageError(f"{shown(item.name)} isn't there")
+            return ImageError(f"{printable(item.name)} isn't there")
         except OSError as error:
             return error
         return content
@@ -441,15 +515,23 @@ class Reader:
         """What rows hold, as `contents`.
 
         Raises:
-            OSError, pyarrow.ArrowException: the table can't be read any more.
+            FBClipError: the table can't be read any more, or is damaged.
         """
+        import pyarrow as pa
+
+        try:
+            yield from self._of_file(rows)
+        except (OSError, pa.ArrowException) as error:
+            raise FBClipError(f"{printable(rows.table.name)} can't be read: {brief(error)}") from error
+
+    def _of_file(self, rows: Rows) -> Iterator[tuple[str, Content]]:
         with self.table(rows.table) as file:
             if _is_text(_type_of(file.schema_arrow, rows.column)):
                 yield from self._ahead(self._named(rows, self._cells(file, rows)))
                 return
             for number, content in self._cells(file, rows):
                 name = f"{rows.table.name}#{number}"
-                yield name, ImageError(f"{shown(name)} is empty") if content is None else content
+                yield name, ImageError(f"{printable(name)} is empty") if content is None else content
 
     def _named(self, rows: Rows, cells: Iterable[tuple[int, str | None]]) -> Iterator[Item]:
         for number, name in cells:  # one that is empty names nothing that is there

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fbclip.errors import FBClipError, UsageError, reason, require_package
+from fbclip.errors import FBClipError, UsageError, require_package
 from fbclip.files import new_folder, sha256, take_place
-from fbclip.runtime.cluster.archive import Part
+from fbclip.runtime.cluster.archive import Part, brief
 from fbclip.runtime.cluster.job import Job, checked, receipt_of
 from fbclip.runtime.cluster.results import Receipt, Results
 
@@ -51,7 +51,8 @@ class Cluster:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise UsageError(
-                f"a cluster is ray://HOST:10001, auto or local; {address} can't be reached: {reason(error)[:150]}",
+                f"a cluster is ray://HOST:10001, auto (of this machine, after ray start) or local; {address} can't be "
+                f"reached: {brief(error)}",
                 option="address",
             ) from error
         there = ray.cluster_resources()

@@ -36,7 +36,7 @@ def draw_histogram(total: Receipt, threshold: float) -> bytes:
 
 
 def draw_worst(total: Receipt, predictor: Predictor, reader: Reader) -> bytes | None:
-    """The defects with the highest scores, inspected again and drawn with their heat maps, as JPEG; None where none of
+    """The pictures with the highest scores, inspected again and drawn with their heat maps, as JPEG; None where none of
     them can be read any more."""
     cells = []
     for _, name in total.worst[:DRAWN]:
@@ -44,7 +44,7 @@ def draw_worst(total: Receipt, predictor: Predictor, reader: Reader) -> bytes | 
             overlay = predictor(read_content(reader.fetch(Item(name)))).overlay(SIDE, zoom=False)
         except (FBClipError, OSError):  # of a table, or gone meanwhile
             continue
-        cells.append(_cell(overlay, PurePosixPath(name).name))
+        cells.append(_cell(overlay, "/".join(PurePosixPath(name).parts[-2:])))
     if not cells:
         return None
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % min(COLUMNS, len(cells)))
@@ -63,4 +63,4 @@ def _cell(overlay: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     caption = np.full((26, SIDE, 3), 255, np.uint8)
     text = printable(name).encode("ascii", "replace").decode()[-50:]
     cv2.putText(caption, text, (4, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.45, INK, 1, cv2.LINE_AA)
-    return np.pad(np.vstack([square, caption]), ((0, 8), (0, 8), (0, 0)), constant_values=255).astype(np.uint8)
+    return np.pad(np.vstack([square, caption]), ((0, 12), (0, 16), (0, 0)), constant_values=255).astype(np.uint8)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from heapq import nlargest
@@ -17,12 +18,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from fbclip.addresses import shown
 from fbclip.bundle import Bundle
 from fbclip.errors import FBClipError, UsageError, require_package
-from fbclip.files import replacing, require_writable, sweep, write_error
+from fbclip.files import lock, replacing, require_writable, sweep, write_error
 from fbclip.runtime.calibrate import Sample
-from fbclip.runtime.cluster.archive import STORES, Reader, is_address
+from fbclip.runtime.cluster.archive import STORES, Address, Item, Reader, brief, is_address, plural
 from fbclip.runtime.live.records import Record
 from fbclip.runtime.predictor import Predictor
 from fbclip.runtime.sight import Look, look
@@ -35,7 +35,21 @@ if TYPE_CHECKING:
 ABOUT, ROWS, SUMMARY = "score.json", "rows", "summary.json"
 FORMAT = 1
 SAMPLED = ["source", "error", "verdict", "unusable", "precision", "score", "peak", "ground", "pixels_sha256", "look"]
+KINDS = {  # what `score.json` says, as a message calls it
+    "format": "release of fbclip",
+    "source": "archive",
+    "store": "store",
+    "bundle": "bundle",
+    "calibration": "calibration",
+    "model": "model",
+    "memory": "memory",
+    "place": "region, tiling or alignment",
+    "judged": "threshold or rule for regions",
+    "maps": "choice to keep maps",
+    "images_a_part": "size of tables",
+}
 BLIND = ("black", "uniform")  # shows nothing, whatever good parts look like
+TABLE = re.compile(r"([0-9a-f]{32})\.parquet")  # other files are not ours
 OWN = b"fbclip"  # key of a table's receipt in its metadata
 AT_ONCE = 128  # rows that are written together
 BINS = 50  # of the histogram of scores, from 0 to 1
@@ -54,7 +68,7 @@ class Receipt:
         errors: pictures without a verdict, for they could not be read.
         unfetched: of these, which another try may get.
         histogram: of scores, `BINS` numbers.
-        worst: the highest scores of defects, each with its picture's name, the highest first.
+        worst: the highest scores, each with its picture's name, the highest first.
         reasons: of some pictures that could not be read.
     """
 
@@ -84,9 +98,10 @@ class Receipt:
             self.reasons = [*self.reasons, row["error"]][:TOLD]
             return
         self.verdicts[row["verdict"]] += 1
-        if row["verdict"] in ("good", "defect"):
-            self.histogram[min(int(row["score"] * BINS), BINS - 1)] += 1
-        if row["verdict"] == "defect" and (len(self.worst) < WORST or row["score"] > self.worst[-1][0]):
+        if row["verdict"] not in ("good", "defect"):
+            return
+        self.histogram[min(int(row["score"] * BINS), BINS - 1)] += 1
+        if len(self.worst) < WORST or row["score"] > self.worst[-1][0]:
             self.worst = nlargest(WORST, [*self.worst, (row["score"], row["source"])])
 
     def to_json(self) -> str:
@@ -124,6 +139,8 @@ def schema() -> pa.Schema:
         [
             pa.field("source", text, nullable=False),
             ("error", text),
+            ("size", whole),
+            ("changed", whole),
             ("time", pa.timestamp("us", "UTC")),
             ("score", real),
             ("threshold", pa.float64()),
@@ -201,10 +218,14 @@ class Results:
 
     def __init__(self, place: str) -> None:
         require_package("pyarrow", "cluster")
-        self.place = place if is_address(place) else os.path.abspath(place)  # noqa: PTH100
-        self.name = shown(place)
-        reader = Reader(place if is_address(place) else "")
-        self.system, self.path = reader.place(place.rstrip("/") if is_address(place) else self.place)
+        if not place:
+            raise UsageError("results go into a folder; got an empty name (for this one say .)", option="out")
+        address = Address.parse(place, "out") if is_address(place) else None
+        self.place, self.name = os.path.abspath(place), place  # noqa: PTH100 - of this machine
+        if address:
+            self.place = self.name = address.name
+        self.system, self.path = Reader(address.store if address else "").place(self.place)
+        self._lock: int | None = None
 
     def __repr__(self) -> str:
         return f"Results({self.name!r})"
@@ -216,10 +237,7 @@ class Results:
         Raises:
             UsageError: they can't be read.
         """
-        if "://" in place:
-            if place.partition("://")[0] not in STORES:
-                return None
-        elif not Path(place, ABOUT).is_file():
+        if not ((is_address(place) and place.partition("://")[0].lower() in STORES) or Path(place, ABOUT).is_file()):
             return None
         found = cls(place)
         return found if found.about() else None
@@ -241,15 +259,31 @@ class Results:
                 require_writable(Path(self.place, ROWS))
                 sweep(Path(self.place, ROWS))
             if (old := self.about()) is None:
+                if self.tables():
+                    raise UsageError(
+                        f"{self.name} has rows and no {ABOUT} that says of what: choose another folder", option="out"
+                    )
                 self.write(ABOUT, (json.dumps(about, indent=1) + "\n").encode())
                 return
         for name, value in about.items():
             if old.get(name) != value:
+                told = f" ({_short(old.get(name))})" if name == "source" else ""
                 raise UsageError(
-                    f"{self.name} holds results of {name} {_short(old.get(name))}, and this is {_short(value)}: "
-                    f"choose another folder",
+                    f"a folder of results is of one archive, judged in one way; {self.name} is of another "
+                    f"{KINDS[name]}{told}: choose another folder",
                     option="out",
                 )
+
+    def hold(self) -> None:
+        """Keep others out of the folder until this process ends; in a store that can't be done.
+
+        Raises:
+            UsageError: another command writes into it.
+        """
+        if self.is_here:
+            self._lock = os.open(Path(self.place, ABOUT), os.O_RDONLY)
+            if not lock(self._lock):
+                raise UsageError(f"another command writes into {self.name}: wait until it has ended", option="out")
 
     def about(self) -> dict[str, Any] | None:
         """What `prepare` wrote; None where nothing is there yet.
@@ -258,14 +292,28 @@ class Results:
             UsageError: it is none of ours.
         """
         try:
-            values = json.loads(self._read(ABOUT, 1 << 20))
+            values: Any = json.loads(self._read(ABOUT, 1 << 20))
         except FileNotFoundError:
             return None
         except (ValueError, OSError) as error:
-            raise UsageError(f"{self.name}/{ABOUT} can't be read: {printable(error)[:100]}", option="out") from error
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise UsageError(f"{self.name}/{ABOUT} can't be read: {brief(error)}", option="out") from error
+        size = values.get("images_a_part") if isinstance(values, dict) else None
+        if not isinstance(size, int) or size < 1 or values.get("format") != FORMAT:
             raise UsageError(f"{self.name} is no folder of results of this fbclip: choose another", option="out")
-        return values
+        return dict(values)
+
+    def require_finished(self) -> None:
+        """Insist that the archive was scored to its end.
+
+        Raises:
+            UsageError: it was not.
+        """
+        try:
+            finished = json.loads(self._read(SUMMARY, 1 << 24))["finished"] is True
+        except (OSError, ValueError, KeyError, TypeError):
+            finished = False
+        if not finished:
+            raise UsageError(f"{self.name} is not finished: run its fbclip score again to its end")
 
     def finished(self, tell: Callable[[str], None] = lambda line: None) -> dict[str, Receipt]:
         """The parts that are there and whole, but for those with pictures that another try may get.
@@ -275,14 +323,11 @@ class Results:
         """
         from concurrent.futures import ThreadPoolExecutor
 
-        from pyarrow.fs import FileSelector
-
-        infos = self.system.get_file_info(FileSelector(f"{self.path}/{ROWS}", allow_not_found=True))
-        names = [info.base_name.removesuffix(".parquet") for info in infos if info.base_name.endswith(".parquet")]
+        names = sorted(self.tables())
         with ThreadPoolExecutor(16) as pool:  # in a store each takes some ten ms
             receipts = list(pool.map(self.receipt, names))
         if broken := [name for name, receipt in zip(names, receipts, strict=True) if receipt is None]:
-            tell(f"{len(broken)} tables of {self.name} can't be read and are made again, like {broken[0]}.parquet")
+            tell(f"{plural(len(broken), 'table')} of {self.name} can't be read, like {broken[0]}.parquet: made again")
         return {n: receipt for n, receipt in zip(names, receipts, strict=True) if receipt and not receipt.unfetched}
 
     def receipt(self, part: str) -> Receipt | None:
@@ -297,18 +342,10 @@ class Results:
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
             return None
 
-    def keep_only(self, parts: set[str]) -> int:
-        """Remove the tables of pictures that changed or are gone; how many there were."""
-        from pyarrow.fs import FileSelector
-
-        infos = self.system.get_file_info(FileSelector(f"{self.path}/{ROWS}", allow_not_found=True))
-        old = [
-            info.path
-            for info in infos
-            if info.base_name.endswith(".parquet") and info.base_name.removesuffix(".parquet") not in parts
-        ]
-        for path in old:
-            self.system.delete_file(path)
+    def remove(self, old: set[str]) -> int:
+        """Remove tables; how many there were."""
+        for name in old:
+            self.system.delete_file(f"{self.path}/{ROWS}/{name}.parquet")
         return len(old)
 
     def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -321,14 +358,49 @@ class Results:
         import pyarrow.dataset
 
         try:
-            tables = pa.dataset.dataset(f"{self.path}/{ROWS}", filesystem=self.system, format="parquet")
+            paths = [f"{self.path}/{ROWS}/{name}.parquet" for name in sorted(self.tables())]
+            tables = pa.dataset.dataset(paths, schema(), filesystem=self.system, format="parquet")
             for batch in tables.to_batches(columns=columns):
                 yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise UsageError(f"the tables of {self.name} can't be read: {printable(error)[:150]}") from error
+            raise UsageError(f"the tables of {self.name} can't be read: {brief(error)}") from error
+
+    def older(self, parts: Collection[str]) -> dict[Item, str]:
+        """What tables besides those of some parts know: pictures, and the id of the table that has the row of each."""
+        found: dict[Item, str] = {}
+        for name in self.tables() - set(parts):
+            for row in self._table(name, ["source", "error", "size", "changed"]):
+                if row["error"] is None and row["size"] is not None:
+                    found[Item(row["source"], row["size"], row["changed"])] = name
+        return found
+
+    def known_rows(self, parts: Iterable[str]) -> dict[Item, dict[str, Any]]:
+        """The rows of some tables, of pictures that could be read."""
+        rows = (row for part in parts for row in self._table(part, None) if row["error"] is None)
+        return {Item(row["source"], row["size"], row["changed"]): row for row in rows}
+
+    def _table(self, part: str, columns: list[str] | None) -> list[dict[str, Any]]:
+        """The rows of one table; none where it can't be read, or is of an older form."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            path = f"{self.path}/{ROWS}/{part}.parquet"
+            rows: list[dict[str, Any]] = pq.read_table(path, columns=columns, filesystem=self.system).to_pylist()
+        except (OSError, pa.ArrowException):
+            return []
+        return rows
+
+    def tables(self) -> set[str]:
+        """The ids of all tables."""
+        from pyarrow.fs import FileSelector
+
+        infos = self.system.get_file_info(FileSelector(f"{self.path}/{ROWS}", allow_not_found=True))
+        return {found[1] for info in infos if (found := TABLE.fullmatch(info.base_name))}
 
     def good_images(self) -> list[str]:
         """The names of pictures that were found good, sorted."""
+        self.require_finished()
         return sorted(row["source"] for row in self.rows(["source", "verdict"]) if row["verdict"] == "good")
 
     def samples(self, predictor: Predictor) -> Iterator[Sample]:
@@ -337,6 +409,7 @@ class Results:
         Raises:
             UsageError: another model, memory, view or precision has scored them.
         """
+        self.require_finished()
         about = self.about() or {}
         same = about.get("model", {}).get(predictor.precision) == predictor.bundle.model_sha256(predictor.precision)
         memory = predictor.memory.sha256 if predictor.memory else None
@@ -410,7 +483,7 @@ class Results:
         except OSError as error:
             if self.is_here:
                 raise write_error(error, self.place) from error
-            raise FBClipError(f"can't write {self.name}: {printable(error)[:200]}") from error
+            raise FBClipError(f"can't write {self.name}: {brief(error)}") from error
 
     def _read(self, name: str, most: int) -> bytes:
         with self.system.open_input_stream(f"{self.path}/{name}") as stream:
@@ -419,4 +492,4 @@ class Results:
 
 
 def _short(value: Any) -> str:
-    return printable(value)[:60]
+    return ", ".join(map(str, value))[:100] if isinstance(value, list) else printable(value)[:60]

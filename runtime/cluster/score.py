@@ -16,11 +16,20 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from fbclip.addresses import shown
 from fbclip.bundle import Bundle
 from fbclip.errors import FBClipError, Interrupted, UsageError
 from fbclip.files import sha256
-from fbclip.runtime.cluster.archive import Archive, Part, Reader, open_archive
+from fbclip.runtime.cluster.archive import (
+    Address,
+    Archive,
+    Item,
+    Part,
+    Reader,
+    is_address,
+    open_archive,
+    placed,
+    plural,
+)
 from fbclip.runtime.cluster.job import Job
 from fbclip.runtime.cluster.local import Crew
 from fbclip.runtime.cluster.pictures import draw_histogram, draw_worst
@@ -122,29 +131,37 @@ def score(
         judges = _identity(predictor)
     job = Job(bundle, bundle_sha256(bundle), recipe, out, maps)
     results = Results(out)
-    archive = open_archive(list(sources), column, lambda line: say(console, line))
+    archive = open_archive(list(sources), column, lambda line: say(console, line), results.place)
     parts = _planned(archive, results, job, sources, judges)
+    results.hold()
+    before_it = results.tables()
     finished = results.finished(lambda line: warn(console, line))
     total = Receipt()
     for part in parts:
         if part.id in finished:
             total.add(finished[part.id])
-    todo = [part for part in parts if part.id not in finished]
-    say(console, f"{len(archive):,} images in {len(parts):,} parts{_already(len(parts) - len(todo))}")
+    older = results.older({part.id for part in parts})
+    todo = [_with_known(part, older) for part in parts if part.id not in finished]
+    new = sum(item not in older for part in todo for item in part.items or range(len(part)))
+    before = len(archive) - new
+    already = f", {before:,} of them done before" if before else ""
+    say(console, f"{plural(len(archive), 'image')} in {plural(len(parts), 'table')}{already}")
     began = time.monotonic()
     if todo:
+        results.write(SUMMARY, b'{"finished": false}\n')
         with closing(hands.start(job)) as workers, StopRequest(None) as stop:
             _work(workers, todo, total, stop, console)
-    if old := results.keep_only({part.id for part in parts}):
-        say(console, f"{old} tables of images that changed or are gone were removed")
+    if old := results.remove(before_it - {part.id for part in parts}):
+        say(console, f"{plural(old, 'table')} removed: of images that changed, are gone, or are in another table now")
     seconds = time.monotonic() - began
     with here.predictor(bundle.path) as predictor:
         _report(total, results, predictor, Reader(archive.store), seconds, sum(map(len, todo)), console)
     return _insist(total)
 
 
-def _already(parts: int) -> str:
-    return f", {parts:,} of them done before" if parts else ""
+def _with_known(part: Part, older: dict[Item, str]) -> Part:
+    """A part with the older tables that have rows of its pictures."""
+    return replace(part, known=tuple(sorted({older[item] for item in part.items if item in older})))
 
 
 def _identity(predictor: Predictor) -> dict[str, Any]:
@@ -167,11 +184,12 @@ def _planned(
     about = results.about() or {}
     size = about.get("images_a_part", archive.size_of_parts())
     values = asdict(job.recipe)
-    values |= {name: f"{value} ({sha256(Path(value))[:16]})" for name, value in job.recipe.files().items()}
+    values |= {name: sha256(Path(value)) for name, value in job.recipe.files().items()}
     results.prepare(
         {
             "format": FORMAT,
-            "source": [shown(source) for source in sources],
+            "source": [placed(source) for source in sources],
+            "store": _options(sources),
             **judges,
             "judged": {name: value for name, value in values.items() if name not in ("device", "batch")},
             "maps": job.maps,
@@ -179,6 +197,11 @@ def _planned(
         }
     )
     return archive.parts(size)
+
+
+def _options(sources: Sequence[str]) -> str:
+    """What leads to the store besides its name, without a login: the same bucket at another endpoint is another."""
+    return "&".join(sorted({Address.parse(source).options for source in sources if is_address(source)}))
 
 
 def _work(workers: Workers, parts: list[Part], total: Receipt, stop: StopRequest, console: Console) -> None:
@@ -206,7 +229,7 @@ def _work(workers: Workers, parts: list[Part], total: Receipt, stop: StopRequest
             if stop.signal:
                 name = Signals(stop.signal).name
                 raise Interrupted(
-                    f"stopped by {name}; {len(parts) - left:,} of {len(parts):,} parts are done, and the same command goes on",
+                    f"stopped by {name}; {len(parts) - left:,} of {plural(len(parts), 'table')} were made, and the same command goes on",
                     stop.signal,
                 )
             try:
@@ -234,13 +257,15 @@ def _report(
 ) -> None:
     """Tell and write what the archive came to."""
     counts = ", ".join(f"{count:,} {verdict}" for verdict, count in sorted(total.verdicts.items()))
-    rate = f" in {seconds:.1f} s ({done / seconds:.1f}/s)" if done else ""
-    say(console, f"{total.images:,} images{rate}: {counts or 'none judged'}")
+    some = "" if done == total.images else f"{done:,} of them "
+    rate = f", {some}in {seconds:.1f} s ({done / seconds:.1f}/s)" if done else ""
+    say(console, f"{plural(total.images, 'image')}{rate}: {counts or 'none judged'}")
     if total.errors:
         warn(console, f"{total.errors:,} could not be read; their rows say why, like: {total.reasons[0]}")
     for high, name in total.worst[:SHOWN]:
         console.print(f"{high:.4f}", cell(name), soft_wrap=True)
     summary = {
+        "finished": not total.unfetched,
         "images": total.images,
         "verdicts": dict(total.verdicts),
         "errors": total.errors,
@@ -251,10 +276,13 @@ def _report(
     }
     results.write(SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
     results.write("histogram.png", draw_histogram(total, predictor.threshold))
-    if worst := draw_worst(total, predictor, reader):
+    worst = draw_worst(total, predictor, reader)
+    if worst:
         results.write("worst.jpg", worst)
+    elif total.worst:
+        say(console, "no worst.jpg: those with the highest scores lie in tables, or are gone")
     pictures = "histogram.png and worst.jpg" if worst else "histogram.png"
-    say(console, f"results are in {results.name}: rows/ (Parquet), {SUMMARY}, {pictures}")
+    say(console, f"results are in {printable(results.name)}: rows/ (Parquet), {SUMMARY}, {pictures}")
 
 
 def _insist(total: Receipt) -> Receipt:

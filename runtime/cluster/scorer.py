@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,18 @@ class Scorer:
         return {"receipt": receipt.to_json()}
 
     def _rows(self, part: Part) -> Iterator[dict[str, Any]]:
-        """A row for each picture, in the order of the part."""
+        """A row for each picture, in the order of the part: those that older tables have, and new ones of the others."""
+        if part.rows:
+            return self._judged(part)
+        known = self._results.known_rows(part.known)
+        judged = self._judged(replace(part, items=tuple(item for item in part.items if item not in known)))
+        return (
+            known[item] if item in known else {**next(judged), "size": item.size, "changed": item.changed}
+            for item in part.items
+        )
+
+    def _judged(self, part: Part) -> Iterator[dict[str, Any]]:
+        """The rows of pictures that are inspected now."""
         source = PartSource(part)
         at_once = self._predictor.frames_at_once
         pipeline = Pipeline(source, self._predictor, [], batch=at_once, rejected=source.reject)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fbclip.errors import ImageError, UsageError
-from fbclip.runtime.cluster.archive import Archive, Item, Part, Reader, open_archive
+from fbclip.runtime.cluster.archive import Address, Archive, Item, Part, Reader, beside, open_archive
 
 NAMES = st.sets(st.text("abcdefgh/0123456789", min_size=1, max_size=12), min_size=1, max_size=400)
 
@@ -87,7 +87,7 @@ def test_tables_hold_names_or_pictures(tmp_path: Path) -> None:
 def test_columns_of_tables_are_named_where_several_fit(tmp_path: Path) -> None:
     table = tmp_path / "t.parquet"
     pq.write_table(pa.table({"front": ["a.png"], "back": ["b.png"], "n": [1]}), table)
-    with pytest.raises(UsageError, match="there are: front, back"):
+    with pytest.raises(UsageError, match="those that fit are: front, back"):
         open_(table)
     assert contents(open_(table, column="back"))[0][0] == f"{tmp_path}/b.png"
     with pytest.raises(UsageError, match="got n"):
@@ -96,12 +96,43 @@ def test_columns_of_tables_are_named_where_several_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [("ftp://host/x", "a store is s3:// or gs://"), ("none", "matches none"), ("bad.parquet", "is no Parquet table")],
+    [
+        ("ftp://u:SECRET@host/x", "a store is s3://BUCKET/PATH or gs://BUCKET/PATH, .*; got ftp://…$"),
+        ("s3://KEY:TOP/SECRET@b/x", "in a secret as %2F; got s3://…$"),
+        ("none", "matches none"),
+        ("bad.parquet", "is no Parquet table"),
+    ],
 )
 def test_what_is_no_archive_is_said(name: str, rule: str, tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UsageError, match=rule):
         open_(name if "://" in name else tmp_path / name)
+
+
+def test_names_of_stores_hold_any_letter_and_no_login() -> None:
+    address = Address.parse("s3://KEY:SECRET@line/a@b/c?d#e?region=x&endpoint_override=http://127.0.0.1:1")
+    assert address.name == "s3://line/a@b/c?d#e"
+    assert address.store == "s3://KEY:SECRET@line?region=x&endpoint_override=http://127.0.0.1:1"
+    _, path = Reader(address.store).place("s3://line/a@b/q?1.jpg")
+    assert path == "line/a@b/q?1.jpg"
+    assert beside("/lists/l.txt", "s3://KEY:SECRET@line/x@y.jpg") == "s3://line/x@y.jpg"
+    assert beside("s3://line/lists/l.txt", "x.jpg") == "s3://line/lists/x.jpg"
+
+
+def test_a_row_of_a_table_is_taken_once(tmp_path: Path) -> None:
+    table = tmp_path / "t.parquet"
+    names = pa.array(["a.png", "b.png", "a.png"]).dictionary_encode()
+    pq.write_table(pa.table({"name": names, "my.path": ["1", "2", "3"]}), table)
+    assert len(open_(table, table, tmp_path / "." / "t.parquet")) == 3
+    assert [Path(name).name for name, _ in contents(open_(table))] == ["a.png", "b.png", "a.png"]
+
+
+def test_what_went_away_may_come_back(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"1")
+    archive = open_(tmp_path)
+    (tmp_path / "a.png").unlink()
+    ((_, content),) = contents(archive)
+    assert isinstance(content, OSError)
 
 
 def test_the_first_run_chooses_the_size_of_parts() -> None:

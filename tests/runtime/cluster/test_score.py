@@ -97,15 +97,19 @@ def test_a_second_run_does_only_what_is_missing(fbclip: Run, archive: Path, tmp_
     fbclip(*again)
     assert tables(tmp_path / "scores") == before
 
+    times = {row["source"]: row["time"] for row in rows}
     shutil.copy(archive / "day0" / "000.png", archive / "day1" / "0555.png")
     (archive / "day0" / "002.png").unlink()
     changed = fbclip(*again)
     after = tables(tmp_path / "scores")
-    assert "were removed" in changed.stdout
+    assert "removed: of images that changed, are gone" in changed.stdout
     assert 0 < len(dict(before.items() & after.items())) < len(before)
-    names = [Path(str(row["source"])).name for row in rows_of(tmp_path / "scores")]
+    rows = rows_of(tmp_path / "scores")
+    names = [Path(str(row["source"])).name for row in rows]
     assert len(names) == len(set(names)) == 120
     assert "0555.png" in names and "002.png" not in names
+    again_judged = {Path(str(row["source"])).name for row in rows if times.get(row["source"]) != row["time"]}
+    assert again_judged <= {"0555.png", "broken.png"}, "rows of other pictures are kept as they are"
 
 
 def test_a_damaged_table_is_made_again(fbclip: Run, archive: Path, tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def test_a_damaged_table_is_made_again(fbclip: Run, archive: Path, tmp_path: Pat
     fbclip(*again)
     victim = sorted((tmp_path / "scores" / "rows").iterdir())[0]
     victim.write_bytes(victim.read_bytes()[:-9])
-    assert "can't be read and are made again" in fbclip(*again).stdout
+    assert "parquet: made again" in fbclip(*again).stdout
     assert len(rows_of(tmp_path / "scores")) == 120
 
 
@@ -237,7 +241,7 @@ def test_archives_and_results_lie_in_s3(fbclip: Run, store: str, tmp_path: Path)
         cores(),
     )
     assert "3 defect, 1 good" in fbclip(*again).stdout
-    assert "1 of them done before" in fbclip(*again).stdout
+    assert "4 of them done before" in fbclip(*again).stdout
     rows = pq.read_table("line/scores/rows", filesystem=system).to_pylist()
     predictor = Predictor()
     for row in rows:
@@ -246,6 +250,59 @@ def test_archives_and_results_lie_in_s3(fbclip: Run, store: str, tmp_path: Path)
     assert len(rows) == 4
     gone = fbclip("score", f"s3://other/2026{store}", "--out", "x", code=2)
     assert "can't be listed" in gone.stderr and "endpoint" not in gone.stderr
+    refused = fbclip("score", f"s3://line/2026{store}0", "--out", f"s3://line/scores{store}", code=2)
+    assert "can't be listed" in refused.stderr or "of another store" in refused.stderr
+    fbclip("adapt", f"s3://line/scores{store}", "--shots", 1, "--positions", 0, "--out", "m.fbclip")
+
+
+def test_no_login_is_written_anywhere(fbclip: Run, store: str, tmp_path: Path) -> None:
+    from pyarrow.fs import FileSystem
+
+    system, _ = FileSystem.from_uri(f"s3://line{store}&allow_bucket_creation=true")
+    for name in ("line", "line/d@other", "other"):
+        system.create_dir(name)
+    pictures = sorted(SAMPLES.glob("*.jpg"))
+    for place, path in (("line/d@other/q?1.jpg", pictures[0]), ("other/q?1.jpg", pictures[1])):
+        with system.open_output_stream(place) as stream:
+            stream.write(path.read_bytes())
+    table = pa.table({"image": [path.read_bytes() for path in pictures]})
+    pq.write_table(table, "line/t.parquet", filesystem=system)
+    login = "s3://AKIAKEY:TOPSECRET@line"
+    done = [
+        fbclip("score", f"{login}/d@other{store}", "--out", "names", "--workers", 1, "--cores", cores()),
+        fbclip("score", f"{login}/t.parquet{store}", "--out", "table", "--workers", 1),
+        fbclip("score", "s3://AKIAKEY:TOP/SECRET@line/x", "--out", "none", code=2),
+    ]
+    assert not any("SECRET" in each.stdout + each.stderr for each in done)
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or path.suffix == ".onnx" or b"SECRET" not in path.read_bytes()
+    (row,) = rows_of(tmp_path / "names")
+    assert (row["source"], row["score"]) == ("s3://line/d@other/q?1.jpg", Predictor()(pictures[0]).score)
+    assert not any("SECRET" in str(row) for row in rows_of(tmp_path / "table"))
+
+
+def test_a_folder_of_results_is_of_one_archive(fbclip: Run, archive: Path, tmp_path: Path) -> None:
+    bundle, out = tiny_bundle(tmp_path), archive / "scores"
+    fbclip("score", archive, "--bundle", bundle, "--out", out, "--workers", 1)
+    fbclip("score", f"{archive}/", "--bundle", bundle, "--out", out)
+    assert len(rows_of(out)) == 120, "the pictures of the results are none of the archive"
+    for place in ("one", "two"):
+        shutil.copytree(archive / "day1", tmp_path / place / "archive")
+    inside = [COMMAND, "score", "archive", "--bundle", str(bundle), "--out", str(tmp_path / "x"), "--workers", "1"]
+    subprocess.run(inside, cwd=tmp_path / "one", check=True, capture_output=True)
+    other = subprocess.run(inside, cwd=tmp_path / "two", capture_output=True, text=True)
+    assert other.returncode == 2 and "is of another archive" in other.stderr
+    (tmp_path / "x" / "rows" / "mine.parquet").write_bytes(b"a user's own")
+    subprocess.run(inside, cwd=tmp_path / "one", check=True, capture_output=True)
+    assert (tmp_path / "x" / "rows" / "mine.parquet").exists()
+    (tmp_path / "x" / "score.json").unlink()
+    assert "no score.json" in fbclip("score", tmp_path / "one", "--bundle", bundle, "--out", "x", code=2).stderr
+    assert "empty name" in fbclip("score", archive, "--out", "", code=2).stderr
+
+
+def test_two_commands_do_not_share_a_folder(running: subprocess.Popen[str], archive: Path, fbclip: Run) -> None:
+    assert "another command writes" in fbclip("score", archive, "--out", "scores", code=2).stderr
+    assert "is not finished" in fbclip("calibrate", "scores", "--name", "c", code=2).stderr
 
 
 def test_a_cluster_that_loses_a_machine_loses_no_row(archive: Path, tmp_path: Path) -> None:
