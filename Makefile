@@ -1,6 +1,7 @@
 PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
+TOOLS := .venv-wheelhouse
 FBCLIP ?= fbclip
 BUNDLE ?= runs/bench-gpu.fbclip
 FUZZ_SEED ?= 0
@@ -58,8 +59,8 @@ lock: $(DEV)/.installed ## pin what the images install, with hashes (deploy/requ
 	$(LOCK) --extra serve --extra mqtt --extra gpu --no-emit-package onnxruntime pyproject.toml -o deploy/requirements/cuda.txt
 	echo setuptools | $(LOCK) - -o deploy/requirements/build.txt
 
-wheelhouse: $(DEV)/.installed ## wheels for machines without a network; WHEELHOUSE="--python 3.10 --machine aarch64 --extra serve" chooses
-	$(DEV)/bin/python deploy/wheelhouse.py $(WHEELHOUSE)
+wheelhouse: $(TOOLS)/.installed ## wheels for machines without a network; WHEELHOUSE="--python 3.10 --machine aarch64 --extra serve" chooses
+	$(TOOLS)/bin/python deploy/wheelhouse.py $(WHEELHOUSE)
 
 release: $(DEV)/.installed ## sdist, wheel, SBOM, checksums in dist/, their contents checked
 	$(DEV)/bin/python deploy/release.py
@@ -78,6 +79,11 @@ $(DEMO)/.installed: pyproject.toml constraints.txt
 	$(DEMO)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
+$(TOOLS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build uv
+	touch $@
+
 $(DEV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEV)
 	$(DEV)/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
@@ -85,4 +91,4 @@ $(DEV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(DEMO) $(DEV)
+	rm -rf $(DEMO) $(DEV) $(TOOLS)

@@ -26,7 +26,10 @@ HEAD = """# Licences
 fbclip itself is under the Apache License 2.0. This page lists what `pip install fbclip` brings (*lean*), and what each extra adds, with the licences that the packages state of themselves. `make licences` writes it; it was written on
 {machine} with Python {python}, for the versions in `constraints.txt`.
 
-Wheels may hold libraries under licences of their own, which their files name: OpenCV's holds FFmpeg (LGPL 2.1), NumPy's OpenBLAS and GCC's runtime libraries. Packages of NVIDIA are under NVIDIA's terms, which are yours to accept.
+Wheels may hold libraries under licences of their own, which their files name: OpenCV's holds FFmpeg (LGPL 2.1), NumPy's OpenBLAS and GCC's runtime libraries. Packages of NVIDIA ("Other/Proprietary", `LicenseRef-NVIDIA-Proprietary`) are under NVIDIA's terms, which are yours to accept: [CUDA's](https://docs.nvidia.com/cuda/eula/), and those in the packages of cuDNN and TensorRT.
+*Not stated* means that a package names no licence: ask its authors. The extras `dev` and `docs` are for work on fbclip, and not listed.
+
+`deploy/compose.yaml` pulls images with licences of their own: Prometheus (Apache-2.0), Mosquitto (EPL-2.0 or EDL-1.0), Grafana (AGPL-3.0).
 
 | package | version | licence | comes with |
 | --- | --- | --- | --- |

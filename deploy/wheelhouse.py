@@ -2,13 +2,9 @@
 
     python deploy/wheelhouse.py --python 3.13 --machine aarch64 --extra serve --extra mqtt
 
-writes `build/wheelhouse/cp313-aarch64/`: the wheels, SHA256SUMS, and `EXTRA.txt` with the versions and hashes of an
-extra, `lean.txt` for none. On the device, after `sha256sum --check SHA256SUMS`:
-
-    pip install --no-index --find-links cp313-aarch64 'fbclip[serve]'
-
-An extra that has no wheels for a machine is left out, which MISSING.txt and the screen tell. It is an error where
-that extra was asked for.
+writes `build/wheelhouse/cp313-aarch64/`: the wheels, of pip too, systemd's unit and a line's options, SHA256SUMS, and
+`EXTRA.txt` with the versions and hashes of an extra, `lean.txt` of what all need. It is an error if an extra has no
+wheels for a machine. docs/guides/deploy.md has what to do on the device.
 """
 
 from __future__ import annotations
@@ -19,27 +15,26 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINES = ("x86_64", "aarch64")
-# for devices; the others can be asked for
-EXTRAS = ("serve", "mqtt", "metrics", "eval", "supervision", "gpu", "tensorrt")
 LEAN = "lean"
 GLIBC = range(28, 4, -1)  # 2.28 is that of JetPack 6's and later systems, and older ones
 
 
 def pinned(extra: str, machine: str, python: str) -> str:
-    """Versions and hashes of what fbclip, with an extra, needs on a machine.
+    """Versions and hashes of what fbclip, with an extra, needs on a machine, and of pip, which Debian's Python lacks.
 
     Raises:
         ValueError: something of it has no wheel for that machine.
     """
     line = ["pip", "compile", "--quiet", "--generate-hashes", "--no-annotate", "--no-header", "--only-binary", ":all:"]
     line += ["--python-version", python, "--python-platform", f"{machine}-manylinux_2_28"]
-    line += ["--constraint", "constraints.txt", *([] if extra == LEAN else ["--extra", extra]), "pyproject.toml"]
+    line += ["--constraint", "constraints.txt", *([] if extra == LEAN else ["--extra", extra]), "pyproject.toml", "-"]
     uv = Path(sys.executable).with_name("uv")
-    done = subprocess.run([uv, *line], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([uv, *line], cwd=ROOT, input="pip", capture_output=True, text=True)
     if done.returncode:
         reason = " ".join(done.stderr.split()).split(": Because ")[-1]
         raise ValueError(reason.split(", we can conclude")[0])
@@ -69,8 +64,10 @@ def fill(folder: Path, machine: str, python: str, extras: list[str]) -> list[str
         (folder / f"{extra}.txt").write_text(pins)
         download(folder / f"{extra}.txt", folder, machine, python)
         print(f"{folder.name} {extra}: {(_size(folder) - before) / 1e6:.0f} MB more", flush=True)
-    build(folder)
-    (folder / "MISSING.txt").write_text("".join(f"{line}\n" for line in missing))
+    sdist, _ = build(folder)
+    sdist.unlink()
+    for path in (ROOT / "deploy" / "systemd").iterdir():
+        shutil.copy(path, folder)
     write_sums(folder)
     print(f"{folder}: {len(list(folder.glob('*.whl')))} wheels, {_size(folder) / 1e6:.0f} MB")
     return missing
@@ -99,18 +96,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fill build/wheelhouse for machines without a network.")
     parser.add_argument("--python", default="3.13", help="its version on the machine")
     parser.add_argument("--machine", action="append", choices=MACHINES, help="both if left out")
-    parser.add_argument("--extra", action="append", help=f"{', '.join(EXTRAS)} if left out")
+    parser.add_argument("--extra", action="append", default=[], help="of pyproject.toml; the lean install if left out")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "wheelhouse")
     given = parser.parse_args()
     if not re.fullmatch(r"3\.\d+", given.python):
         parser.error(f"--python is like 3.12; got {given.python}")
+    if not Path(sys.executable).with_name("uv").exists() or not find_spec("build"):
+        parser.error("uv and build aren't beside this Python: make wheelhouse installs them")
     missing = []
     for machine in given.machine or MACHINES:
         folder = given.out / f"cp{given.python.replace('.', '')}-{machine}"
-        missing += fill(folder, machine, given.python, given.extra or [*EXTRAS])
+        missing += fill(folder, machine, given.python, given.extra)
     if missing:
-        print(*missing, sep="\n", file=sys.stderr)
-        sys.exit(bool(given.extra))
+        sys.exit("\n".join(missing))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 SECRETS = "fbclip.secrets"  # in a context: the file, if a secret is in it
+ELSEWHERE = "fbclip.elsewhere"  # in a context: the file, if it has tables of other commands and none of this one
 
 
 def read_config(context: typer.Context, value: Path | None) -> Path | None:
@@ -27,9 +28,12 @@ def read_config(context: typer.Context, value: Path | None) -> Path | None:
     document = _load(value)
     commands = context.parent.command.commands if context.parent else {}  # type: ignore[attr-defined]
     own: dict[str, Any] = {key: entry for key, entry in document.items() if not isinstance(entry, dict)}
-    for table in (key for key, entry in document.items() if isinstance(entry, dict)):
+    tables = [key for key, entry in document.items() if isinstance(entry, dict)]
+    for table in tables:
         if table not in commands:
             raise _unknown(value, f"table [{table}]", table, commands)
+    if tables and context.info_name not in tables:
+        context.meta[ELSEWHERE] = value
     own |= document.get(context.info_name or "", {})
     known = {name: parameter for parameter in context.command.params for name in _names(parameter)}
     defaults = {}

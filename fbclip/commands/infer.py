@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from fbclip.commands.config import ELSEWHERE
 from fbclip.commands.groups import AreaGroup, BundleGroup, SinkGroup, SourceGroup, VerdictGroup
 from fbclip.commands.mount import IMAGES, STREAMS, mounted, option, refuse
 from fbclip.errors import UsageError
@@ -125,6 +126,10 @@ def infer(
 
     texts, capture = reading.texts(source), reading.capture
     if not texts and not reading.watch:
+        if file := context.meta.get(ELSEWHERE):  # a line's file, meant for another command: no case for samples
+            raise UsageError(
+                f"no source is given; got {file} without [infer], with other commands' options: name a source"
+            )
         texts = [str(SAMPLES)]
     with open_source(texts, capture) as opened:
         refuse(context, IMAGES if opened.still else STREAMS, verdict, reading, view, results)

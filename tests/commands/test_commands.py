@@ -17,7 +17,7 @@ import typer
 from conftest import Run
 from typer.testing import CliRunner
 
-from fbclip.assets import EMBEDDED
+from fbclip.assets import EMBEDDED, SAMPLES
 from fbclip.cli import app
 from fbclip.commands.command import Command, Commands
 from fbclip.commands.mount import IMAGES, STREAMS, mounted, option, refuse
@@ -321,3 +321,12 @@ def test_metrics_are_at_a_host_and_port(arguments: list[str]) -> None:
     assert refused("infer", "--watch", ".", *arguments).startswith(
         "--metrics: metrics are at HOST:PORT, or at a port of"
     )
+
+
+def test_options_for_another_command_never_lead_to_the_samples(fbclip: Run, tmp_path: Path) -> None:
+    (tmp_path / "line.toml").write_text('[serve]\nsource = "pictures"\nwatch = true\n')
+    refused = fbclip("infer", "--config", "line.toml", code=2)
+    assert "no source is given; got line.toml without [infer]" in refused.stderr
+    assert not refused.stdout
+    (tmp_path / "line.toml").write_text("[serve]\nport = 8001\n")
+    assert "1 image" in fbclip("infer", str(SAMPLES / "casting-pit.jpg"), "--config", "line.toml", "--no-save").stdout

@@ -9,6 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Run
+
+from fbclip.assets import EMBEDDED
+from helpers.serving import command
+from helpers.video import write_video
+from helpers.waiting import eventually
 
 UNIT = Path(__file__).resolve().parents[2] / "deploy" / "systemd" / "fbclip@.service"
 
@@ -40,3 +46,16 @@ def test_the_unit_is_hardened(analyze: list[str]) -> None:
     line = [tool, "security", "--offline=true", "--threshold=30", unit]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_template_is_for_a_line_with_a_page_and_for_one_without(fbclip: Run, tmp_path: Path) -> None:
+    text = UNIT.with_name("line.toml").read_text()
+    moved = text.replace("/dev/video0", "belt.avi").replace("/srv/fbclip/current.fbclip", str(EMBEDDED))
+    assert (text.count('"/'), moved.count(str(EMBEDDED))) == (2, 1)
+    (tmp_path / "line.toml").write_text(moved)
+    write_video(tmp_path / "belt.avi", ["good", "good", "good"])
+    done = fbclip("infer", "--config", "line.toml")
+    assert "3 frames" in done.stdout
+    assert (tmp_path / "events").is_dir()
+    with command(tmp_path, "--config", "line.toml") as server:
+        eventually(lambda: b"fbclip_results_total 3" in server.ask("/metrics")[1])
