@@ -1,4 +1,4 @@
-"""The commands of docs/guides/rollout.md, on two folders that stand for devices."""
+"""The scripts of docs/guides/rollout.md, on two folders that stand for devices."""
 
 from __future__ import annotations
 
@@ -26,8 +26,17 @@ pytestmark = [
 PAGE = Path(__file__).parent.parent / "docs" / "guides" / "rollout.md"
 DEVICES = ("line3-left", "line3-right")
 SSH = """#!/bin/sh
-cd "$DEVICES_HOME/$1" && shift && exec sh -c "$*"
+cd "$DEVICES_HOME/$1" || exit 255
+shift
+exec sh -c "$*"
 """
+SSH_THAT_DAMAGES = SSH.replace(
+    "shift",
+    """case "$1 $2" in
+"HERE cd "*) printf x | tee -a srv/fbclip/*/calibration.json;;  # after it was sent, before the check
+esac
+shift""",
+)
 SUDO = """#!/bin/sh
 echo "$@" >> restarts
 """
@@ -43,24 +52,23 @@ class Computer:
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
         for device in DEVICES:
-            (folder / device).mkdir()
+            (folder / device / "srv" / "fbclip").mkdir(parents=True)
         (folder / "devices.txt").write_text("\n".join(DEVICES) + "\n")
-        self.name, self.send, self.check, self.switch, self.back = re.findall(
-            r"^```bash\n(.*?)^```", PAGE.read_text(), re.M | re.S
-        )
+        page = PAGE.read_text().replace("/srv/fbclip", "srv/fbclip").replace("/opt/fbclip/bin/", "")
+        self.send, self.switch, self.back = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
 
-    def run(self, *blocks: str) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "DEVICES_HOME": str(self.folder)}
         environment["PATH"] = f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{environment['PATH']}"
-        script = "\n".join(("set -eu", self.name, *blocks))
         return subprocess.run(["bash", "-c", script], cwd=self.folder, env=environment, text=True, capture_output=True)
 
     def device(self, name: str) -> Path:
-        return self.folder / name / "fbclip"
+        return self.folder / name / "srv" / "fbclip"
 
-
-def worked(done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 0, done.stdout + done.stderr
+    def works(self, *scripts: str) -> None:
+        for script in scripts:
+            done = self.run(script)
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -80,51 +88,73 @@ def calibrated(computer: Computer) -> None:
     calibrate(computer.folder / "line3.fbclip", computer.folder / "good", false_alarm_rate=0.2)
 
 
+def links(home: Path) -> tuple[str, ...]:
+    """What a device runs, and the way back if it has one."""
+    return tuple(
+        str((home / f"{name}.fbclip").readlink())
+        for name in ("current", "previous")
+        if (home / f"{name}.fbclip").is_symlink()
+    )
+
+
 def test_there_and_back(computer: Computer) -> None:
-    worked(computer.run(computer.send, computer.check, computer.switch))
+    (computer.folder / "line3.fbclip" / "text.npy").chmod(0o600)
+    computer.works(computer.send, computer.switch)
     home = computer.device(DEVICES[0])
-    first = (home / "current.fbclip").readlink()
-    assert (home / "previous.fbclip").readlink() == first
+    (first,) = links(home)
+    assert computer.run(computer.back).returncode != 0 and links(home) == (first,)  # nowhere to go back to
     assert not (home / first / "engines").exists()
-    with command(home.parent, "--bundle", "fbclip/current.fbclip") as server:
+    assert all(
+        path.stat().st_mode & 0o004 for path in (home / first, *(home / first).iterdir())
+    )  # for the service's user
+    with command(home, "--bundle", "current.fbclip") as server:
         calibrated(computer)
-        worked(computer.run(computer.send, computer.check))
-        assert (home / "current.fbclip").readlink() == first  # nothing has changed for the line so far
-        worked(computer.run(computer.switch))
+        computer.works(computer.send)
+        assert links(home) == (first,)  # nothing has changed for the line so far
+        computer.works(computer.switch, computer.switch)  # again: the way back is not lost
         model = server.json("/v1/status")["model"]  # nor for what runs, before it is started anew
-        assert (model["name"], model["calibration"]) == (first.stem, None)
+        assert (f"{model['name']}.fbclip", model["calibration"]) == (first, None)
     for device in map(computer.device, DEVICES):
-        second = (device / "current.fbclip").readlink()
-        assert second != first
-        assert (device / "previous.fbclip").readlink() == first
+        second, previous = links(device)
+        assert second != first and previous == first
         for file in EMBEDDED.iterdir():
             assert sha256(device / second / file.name) == sha256(file)
-        assert (device.parent / "restarts").read_text() == "systemctl restart fbclip@line1\n" * 2
-    with command(home.parent, "--bundle", "fbclip/current.fbclip", log="second.log") as server:
+        assert (device / "restarts").read_text() == "systemctl restart fbclip@line1\n" * 3
+    with command(home, "--bundle", "current.fbclip", log="second.log") as server:
         model = server.json("/v1/status")["model"]
         made = json.loads((computer.folder / "line3.fbclip" / "calibration.json").read_text())["made"]
-        assert (model["name"], model["calibration"]["made"]) == (second.stem, made)
-    worked(computer.run(computer.back))
+        assert (f"{model['name']}.fbclip", model["calibration"]["made"]) == (second, made)
+    computer.works(computer.back, computer.back)
     for device in map(computer.device, DEVICES):
-        assert (device / "current.fbclip").readlink() == first
+        assert links(device) == (first, first)
         assert not (device / "next").exists()
 
 
-def test_what_is_damaged_on_the_way_is_not_switched_to(computer: Computer) -> None:
-    worked(computer.run(computer.send, computer.check, computer.switch))
-    before = (computer.device(DEVICES[1]) / "current.fbclip").readlink()
+@pytest.mark.parametrize("damaged", DEVICES)
+def test_a_damaged_device_stops_the_roll_out(computer: Computer, damaged: str) -> None:
+    computer.works(computer.send, computer.switch)
+    before = links(computer.device(damaged))
     calibrated(computer)
-    worked(computer.run(computer.send))
-    (sent,) = set(computer.device(DEVICES[1]).glob("line3-*.fbclip")) - {computer.device(DEVICES[1]) / before}
-    calibration = json.loads((sent / "calibration.json").read_text())
-    (sent / "calibration.json").write_text(json.dumps({**calibration, "threshold": 0.99}))
-    done = computer.run(computer.check, computer.switch)
+    (computer.folder / "bin" / "ssh").write_text(SSH_THAT_DAMAGES.replace("HERE", damaged))
+    done = computer.run(computer.send)
     assert done.returncode != 0 and "calibration.json: FAILED" in done.stdout
-    for file in ("parity.json", "calibration.json"):  # without the list of hashes fbclip refuses it as well
-        worked(computer.run(computer.send))
-        (sent / file).write_text((sent / file).read_text().replace("0", "1", 1))
-        doctor = Path(sys.executable).with_name("fbclip")
-        assert subprocess.run([doctor, "doctor", "-q", "--bundle", sent], capture_output=True).returncode == 1
-    assert (computer.device(DEVICES[1]) / "current.fbclip").readlink() == before
-    worked(computer.run(computer.send, computer.check, computer.switch))  # rsync mends it
-    assert (computer.device(DEVICES[1]) / "current.fbclip").readlink() == Path(sent.name)
+    assert computer.run(computer.switch).returncode != 0
+    assert {links(computer.device(device)) for device in DEVICES} == {before}
+    (computer.folder / "bin" / "ssh").write_text(SSH)
+    computer.works(computer.send, computer.switch)  # rsync mends it
+    assert all(links(computer.device(device))[1:] == before for device in DEVICES)
+
+
+def test_a_device_whose_fbclip_refuses_the_bundle_stops_the_roll_out(computer: Computer) -> None:
+    (computer.folder / "line3.fbclip" / "parity.json").write_text("{}")  # the hashes are of this
+    done = computer.run(computer.send)
+    assert done.returncode == 1 and "parity.json is damaged" in done.stdout
+    assert computer.run(computer.switch).returncode != 0 and links(computer.device(DEVICES[0])) == ()
+
+
+def test_a_device_that_cannot_be_reached_stops_the_roll_out(computer: Computer) -> None:
+    computer.works(computer.send)
+    shutil.rmtree(computer.folder / DEVICES[0])
+    assert computer.run(computer.send).returncode != 0
+    assert computer.run(computer.switch).returncode != 0
+    assert links(computer.device(DEVICES[1])) == ()

@@ -1,5 +1,6 @@
 // Score a picture with ONNX Runtime in C++:
-//   g++ -std=c++17 -I HEADERS score.cpp -o score -L LIBRARIES -lonnxruntime && ./score MODEL/model.onnx picture.ppm
+//   g++ -std=c++17 -I HEADERS score.cpp -o score -L LIBRARIES -lonnxruntime
+//   LD_LIBRARY_PATH=LIBRARIES ./score MODEL/model.onnx picture.ppm      # docs/reference/contract.md says where both are from
 //
 // MODEL is a folder that `fbclip export --bundle B --standalone MODEL` wrote, the picture a binary PPM of its size: nothing
 // is resized here. Prints verdict, score and the highest value of the anomaly map. What model.json says is in the graph too.

@@ -74,12 +74,18 @@ def examine(
 
 def works(checks: list[Check]) -> bool:
     """Whether the bundle is whole, and a sample image could be scored with the default device and precision."""
-    return not _is_damaged(checks) and any(check.name == INFERENCE and check.status == "ok" for check in checks)
+    return _problem(checks) is None
 
 
-def _is_damaged(checks: list[Check]) -> bool:
-    """Whether a file of the bundle is not as its export wrote it, even if it is of a graph that nobody asked for."""
-    return any(check.name == BUNDLE and check.status == "broken" for check in checks)
+def _problem(checks: list[Check]) -> str | None:
+    """Why the bundle can't be used: a file is not as its export wrote it, even of a graph that nobody asked for, or
+    inference does not work."""
+    found = {check.name: check for check in checks if check.topic == "Bundle"}
+    if (whole := found.get(BUNDLE)) and whole.status == "broken":
+        return f"the bundle can't be used: {whole.found}"
+    if (run := found.get(INFERENCE)) and run.status == "ok":
+        return None
+    return f"inference does not work: {run.found}" if run else "inference does not work"
 
 
 def check_python(machine: Machine) -> Iterator[Check]:
@@ -136,7 +142,7 @@ def check_bundle(machine: Machine, bundle: Path | None) -> Iterator[Check]:
     if found:
         sizes = {precision: size >> 20 for precision, size in found["precisions"].items()}
         largest = max(sizes.values())
-        words = f"{found['name']}, {found['image_size']} px, opset {found['opset']}; every hash holds"
+        words = f"{found['name']}, {found['image_size']} px, opset {found['opset']}; as its export wrote it"
         yield Check(topic, BUNDLE, "ok", words)
         yield Check(topic, "precisions", "ok", ", ".join(f"{p} ({size} MB)" for p, size in sizes.items()))
         yield _learned(machine, path, shown)
@@ -313,10 +319,10 @@ def print_report(checks: list[Check], console: Console) -> None:
         for check in (c for c in cures if c.status == status):
             console.print(cell(status, STYLES[status]), cell(f"{check.topic}: {check.name}"))
             say(console, f"  {check.cure}")
-    if works(checks):
-        say(console, "inference works")
+    if problem := _problem(checks):
+        say(console, problem, "bold red")
     else:
-        say(console, "the bundle is damaged" if _is_damaged(checks) else "inference does not work", "bold red")
+        say(console, "inference works")
 
 
 def write_report(checks: list[Check], target: str) -> None:

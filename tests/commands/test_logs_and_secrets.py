@@ -162,6 +162,10 @@ def test_a_secret_that_everybody_can_read_is_warned_of(
     for text, warned in (("rtsp://u:p@nowhere.invalid:99999/", True), ("rtsp://nowhere.invalid:99999/", False)):
         secret(tmp_path, "line.toml", f'source = "{text}"', 0o644)
         assert ("everybody" in fbclip("infer", "--config", "line.toml", code=2).stderr) == warned
+    broker = 'port = 0\nhost = "0.0.0.0"\nmqtt = "mqtt://line:geheim@broker/line1"'
+    secret(tmp_path, "line.toml", f"[serve]\n{broker}", 0o644)
+    warning, error = fbclip("serve", "--config", "line.toml", code=2).stderr.splitlines()
+    assert "everybody on this machine can read line.toml" in warning and "geheim" not in warning + error
 
 
 @pytest.mark.parametrize(

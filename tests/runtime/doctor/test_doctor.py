@@ -159,7 +159,12 @@ def test_a_damaged_bundle(fbclip: Run, tmp_path: Path) -> None:
     checks = report(fbclip, "--bundle", path, code=1)
     assert "parity.json is damaged" in checks["bundle"]["found"]
     assert checks["inference"]["status"] == "ok"
-    assert "the bundle is damaged" in fbclip("doctor", "--bundle", path, code=1).stdout
+    (line,) = fbclip("doctor", "--quiet", "--bundle", path, code=1).stdout.splitlines()
+    assert "the bundle can't be used" in line and "parity.json is damaged" in line
+    shutil.copy(Bundle.load().path / "parity.json", path)
+    (path / "memory.npz").write_bytes(b"no archive")
+    (line,) = fbclip("doctor", "--quiet", "--bundle", path, code=1).stdout.splitlines()
+    assert "inference does not work" in line and "memory.npz is no memory of this model" in line
     (path / "manifest.json").write_bytes(b"\xff")
     for broken in (path, tmp_path / "nowhere"):
         assert by_name(check_bundle(Machine(), broken))["bundle"].status == "broken"
