@@ -19,11 +19,15 @@ FBClipError                     what all errors are that a user can act on, each
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = (
     False  # as type checkers know it; until `fbclip.main` is imported Ctrl-C is a traceback, so no typing here
 )
 
 __version__ = "0.2.0"
+# before ONNX Runtime is imported, which from 1.32 on otherwise keeps a database of its use and sends it home
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 __all__ = [
     "Align",
     "Bundle",

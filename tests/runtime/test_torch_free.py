@@ -45,6 +45,16 @@ print(prediction.score, prediction.overlay().shape)
     subprocess.run([sys.executable, "-c", program, SCRATCHED], check=True)
 
 
+@pytest.mark.slow
+def test_onnx_runtime_keeps_nothing_to_send_home(tmp_path: Path) -> None:
+    """From 1.32 on it has a database in the user's cache unless it is told not to."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / ".cache")}
+    program = "import sys, fbclip; fbclip.Predictor()(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, SCRATCHED], check=True, env=environment)
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]
+
+
 def test_help_imports_nothing_heavy() -> None:
     program = "import sys, fbclip.cli; print([n for n in ('numpy', 'cv2', 'onnxruntime', 'torch') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
