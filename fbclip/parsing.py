@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from fbclip.addresses import shown
 from fbclip.errors import UsageError
 
 
@@ -63,7 +64,7 @@ def parse_place(text: str, rule: str, option: str) -> tuple[str, int]:
     """
     found = re.fullmatch(r"(?:(?:\[([0-9a-fA-F:.]+)\]|([^\s:\[\]/@]+)):)?(\d{1,5})", text, re.ASCII)
     if not found or not 0 < int(found[3]) < 65536:
-        raise UsageError(f"{rule}; got {text!r}", option=option)
+        raise UsageError(f"{rule}; got {shown(text)!r}", option=option)
     return found[1] or found[2] or "127.0.0.1", int(found[3])
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ class Cluster:
 
     def __init__(self, job: Job, address: str, workers: int | None, cores: int, gpus: float) -> None:
         require_package("ray", "cluster", "address")
+        if not re.fullmatch(r"auto|local|(ray://)?[\w.-]+:\d+", address):
+            raise UsageError(
+                "a cluster is ray://HOST:10001, auto, local or HOST:PORT; got none of them", option="address"
+            )
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it says of itself, in lines of its own
         import ray
 

@@ -92,7 +92,8 @@ class Hands:
 def _room(job: Job) -> int:
     """Workers that this machine has memory for."""
     memory, files = Machine().memory(), job.bundle.manifest.files
-    graph = max((job.bundle.inside(name).stat().st_size for name in files), default=0)
+    paths = [job.bundle.inside(name) for name in files]
+    graph = max((path.stat().st_size for path in paths if path.is_file()), default=0)
     return cores() if memory is None else memory.available // (BESIDE + TIMES * graph)
 
 
