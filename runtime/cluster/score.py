@@ -263,6 +263,8 @@ def _report(
     say(console, f"{plural(total.images, 'image')}{rate}: {counts or 'none judged'}")
     if total.errors:
         warn(console, f"{total.errors:,} could not be read; their rows say why, like: {total.reasons[0]}")
+    if total.worst:
+        say(console, "the highest scores:")
     for high, name in total.worst[:SHOWN]:
         console.print(f"{high:.4f}", cell(name), soft_wrap=True)
     summary = {
