@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 
+from fbclip import logs
 from helpers import golden
 
 STANDIN = Path(__file__).parent / "helpers" / "standin"
@@ -38,6 +40,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if SLOW_FIXTURES & fixtures or is_slow_place:
             item.add_marker("slow")
     items.sort(key=lambda item: not any(folder in item.path.parts for folder in LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def own_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command that runs in this process opens its log for the rest of it: the next test has none."""
+    log = logging.getLogger("fbclip")
+    before = log.handlers, log.propagate, log.level
+    for name in ("choice", "_handler"):
+        monkeypatch.setattr(logs, name, getattr(logs, name))
+    yield
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
 
 
 @pytest.fixture

@@ -100,14 +100,14 @@ class Part:
 
     @classmethod
     def of(cls, items: tuple[Item, ...] = (), rows: Rows | None = None, store: str = "") -> Part:
-        text = json.dumps([items, rows], ensure_ascii=True)
+        text = json.dumps([items, rows], ensure_ascii=True, allow_nan=False)
         return cls(hashlib.sha256(text.encode()).hexdigest()[:32], items, rows, store)
 
     def __len__(self) -> int:
         return self.rows.size if self.rows else len(self.items)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Part:

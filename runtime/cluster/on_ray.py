@@ -204,7 +204,7 @@ class Actor:
             answer = {**scorer.score(part), "ready": scorer.ready(), "host": socket.gethostname()}
         except FBClipError as error:
             answer = {"error": str(error), "exit_code": error.exit_code}
-        return {"id": [Part.from_json(part).id], "answer": [json.dumps(answer)]}
+        return {"id": [Part.from_json(part).id], "answer": [json.dumps(answer, allow_nan=False)]}
 
     def _ready(self) -> Any:
         from fbclip.runtime.cluster.scorer import Scorer

@@ -263,7 +263,7 @@ class Results:
                     raise UsageError(
                         f"{self.name} has rows and no {ABOUT} that says of what: choose another folder", option="out"
                     )
-                self.write(ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+                self.write(ABOUT, (json.dumps(about, indent=1, allow_nan=False) + "\n").encode())
                 return
         for name, value in about.items():
             if old.get(name) != value:

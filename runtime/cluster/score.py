@@ -277,7 +277,7 @@ def _report(
         "worst": [{"source": printable(name), "score": score} for score, name in total.worst],
         "bundle": predictor.bundle.sha256,
     }
-    results.write(SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    results.write(SUMMARY, (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
     results.write("histogram.png", draw_histogram(total, predictor.threshold))
     worst = draw_worst(total, predictor, reader)
     if worst:
