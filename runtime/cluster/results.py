@@ -225,7 +225,6 @@ class Results:
         if address:
             self.place = self.name = address.name
         self.system, self.path = Reader(address.store if address else "").place(self.place)
-        self._lock: int | None = None
 
     def __repr__(self) -> str:
         return f"Results({self.name!r})"
@@ -274,16 +273,23 @@ class Results:
                     option="out",
                 )
 
-    def hold(self) -> None:
-        """Keep others out of the folder until this process ends; in a store that can't be done.
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Inside, keep other commands out of the folder; in a store that can't be done.
 
         Raises:
             UsageError: another command writes into it.
         """
-        if self.is_here:
-            self._lock = os.open(Path(self.place, ABOUT), os.O_RDONLY)
-            if not lock(self._lock):
+        if not self.is_here:
+            yield
+            return
+        handle = os.open(Path(self.place, ABOUT), os.O_RDONLY)
+        try:
+            if not lock(handle):
                 raise UsageError(f"another command writes into {self.name}: wait until it has ended", option="out")
+            yield
+        finally:
+            os.close(handle)
 
     def about(self) -> dict[str, Any] | None:
         """What `prepare` wrote; None where nothing is there yet.

@@ -134,7 +134,15 @@ def score(
     results = Results(out)
     archive = open_archive(list(sources), column, lambda line: say(console, line), results.place)
     parts = _planned(archive, results, job, sources, judges)
-    results.hold()
+    with results.hold():
+        total, done, seconds = _go_on(parts, results, job, hands, console)
+        with here.predictor(bundle.path) as predictor:
+            _report(total, results, predictor, Reader(archive.store), seconds, done, console)
+    return _insist(total)
+
+
+def _go_on(parts: list[Part], results: Results, job: Job, hands: Hands, console: Console) -> tuple[Receipt, int, float]:
+    """Have the parts done that aren't; what all came to, the images of those that were done now, and the seconds."""
     before_it = results.tables()
     finished = results.finished(lambda line: warn(console, line))
     total = Receipt()
@@ -143,10 +151,10 @@ def score(
             total.add(finished[part.id])
     older = results.older({part.id for part in parts})
     todo = [_with_known(part, older) for part in parts if part.id not in finished]
-    new = sum(item not in older for part in todo for item in part.items or range(len(part)))
-    before = len(archive) - new
+    images = sum(map(len, parts))
+    before = images - sum(item not in older for part in todo for item in part.items or range(len(part)))
     already = f", {before:,} of them done before" if before else ""
-    say(console, f"{plural(len(archive), 'image')} in {plural(len(parts), 'table')}{already}")
+    say(console, f"{plural(images, 'image')} in {plural(len(parts), 'table')}{already}")
     began = time.monotonic()
     if todo:
         results.write(SUMMARY, b'{"finished": false}\n')
@@ -154,10 +162,7 @@ def score(
             _work(workers, todo, total, stop, console)
     if old := results.remove(before_it - {part.id for part in parts}):
         say(console, f"{plural(old, 'table')} removed: of images that changed, are gone, or are in another table now")
-    seconds = time.monotonic() - began
-    with here.predictor(bundle.path) as predictor:
-        _report(total, results, predictor, Reader(archive.store), seconds, sum(map(len, todo)), console)
-    return _insist(total)
+    return total, sum(map(len, todo)), time.monotonic() - began
 
 
 def _with_known(part: Part, older: dict[Item, str]) -> Part:
