@@ -1,15 +1,20 @@
-"""Render the sample images that ship with the package: python benchmarks/render_samples.py [OUT_DIR]."""
+"""Render the sample images that ship with the package: python benchmarks/render_samples.py [OUT_DIR].
+
+Six more that don't ship, and their masks: python benchmarks/render_samples.py --more OUT_DIR
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from rendered_parts import Drawn, Mask, Picture, parts
 
-Picture = NDArray[np.float32]  # (H, W, 3), 0..1, RGB
+Photo = tuple[NDArray[np.uint8], Mask]  # (H, W, 3) RGB and (H, W), 1 where the defect is
+SHIPPED = Path(__file__).resolve().parent.parent / "fbclip" / "assets" / "samples"
 
 
 def brushed_steel(rng: np.random.Generator, height: int, width: int) -> Picture:
@@ -85,21 +90,61 @@ def photograph(rng: np.random.Generator, image: Picture) -> NDArray[np.uint8]:
     return (noisy.clip(0, 1) * 255).astype(np.uint8)
 
 
-def main(out: Path) -> None:
+def changed(good: Picture, defective: Picture) -> Mask:
+    """Where a defect was drawn: 1 where the picture without it looks different, with gaps of a few pixels closed."""
+    differs = (np.abs(defective - good).max(axis=2) > 0.08).astype(np.uint8)
+    return cv2.morphologyEx(differs, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+
+
+def photographed(rng: np.random.Generator, drawn: dict[str, Drawn]) -> dict[str, Photo]:
+    return {name: (photograph(rng, picture), mask) for name, (picture, mask) in drawn.items()}
+
+
+def samples() -> dict[str, Photo]:
+    """The four that ship, name -> (picture, mask). The order of the random numbers is that of the shipped files."""
     rng = np.random.Generator(np.random.PCG64(7))
-    groove = [(250, 380), (330, 322), (430, 262), (545, 214)]
-    pictures = {
-        "brushed-steel-good": brushed_steel(rng, 480, 720),
-        "brushed-steel-scratch": scratch(brushed_steel(rng, 480, 720), groove, 4),
-        "casting-pit": pit(casting(rng, 600, 640), (455, 215), (17, 12)),
-        "fabric-stain": stain(rng, fabric(rng, 520, 780), (520, 190), 60),
+    good, steel = brushed_steel(rng, 480, 720), brushed_steel(rng, 480, 720)
+    scratched = scratch(steel, [(250, 380), (330, 322), (430, 262), (545, 214)], 4)
+    cast = casting(rng, 600, 640)
+    pitted = pit(cast, (455, 215), (17, 12))
+    cloth = fabric(rng, 520, 780)
+    stained = stain(rng, cloth, (520, 190), 60)
+    drawn = {
+        "brushed-steel-good": (good, changed(good, good)),
+        "brushed-steel-scratch": (scratched, changed(steel, scratched)),
+        "casting-pit": (pitted, changed(cast, pitted)),
+        "fabric-stain": (stained, changed(cloth, stained)),
     }
+    return photographed(rng, drawn)
+
+
+def more() -> dict[str, Photo]:
+    """Six that don't ship, name -> (picture, mask); a mask of a good part is all 0."""
+    rng = np.random.Generator(np.random.PCG64(8))
+    return photographed(rng, parts(rng))
+
+
+def write(out: Path, photos: dict[str, Photo], masks: bool) -> None:
+    """`NAME.jpg` for each picture and, with `masks`, `NAME-mask.png`, white where the defect is."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        bgr = photograph(rng, picture)[..., ::-1]
-        cv2.imwrite(str(out / f"{name}.jpg"), bgr, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    for name, (rgb, mask) in photos.items():
+        cv2.imwrite(str(out / f"{name}.jpg"), rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
+        if masks:
+            cv2.imwrite(str(out / f"{name}-mask.png"), mask * 255)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Render the sample images.")
+    parser.add_argument("out_dir", nargs="?", type=Path, default=SHIPPED, help="where the four that ship go")
+    parser.add_argument(
+        "--more", type=Path, metavar="OUT_DIR", help="write the six others and their masks, here, instead"
+    )
+    args = parser.parse_args()
+    if args.more:
+        write(args.more, more(), masks=True)
+    else:
+        write(args.out_dir, samples(), masks=False)
 
 
 if __name__ == "__main__":
-    default = Path(__file__).resolve().parent.parent / "fbclip" / "assets" / "samples"
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else default)
+    main()

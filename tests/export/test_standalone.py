@@ -81,7 +81,12 @@ def test_both_forms_give_the_bundles_numbers(tmp_path: Path) -> None:
 def test_the_card_is_in_the_graph_too(tmp_path: Path) -> None:
     folder = write_standalone(Bundle.load(), tmp_path / "plain", UINT8_NHWC, "fp32", "line3")
     card = Card.load(folder / "model.json")
-    assert (card.width, card.height, card.threshold, card.input) == (SIDE, SIDE, 0.535, "uint8-nhwc")
+    assert (card.width, card.height, card.threshold, card.input) == (
+        SIDE,
+        SIDE,
+        Bundle.load().manifest.threshold,
+        "uint8-nhwc",
+    )
     assert (card.memory, card.roi, card.model_sha256) == (None, None, Bundle.load().model_sha256("fp32"))
     assert dict(card.files) == {"model.onnx": sha256(folder / "model.onnx")}
     known = ort.InferenceSession(folder / "model.onnx").get_modelmeta().custom_metadata_map

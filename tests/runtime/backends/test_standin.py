@@ -18,7 +18,7 @@ from fbclip.assets import EMBEDDED
 from fbclip.bundle import Bundle
 from fbclip.engines import EngineOptions
 from fbclip.export.engine import build_engine
-from fbclip.memory import Shape, Tensors
+from fbclip.memory import Tensors
 from helpers import golden
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (1, 192, 192, 3), np.uint8)
@@ -39,8 +39,12 @@ def rig(standin: str, tmp_path: Path) -> Any:
     rig = SimpleNamespace(cuda=cuda, trt=trt, engine=engine, context=context, memory={}, text=bundle.text)
     rig.streams = [cuda.Stream(), cuda.Stream()]
     sizes = {"image": IMAGE.nbytes, "text": bundle.text.nbytes, "score": 4, "anomaly_map": 192 * 192 * 4}
-    memory = Tensors.neutral(Shape(24, 1, 256)).named()
-    sizes |= {name: value.nbytes for name, value in memory.items()} | {"features": 24**2 * 256 * 4, "logits": 577 * 4}
+    shape = bundle.manifest.memory_shape
+    memory = Tensors.neutral(shape).named()
+    sizes |= {name: value.nbytes for name, value in memory.items()} | {
+        "features": 24**2 * shape.features * 4,
+        "logits": 577 * 4,
+    }
     rig.scratch = cuda.mem_alloc(4096)
     context.set_device_memory(int(rig.scratch), 4096)
     assert context.set_input_shape("image", IMAGE.shape)
