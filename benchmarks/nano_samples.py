@@ -1,7 +1,8 @@
 """Ten rendered pictures, with or without a defect: python benchmarks/nano_samples.py [BUNDLE] [--json F].
 
 Right in verdict: "defect" where there is one, "good" where there is none. Right in place: the map's highest pixel lies
-on the defect, or no further from it than a patch of the model. None of these pictures was trained or tuned on.
+on the defect, or no further from it than a patch of the model; a good part has no place to be wrong in. The six of
+`rendered_parts.py` were drawn without looking at what any model says of them.
 Writes docs/pictures/rendered.jpg, where the true outlines are drawn beside the heat maps.
 """
 
@@ -15,12 +16,15 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from nano_pictures import PICTURES, Picture, outlined
-from PIL import Image
+from PIL import Image, ImageOps
 from render_samples import Photo, more, samples
 
 from fbclip.runtime.predictor import Prediction, Predictor
 
-HEIGHT, COLUMNS = 300, 5  # of the picture, in px and pairs of pictures
+CELL, COLUMNS = (
+    (375, 300),
+    5,
+)  # of the montage: width and height of a picture in px, pairs of pictures beside each other
 
 
 class Found(NamedTuple):
@@ -44,14 +48,18 @@ def judged(predictor: Predictor, photo: Photo) -> Found:
 
 
 def montage(pairs: list[tuple[Picture, Picture]]) -> Picture:
-    """Pictures above what is said of them, in rows of `COLUMNS`."""
+    """Pictures above what is said of them, in rows of `COLUMNS`, on grey where they are narrower or lower than others."""
     rows = []
     for start in range(0, len(pairs), COLUMNS):
         for line in zip(*pairs[start : start + COLUMNS], strict=True):
-            rows.append(
-                np.hstack([cv2.resize(p, (round(1.25 * HEIGHT), HEIGHT), interpolation=cv2.INTER_AREA) for p in line])
-            )
+            rows.append(np.hstack([fitted(picture) for picture in line]))
     return np.vstack(rows).astype(np.uint8)
+
+
+def fitted(picture: Picture) -> Picture:
+    """The picture as large as it fits into `CELL`, in its middle."""
+    inside = ImageOps.contain(Image.fromarray(picture), CELL)
+    return np.asarray(ImageOps.pad(inside, CELL, color=(60, 60, 60)))
 
 
 def main() -> None:
@@ -63,12 +71,9 @@ def main() -> None:
     photos = samples() | more()
     found = {name: judged(predictor, photo) for name, photo in photos.items()}
     for name, (prediction, verdict, place) in found.items():
-        words = (
-            "right"
-            if verdict and place
-            else "wrong " + " and ".join(what for what, right in (("verdict", verdict), ("place", place)) if not right)
-        )
-        print(f"{name:22} {prediction.score:.3f}  {prediction.verdict:7} {words}")
+        wrong = [what for what, right in (("verdict", verdict), ("place", place)) if not right]
+        said = f"wrong {' and '.join(wrong)}" if wrong else "right"
+        print(f"{name:22} {prediction.score:.3f}  {prediction.verdict:7} {said}")
     pairs = [(outlined(photos[name][0], photos[name][1]), one.prediction.overlay()) for name, one in found.items()]
     Image.fromarray(montage(pairs)).save(PICTURES / "rendered.jpg", quality=85)
     if arguments.json:
